@@ -1,0 +1,1 @@
+"""What stays up in a cluster: expert feature servers and answer servers."""

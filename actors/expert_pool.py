@@ -1,0 +1,95 @@
+"""ExpertPool: live expert feature servers as a FeatureSource. Each expert has its own actors, started when first asked for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any
+
+import ray
+
+from actors.expert_server import ExpertServer
+from mova_core.experts import Features
+from mova_core.images import ImageError, ImageRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class Servers:
+    """How one expert is served. CPUs and GPUs are per actor and may be fractions."""
+
+    actors: int = 1
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    batch_size: int = 8  # pictures per request and forward pass
+    server: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # further arguments of ExpertServer: weights, size, dtype, device
+
+
+class ExpertPool:
+    """Features from `ExpertServer` actors. Needs an open Ray session; an actor that dies is started again and its work redone.
+
+    Args:
+        experts: name -> how it is served.
+    """
+
+    def __init__(self, experts: Mapping[str, Servers]):
+        self.experts = dict(experts)
+        self._actors: dict[str, list[Any]] = {}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Expert -> fingerprint of the features it serves; starts every expert."""
+        asked = {name: self._of(name)[0].identity.remote() for name in self.experts}
+        return {name: ray.get(ref)["fingerprint"] for name, ref in asked.items()}
+
+    @property
+    def descriptions(self) -> dict[str, dict[str, Any]]:
+        """Expert -> all that its fingerprint covers; starts every expert."""
+        asked = {name: self._of(name)[0].identity.remote() for name in self.experts}
+        return {name: ray.get(ref)["description"] for name, ref in asked.items()}
+
+    def fetch(self, images: Sequence[ImageRef], experts: Sequence[Sequence[str]]) -> list[dict[str, Features]]:
+        """See `FeatureSource.fetch`. All experts work at once; the pictures of one are spread over its actors.
+
+        Raises:
+            ValueError: an expert that is not in this pool.
+            ImageError: a picture that cannot be read.
+        """
+        rows: dict[str, list[int]] = {}
+        for row, names in enumerate(experts):
+            for name in names:
+                rows.setdefault(name, []).append(row)
+        asked = []
+        for name, wanted in rows.items():
+            turns = cycle(self._of(name))
+            size = self.experts[name].batch_size
+            for at in range(0, len(wanted), size):
+                group = wanted[at : at + size]
+                asked.append((name, group, next(turns).features.remote([images[row] for row in group])))
+        out: list[dict[str, Features]] = [{} for _ in images]
+        for name, group, ref in asked:
+            for row, result in zip(group, ray.get(ref), strict=True):
+                if isinstance(result, ImageError):
+                    raise result
+                out[row][name] = result
+        return out
+
+    def close(self) -> None:
+        """Ends the actors."""
+        for actors in self._actors.values():
+            for actor in actors:
+                ray.kill(actor)
+        self._actors.clear()
+
+    def _of(self, name: str) -> list[Any]:
+        if name not in self.experts:
+            raise ValueError(f"no expert {name!r} in this pool; it serves {', '.join(self.experts)}")
+        if name not in self._actors:
+            how = self.experts[name]
+            remote = ray.remote(ExpertServer).options(
+                num_cpus=how.num_cpus, num_gpus=how.num_gpus, max_restarts=-1, max_task_retries=2
+            )
+            self._actors[name] = [
+                remote.remote(name, batch_size=how.batch_size, **how.server) for _ in range(how.actors)
+            ]
+        return self._actors[name]

@@ -1,0 +1,1 @@
+"""Where it runs: the Ray session and the placement of expert pools."""

@@ -1,0 +1,48 @@
+"""The Ray session a command works in: the cluster it was submitted to, or one of its own on this machine."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+# Read by Ray at import and when a process starts, so they stand before the import.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # the pipelines draw their own, one per expert
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar per worker that loads a model is noise
+
+if not os.environ.get("RAY_ADDRESS"):
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster started here answers nobody else on this machine
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data logs an "error" per actor pool (ray#53727)
+
+import ray
+
+LOCAL_CPUS = 4  # least slots of a cluster on this machine: three actors side by side and one for reading tasks
+
+
+@contextlib.contextmanager
+def ray_session(num_cpus: int | None = None) -> Iterator[dict[str, Any]]:
+    """Connects to the cluster that RAY_ADDRESS names, or starts one on this machine and stops it at the end.
+
+    Args:
+        num_cpus: CPU slots of a cluster started here; default its cores, at least `LOCAL_CPUS`.
+
+    Yields:
+        The cluster's resources. A session that is already open is used and left open.
+    """
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    remote = bool(os.environ.get("RAY_ADDRESS"))
+    own: dict[str, Any] = (
+        {} if remote else {"num_cpus": num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
+    )
+    with contextlib.redirect_stdout(sys.stderr):
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)  # errors of workers come as exceptions
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()

@@ -1,0 +1,463 @@
+"""The MoV-Adapter (paper section 3.2): fuses routed experts into the base tokens, led by picture and question.
+
+Shapes: B pictures, R of them routed to one expert, L tokens of an expert on its native grid, N tokens of the base grid,
+D width, C channels of an expert, E experts of the pool, T text width, H heads, K channels of a head.
+Every parameter and buffer has its published name: a published adapter loads without its prefix `model.mm_projector.`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init  # as torch.nn.init, but never touches what from_pretrained has loaded
+
+from mova_core.experts.expert import Features
+
+BERT_LARGE = {  # bert-large-uncased, the published text encoder
+    "vocab_size": 30522,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Sizes of a MoV-Adapter; the defaults are the published ones. `AdapterConfig(**config.to_dict())` gives it back.
+
+    Raises:
+        ValueError: sizes that do not fit each other; it names them.
+    """
+
+    expert_channels: Mapping[str, int]  # expert -> channels in pool order; (name, channels) pairs do as well
+    out_width: int  # hidden size of the LLM
+    width: int = 1024  # channels of the base encoder
+    grid: int = 48  # side of the base grid
+    blocks: int = 3
+    heads: int = 0  # of every attention; 0: one per 64 channels
+    topk: int = 3  # experts whose gate weight is kept when more are routed
+    text_encoder: Mapping[str, Any] = field(default_factory=lambda: dict(BERT_LARGE))  # fields of a BertConfig
+    text_width: int = 1024  # hidden size of the text encoder
+    freeze_text_encoder: bool = False
+    added: int = 0  # how many of the last experts joined by `MoVAdapter.add_expert`
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "expert_channels", dict(self.expert_channels))
+        object.__setattr__(self, "text_encoder", dict(self.text_encoder))
+        object.__setattr__(self, "heads", self.heads or self.width // 64)
+        if self.heads < 1 or self.width % self.heads or self.width // self.heads % 4:
+            raise ValueError(f"width {self.width} does not split into {self.heads} heads of a multiple of 4 channels")
+        if self.text_encoder.get("hidden_size") != self.text_width:
+            hidden = self.text_encoder.get("hidden_size")
+            raise ValueError(f"text_width is {self.text_width} but the text encoder's hidden_size is {hidden}")
+        if not 0 <= self.added < len(self.expert_channels):
+            raise ValueError(f"{self.added} of {len(self.expert_channels)} experts added: the pool must start with one")
+        for name in ("out_width", "grid", "blocks", "topk"):
+            if getattr(self, name) < 1 + (name == "grid"):
+                raise ValueError(f"{name} is {getattr(self, name)}, too small")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the pool as a list of pairs, JSON with sorted keys would lose a mapping's order."""
+        return dataclasses.asdict(self) | {"expert_channels": [list(pair) for pair in self.expert_channels.items()]}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "AdapterConfig":
+        """The inverse of `to_dict`."""
+        return cls(**plain)
+
+
+def align(tokens_RLC: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Tokens of an (H, W) grid to (R, side*side, C) in their dtype: bilinear, no antialias, in float32 (Eq. 1)."""
+    if grid == (side, side):
+        return tokens_RLC
+    plane_RCHW = tokens_RLC.float().unflatten(1, grid).permute(0, 3, 1, 2)
+    plane_RCHW = F.interpolate(plane_RCHW, size=(side, side), mode="bilinear", align_corners=False)
+    return plane_RCHW.permute(0, 2, 3, 1).flatten(1, 2).to(tokens_RLC.dtype)
+
+
+class Rope2D(nn.Module):
+    """Rotary positions on a square grid: the first half of a head turns with the row, the second with the column.
+
+    The tables are saved: a bf16 checkpoint was trained with tables rounded to bf16 and needs those.
+    """
+
+    freqs_cos: Tensor  # (N, K)
+    freqs_sin: Tensor  # (N, K)
+
+    def __init__(self, channels: int, grid: int):
+        super().__init__()
+        self.grid = grid
+        self.register_buffer("freqs_cos", torch.empty(grid * grid, channels))
+        self.register_buffer("freqs_sin", torch.empty(grid * grid, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        half = self.freqs_cos.shape[1] // 2
+        place = torch.arange(self.grid, dtype=torch.float32)
+        speed = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
+        turn = torch.outer(place, speed).repeat_interleave(2, dim=1)  # neighbours form a pair and turn together
+        angle_NK = torch.cat((turn.repeat_interleave(self.grid, dim=0), turn.repeat(self.grid, 1)), dim=1)
+        init.copy_(self.freqs_cos, angle_NK.cos())
+        init.copy_(self.freqs_sin, angle_NK.sin())
+
+    def forward(self, x_RNHK: Tensor) -> Tensor:
+        even, odd = x_RNHK.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+        return (x_RNHK * self.freqs_cos[:, None] + turned * self.freqs_sin[:, None]).type_as(x_RNHK)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero, so that the branch it ends starts silent (the gate: uniform)."""
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions and a norm before the output projection (sub-LN)."""
+
+    def __init__(self, width: int, source_width: int, heads: int, grid: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(source_width, width, bias=False)
+        self.v_proj = nn.Linear(source_width, width, bias=False)
+        self.rope = Rope2D(width // heads, grid)
+        self.inner_attn_ln = nn.LayerNorm(width)
+        self.proj = ZeroLinear(width, width)
+
+    def attend(self, q_RND: Tensor, k_RND: Tensor, v_RND: Tensor) -> Tensor:
+        q_RNHK, k_RNHK, v_RNHK = (t.unflatten(-1, (self.heads, -1)) for t in (q_RND, k_RND, v_RND))
+        qkv_RHNK = (t.transpose(1, 2) for t in (self.rope(q_RNHK), self.rope(k_RNHK), v_RNHK))
+        y_RHNK = F.scaled_dot_product_attention(*qkv_RHNK)
+        return self.proj(self.inner_attn_ln(y_RHNK.transpose(1, 2).flatten(2)))
+
+    def forward(self, x_RND: Tensor) -> Tensor:
+        return self.attend(self.q_proj(x_RND), self.k_proj(x_RND), self.v_proj(x_RND))
+
+
+def normalize(x: Tensor) -> Tensor:
+    """The part of a LayerNorm that has no parameters, in float32 or wider."""
+    return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])
+
+
+def project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    """`linear(norm(.))` of what went through `normalize`.
+
+    The norm's scale and shift go into the weight. So all experts of a block keep the same normalised base tokens for the
+    backward pass, all blocks an expert's, and as frozen features ask no gradient their keys and values train a third
+    cheaper.
+    """
+    dtype = linear.weight.dtype
+    if torch.finfo(dtype).bits < 32:  # there a scaled weight would be rounded once more
+        return linear(torch.addcmul(norm.bias, x, norm.weight).to(dtype))
+    return F.linear(x, linear.weight * norm.weight, linear.weight @ norm.bias)
+
+
+class ExpertKnowledgeExtractor(Attention):
+    """What one block learns from one expert: the base tokens ask, the expert's aligned tokens answer (Eq. 2)."""
+
+    def forward(  # type: ignore[override]
+        self, x_RND: Tensor, tokens_RNC: Tensor, norm_x: nn.LayerNorm, norm_tokens: nn.LayerNorm
+    ) -> Tensor:
+        """Both sides come normalised, but without their norm's scale and shift."""
+        q_RND = project(x_RND, norm_x, self.q_proj)
+        return self.attend(q_RND, *(project(tokens_RNC, norm_tokens, proj) for proj in (self.k_proj, self.v_proj)))
+
+
+class DynamicGatingNetwork(nn.Sequential):
+    """How much each routed expert counts, from the question's feature and the mean of the picture's tokens (Eq. 3).
+
+    A softmax over the routed experts, cut to the `topk` largest and renormalised. The last `added` experts joined a
+    trained pool: each has a sigmoid of its own instead, so that its arrival takes no weight from the others.
+    """
+
+    def __init__(self, width: int, text_width: int, experts: int, topk: int, added: int = 0):
+        super().__init__(nn.Linear(text_width + width, width), nn.GELU(), ZeroLinear(width, experts))
+        self.topk = topk
+        self.added = added
+
+    def add_expert(self) -> None:
+        """One more row of logits, zero; the rows that are there keep their values."""
+        old = cast(ZeroLinear, self[2])
+        new = ZeroLinear(old.in_features, old.out_features + 1).to(old.weight)
+        with torch.no_grad():
+            new.weight[:-1] = old.weight
+            new.bias[:-1] = old.bias
+        self[2] = new.requires_grad_(old.weight.requires_grad)
+        self.added += 1
+
+    def forward(self, x_BND: Tensor, text_BT: Tensor, routing_BE: Tensor) -> Tensor:  # type: ignore[override]
+        """Gate weights (B, E) in float32; zero for every expert that is not routed."""
+        logit_BE = super().forward(torch.cat((text_BT, x_BND.mean(1)), dim=1)).float()
+        first = logit_BE.shape[1] - self.added
+        chosen = routing_BE[:, :first]
+        weight = logit_BE[:, :first].masked_fill(~chosen, torch.finfo(torch.float32).min).softmax(1)
+        kept = torch.zeros_like(chosen).scatter_(1, weight.topk(min(self.topk, first), dim=1).indices, True)
+        weight = weight * (kept & chosen)
+        weight = weight / weight.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)  # none routed: all 0
+        return torch.cat((weight, logit_BE[:, first:].sigmoid() * routing_BE[:, first:]), dim=1)
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP with a norm before its output projection (sub-LN)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        hidden = int(width * 8 / 3)
+        self.w1 = nn.Linear(width, hidden)
+        self.w2 = nn.Linear(width, hidden)
+        self.ffn_ln = nn.LayerNorm(hidden)
+        self.w3 = ZeroLinear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm self-attention and MLP over the base tokens."""
+
+    def __init__(self, width: int, heads: int, grid: int):
+        super().__init__()
+        self.norm3 = nn.LayerNorm(width)
+        self.self_attn = Attention(width, width, heads, grid)
+        self.norm4 = nn.LayerNorm(width)
+        self.mlp = SwiGLU(width)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = x_BND + self.self_attn(self.norm3(x_BND))
+        return x_BND + self.mlp(self.norm4(x_BND))
+
+
+class Routed(NamedTuple):
+    """One expert's tokens, aligned and normalised, for the pictures that are routed to it."""
+
+    expert: int  # index in the pool
+    rows_R: Tensor  # which pictures of the batch
+    tokens_RNC: Tensor
+
+
+class MoVAdapterBlock(TransformerBlock):
+    """Expert knowledge extractors weighted by the gate, then the transformer block."""
+
+    def __init__(self, config: AdapterConfig):
+        super().__init__(config.width, config.heads, config.grid)
+        self.cross_attn = nn.ModuleList()
+        self.norm1 = nn.ModuleList()
+        self.norm2 = nn.ModuleList()
+        for channels in config.expert_channels.values():
+            self._append(channels)
+        experts = len(config.expert_channels)
+        self.gate = DynamicGatingNetwork(config.width, config.text_width, experts, config.topk, config.added)
+
+    def _append(self, channels: int) -> None:
+        attention, like = self.self_attn, self.norm3.weight
+        extractor = ExpertKnowledgeExtractor(len(like), channels, attention.heads, attention.rope.grid)
+        self.cross_attn.append(extractor.to(like))
+        self.norm1.append(nn.LayerNorm(len(like)).to(like))
+        self.norm2.append(nn.LayerNorm(channels).to(like))
+
+    def add_expert(self, channels: int) -> None:
+        self._append(channels)
+        self.gate.add_expert()
+
+    def forward(  # type: ignore[override]
+        self, x_BND: Tensor, text_BT: Tensor, routing_BE: Tensor, routed: Sequence[Routed]
+    ) -> tuple[Tensor, Tensor]:
+        """The next tokens (B, N, D) and the gate weights (B, E)."""
+        gate_BE = self.gate(x_BND, text_BT, routing_BE)
+        normed_BND, learned_BND = normalize(x_BND), torch.zeros_like(x_BND)
+        for expert, rows_R, tokens_RNC in routed:
+            x_RND = normed_BND if len(rows_R) == len(x_BND) else normed_BND.index_select(0, rows_R)
+            y_RND = self.cross_attn[expert](x_RND, tokens_RNC, self.norm1[expert], self.norm2[expert])
+            y_RND = y_RND * gate_BE[rows_R, expert, None, None].to(x_BND.dtype)
+            learned_BND.index_add_(0, rows_R, y_RND)
+        return super().forward(x_BND + learned_BND), gate_BE
+
+
+class TextEncoder(nn.Module):
+    """BERT read in both directions; the question's feature is its [CLS] token of the last layer."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        from transformers import BertConfig, BertModel  # three seconds that only who builds one should wait
+
+        self.bert = BertModel(BertConfig.from_dict(dict(config)), add_pooling_layer=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        limit = self.bert.config.max_position_embeddings
+        if input_ids.shape[1] > limit:
+            raise ValueError(f"the gate's text has {input_ids.shape[1]} tokens, its encoder reads {limit}: truncate it")
+        return self.bert(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+
+
+class MoVAdapter(nn.Module):
+    """Base tokens and the routed experts' features to visual tokens for the LLM.
+
+    An expert's cross-attentions and the alignment of its features run only for the pictures routed to it, in every
+    batch, in training as in inference. Parameters of an expert that no picture of the batch is routed to get no
+    gradient, so DistributedDataParallel needs `find_unused_parameters=True`.
+
+    With `gradient_checkpointing` set (transformers' `gradient_checkpointing_enable` sets it) the backward pass
+    recomputes the blocks.
+    """
+
+    def __init__(self, config: AdapterConfig):
+        super().__init__()
+        from timm.layers import LayerNormAct2d  # half a second that only who builds an adapter should wait
+        from timm.models.regnet import RegStage
+
+        self.config = config
+        self.gradient_checkpointing = False
+        self.text_encoder = TextEncoder(config.text_encoder)
+        self.text_encoder.requires_grad_(not config.freeze_text_encoder)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2, config.width))
+        self.blocks = nn.ModuleList(MoVAdapterBlock(config) for _ in range(config.blocks))
+        stage = partial(RegStage, stride=1, dilation=1, linear_out=True, act_layer=nn.SiLU, norm_layer=LayerNormAct2d)
+        before, after = (stage(1, config.width, config.width) for _ in range(2))
+        self.downsample = nn.Sequential(before, nn.AdaptiveAvgPool2d(config.grid // 2), after)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, config.out_width), nn.GELU(), nn.Linear(config.out_width, config.out_width)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.pos_embed)
+        for name, parameter in self.downsample.named_parameters():
+            if name.endswith("conv3.bn.weight"):  # a residual block starts as the identity
+                init.zeros_(parameter)
+
+    def init_weights(self) -> None:
+        """The published initialisation, of everything but the text encoder, which initialises itself.
+
+        A PreTrainedModel that holds an adapter gets the same from an `_init_weights(module)` that calls
+        `module.reset_parameters()` on the adapter's modules; what `from_pretrained` has loaded stays as it is.
+        """
+
+        def reset(module: nn.Module) -> None:
+            for child in module.children():  # before its parent, which may set some of it to zero
+                if child is not self.text_encoder:
+                    reset(child)
+            if own := getattr(module, "reset_parameters", None):
+                own()
+
+        reset(self)
+
+    def train(self, mode: bool = True) -> "MoVAdapter":
+        super().train(mode)
+        if self.config.freeze_text_encoder:
+            self.text_encoder.eval()  # what cannot learn should not drop out either
+        return self
+
+    def add_expert(self, name: str, channels: int) -> None:
+        """Lets the pool grow by one expert, last in routing order; call it before the optimizer is made.
+
+        Its extractors start at zero output and its gate takes no weight from the others, so every output stays what it
+        was, whether or not a picture is routed to it, until it is trained.
+
+        Raises:
+            ValueError: the pool has an expert of that name.
+        """
+        pool = self.config.expert_channels
+        if name in pool:
+            raise ValueError(f"the pool has an expert {name} already")
+        self.config = dataclasses.replace(
+            self.config, expert_channels={**pool, name: channels}, added=self.config.added + 1
+        )
+        for block in self.blocks:
+            cast(MoVAdapterBlock, block).add_expert(channels)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The question's feature (B, T) for the gate, from BERT token ids (B, length) and their mask.
+
+        Raises:
+            ValueError: more tokens than the text encoder has positions for.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
+            return self.text_encoder(input_ids, attention_mask)
+
+    def forward(
+        self,
+        base: Tensor,
+        experts: Mapping[str, Features],
+        routing: Tensor,
+        text: Mapping[str, Tensor] | Tensor,
+        return_gates: bool = False,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Fuses the routed experts into the base tokens.
+
+        Args:
+            base: (B, N, D) tokens of the base encoder, row-major on the base grid.
+            experts: features by expert on their native grids, of any dtype and device. Tokens are (B, L, C), or
+                (R, L, C) with only the pictures routed to the expert, in batch order. An expert that no picture is
+                routed to may be absent.
+            routing: bool (B, E) in pool order.
+            text: `input_ids` and `attention_mask` for the text encoder, or features (B, T) from `encode_text`. One row
+                serves the whole batch.
+            return_gates: also return the gate weights (B, E) of every block, float32 and detached.
+
+        Returns:
+            visual tokens (B, N/4, out_width) in the adapter's dtype.
+
+        Raises:
+            ValueError: a shape that does not fit, or features missing for a routed expert; it names which.
+        """
+        config = self.config
+        if base.shape[1:] != (config.grid**2, config.width):
+            raise ValueError(f"base is {tuple(base.shape)}, the adapter takes (B, {config.grid**2}, {config.width})")
+        base_BND = base.to(self.pos_embed.dtype)
+        routed = self._route(experts, routing, base_BND)
+        text_BT = self.encode_text(text["input_ids"], text.get("attention_mask")) if isinstance(text, Mapping) else text
+        if text_BT.ndim != 2 or text_BT.shape[0] not in (1, len(base)) or text_BT.shape[1] != config.text_width:
+            raise ValueError(f"text is {tuple(text_BT.shape)}, the gate takes ({len(base)} or 1, {config.text_width})")
+        text_BT = text_BT.to(base_BND.dtype).expand(len(base), -1)
+
+        x_BND = base_BND + self.pos_embed
+        gates = []
+        for block in self.blocks:
+            inputs = (x_BND, text_BT, routing, routed)
+            recompute = self.gradient_checkpointing and self.training
+            x_BND, gate_BE = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            gates.append(gate_BE.detach())
+        x_BND = (x_BND + base_BND) / 2
+        plane_BDHW = x_BND.unflatten(1, (config.grid, config.grid)).permute(0, 3, 1, 2)
+        out = self.mlp(self.downsample(plane_BDHW).flatten(2).transpose(1, 2))
+        return (out, gates) if return_gates else out
+
+    def _route(self, experts: Mapping[str, Features], routing: Tensor, base_BND: Tensor) -> list[Routed]:
+        """Per routed expert its rows of the batch and their features on base's device and in its dtype."""
+        batch, pool, side = len(base_BND), self.config.expert_channels, self.config.grid
+        if routing.shape != (batch, len(pool)) or routing.dtype != torch.bool:
+            takes = f"torch.bool ({batch}, {len(pool)}): pictures x {', '.join(pool)}"
+            raise ValueError(f"routing is {routing.dtype} {tuple(routing.shape)}, the adapter takes {takes}")
+        if unknown := sorted(set(experts) - set(pool)):
+            raise ValueError(f"features of {', '.join(unknown)}, which the pool ({', '.join(pool)}) does not have")
+        routed = []
+        for index, (mask_B, (name, channels)) in enumerate(zip(routing.cpu().unbind(1), pool.items(), strict=True)):
+            rows_R = mask_B.nonzero().squeeze(1)
+            if name not in experts:
+                if len(rows_R):
+                    raise ValueError(f"pictures {rows_R.tolist()} are routed to {name}, but its features are missing")
+                continue
+            tokens, grid = experts[name]
+            shape = (len(tokens), grid[0] * grid[1], channels)
+            if tokens.shape != shape:
+                asked = f"a {grid[0]}x{grid[1]} grid of {channels} channels is {shape}"
+                raise ValueError(f"{name}: tokens are {tuple(tokens.shape)}, but {asked}")
+            if len(tokens) not in (len(rows_R), batch):
+                asked = f"{len(rows_R)} of {batch} pictures are routed to it"
+                raise ValueError(f"{name}: {len(tokens)} rows of features, but {asked}")
+            if len(rows_R):
+                if len(tokens) != len(rows_R):
+                    tokens = tokens.index_select(0, rows_R.to(tokens.device))
+                tokens_RNC = normalize(align(tokens.to(base_BND), grid, side))
+                routed.append(Routed(index, rows_R.to(base_BND.device), tokens_RNC))
+        return routed

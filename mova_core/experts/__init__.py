@@ -1,0 +1,165 @@
+"""The pool of vision experts: one registry, listed without importing any network."""
+
+import importlib
+import os
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+
+from mova_core.experts.expert import ExpertCard, Features, VisionExpert, fingerprint
+from mova_core.experts.weights import WeightsError, read_weights, unfitting
+
+__all__ = [
+    "BASE",
+    "EXPERTS",
+    "ExpertCard",
+    "Features",
+    "VisionExpert",
+    "WeightsError",
+    "expert_card",
+    "expert_class",
+    "fingerprint",
+    "load_expert",
+    "register",
+]
+
+BASE = "clip"
+EXPERTS = ("dinov2", "vary", "codetr", "pix2struct", "deplot", "biomedclip", "sam")  # routing order A..G
+ARCH_WORDS = {"width", "depth", "heads", "mlp_hidden", "channels", "patch_size", "image_size", "pos_grid"}
+ARCH_WORDS |= {"window_size", "global_blocks"}
+
+_MODULES = {name: f"mova_core.experts.{name}" for name in (BASE, *EXPERTS)}  # imported when first asked for
+_REGISTRY: dict[str, type[VisionExpert]] = {}
+
+_Expert = TypeVar("_Expert", bound=type[VisionExpert])
+
+
+def register(expert: _Expert) -> _Expert:
+    """Class decorator: adds a VisionExpert to the pool under its card's name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    name = expert.card.name
+    if name in _REGISTRY or _MODULES.get(name, expert.__module__) != expert.__module__:
+        taken = _REGISTRY[name].__qualname__ if name in _REGISTRY else _MODULES[name]
+        raise ValueError(f"expert name {name!r} is taken by {taken}; choose another for {expert.__qualname__}")
+    _REGISTRY[name] = expert
+    return expert
+
+
+def expert_class(name: str) -> type[VisionExpert]:
+    """The class registered under `name`.
+
+    Raises:
+        ValueError: no such expert; the message lists those there are.
+    """
+    if name not in _REGISTRY and name in _MODULES:
+        importlib.import_module(_MODULES[name])
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown expert {name!r}; there are {', '.join(dict.fromkeys((*_MODULES, *_REGISTRY)))}")
+    return _REGISTRY[name]
+
+
+def expert_card(name: str) -> ExpertCard:
+    """What the pool knows of an expert without building it. An unknown name is a ValueError that lists the known."""
+    return expert_class(name).card
+
+
+def load_expert(
+    name: str,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    size: Literal["full", "mini"] | str = "full",
+    arch: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> VisionExpert:
+    """An expert, frozen and in eval mode.
+
+    Args:
+        name: in the registry.
+        weights: a state dict, a local file or folder, or a hub id, in public names, in ours, or a published MoVA
+            checkpoint that holds this expert among others. None takes the card's public weights for the full expert;
+            for mini, or an arch of your own, a fixed random network, the same in every process.
+        size: "full", the published numbers, or "mini".
+        arch: overrides on top of the size's arch.
+        device, dtype: where and in what the parameters are kept.
+
+    Raises:
+        ValueError: unknown name, size or arch word.
+        WeightsError: weights not there, torn, or not fitting exactly; missing and unexpected names are listed.
+    """
+    expert_type = expert_class(name)
+    full_arch = _arch(expert_type.card, size, arch or {})
+    with init_empty_weights(include_buffers=False):  # nothing is drawn or allocated only to be overwritten
+        expert = expert_type(full_arch)
+    if weights is None and size == "full" and not arch:
+        weights = expert_type.card.weights
+    if weights is None:
+        state = expert.state_dict() | _draw(expert)
+    else:
+        state = expert_type.from_public(_read(name, weights), full_arch)
+    _check_fit(expert, state, weights if isinstance(weights, (str, os.PathLike)) else "this state dict")
+    if isinstance(weights, Mapping):
+        state = {key: tensor.detach().clone() for key, tensor in state.items()}  # the caller's stay the caller's
+    expert.load_state_dict({key: state[key] for key in expert.state_dict()}, assign=True)
+    return expert.to(device, dtype).eval().requires_grad_(False)
+
+
+def _arch(card: ExpertCard, size: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    if size not in ("full", "mini"):
+        raise ValueError(f"unknown size {size!r}; there are full, mini")
+    base = dict(getattr(card, size))
+    words = ARCH_WORDS | base.keys()
+    if unknown := overrides.keys() - words:
+        listed = ", ".join(sorted(words))
+        raise ValueError(f"{card.name}: unknown arch word {', '.join(sorted(unknown))}; there are {listed}")
+    if "width" in overrides and base.get("channels") == base.get("width"):
+        base["channels"] = overrides["width"]  # features as wide as the network stay so
+    return base | dict(overrides)
+
+
+def _read(name: str, weights: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict, of a published MoVA checkpoint only this expert's part."""
+    tower = f"model.vision_tower.vision_tower_{(BASE, *EXPERTS).index(name)}." if name in (BASE, *EXPERTS) else ""
+    if not isinstance(weights, Mapping):
+        return read_weights(weights, part=tower)
+    part = {key.removeprefix(tower): tensor for key, tensor in weights.items() if key.startswith(tower)}
+    return part or dict(weights)
+
+
+def _draw(expert: VisionExpert) -> dict[str, Tensor]:
+    """Random parameters: norms 1 and 0, all else uniform with variance 1/fan_in, so that features stay lively in depth.
+
+    The same bits everywhere: published names, because installed libraries differ in theirs, and uniform numbers,
+    because torch's normal ones depend on the processor.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(expert.card.name.encode()))
+    drawn = {}
+    for name, empty in sorted(expert.to_public(dict(expert.named_parameters()), expert.arch).items()):
+        if empty.ndim <= 1:
+            drawn[name] = torch.zeros(empty.shape) if name.endswith("bias") else torch.ones(empty.shape)
+        else:
+            fan_in = empty.numel() // empty.shape[0]
+            deviation = max(0.02, fan_in**-0.5)
+            drawn[name] = (torch.rand(empty.shape, generator=generator) - 0.5) * (deviation * 12**0.5)
+    return expert.from_public(drawn, expert.arch)
+
+
+def _check_fit(expert: VisionExpert, state: Mapping[str, Tensor], source: object) -> None:
+    needed = expert.state_dict()
+    problem = unfitting(
+        missing=needed.keys() - state.keys(),
+        unexpected=state.keys() - needed.keys(),
+        shapes=(
+            f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+            for key, tensor in needed.items()
+            if key in state and state[key].shape != tensor.shape
+        ),
+    )
+    if problem:
+        raise WeightsError(f"{source} does not fit expert {expert.card.name!r} of arch {expert.arch}: {problem}")

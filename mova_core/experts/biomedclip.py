@@ -1,0 +1,92 @@
+"""BiomedCLIP's image encoder (timm's ViT-B/16): biomedical pictures; expert F.
+
+Zhang et al. 2023, "BiomedCLIP" (arXiv 2303.00915). MoVA feeds it CLIP's picture, so in CLIP's normalisation, shrunk.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mova_core.experts import register
+from mova_core.experts.expert import ExpertCard, Features, VisionExpert
+from mova_core.images import Compat, ImageSource, clip_pixels
+
+OTHER_PARTS = ("text.", "head.", "logit_scale", "logit_bias")
+
+
+@register
+class BiomedCLIP(VisionExpert):
+    """224 px -> 14x14 tokens of 768 channels, after the final norm and without the class token.
+
+    An arch word of its own: `picture_size`, the side at which pictures are prepared, the base encoder's.
+    """
+
+    preprocessing = "square-clip-bicubic-bilinear-1"
+    card = ExpertCard(
+        name="biomedclip",
+        title="BiomedCLIP ViT-B/16",
+        description="This model is a foundation model designed for biomedical vision-language processing.",
+        weights="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        full=dict(
+            width=768,
+            depth=12,
+            heads=12,
+            mlp_hidden=3072,
+            patch_size=16,
+            image_size=224,
+            picture_size=672,
+            channels=768,
+        ),
+        mini=dict(
+            width=64,
+            depth=2,
+            heads=2,
+            mlp_hidden=256,
+            patch_size=16,
+            image_size=64,
+            picture_size=168,
+            channels=64,
+        ),
+    )
+
+    def __init__(self, arch: Mapping[str, Any]):
+        super().__init__(arch)
+        from timm.models.vision_transformer import VisionTransformer  # seconds to import, so only where it is built
+
+        self.trunk = VisionTransformer(
+            img_size=arch["image_size"],
+            patch_size=arch["patch_size"],
+            embed_dim=arch["width"],
+            depth=arch["depth"],
+            num_heads=arch["heads"],
+            mlp_ratio=arch["mlp_hidden"] / arch["width"],
+            num_classes=0,
+            global_pool="",
+        )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.arch["image_size"] // self.arch["patch_size"]
+        return side, side
+
+    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+        """`pixel_values` (B, 3, image_size, image_size) float32: CLIP's pixels, shrunk as MoVA's tower shrinks them."""
+        return {"pixel_values": self._shrink(clip_pixels(images, self.arch["picture_size"], compat))}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Features:
+        """`pixel_values` (B, 3, h, w) of any size, resized to image_size -> tokens (B, H*W, C)."""
+        pixels = self._shrink(batch["pixel_values"]).to(self.trunk.patch_embed.proj.weight.dtype)
+        return Features(self.trunk.forward_features(pixels)[:, 1:], self.grid)
+
+    def _shrink(self, pixels_B3hw: Tensor) -> Tensor:
+        # No antialiasing, as published: 672 -> 224 keeps every third pixel of every third row.
+        size = (self.arch["image_size"], self.arch["image_size"])
+        return F.interpolate(pixels_B3hw.float(), size=size, mode="bilinear", align_corners=False)
+
+    @classmethod
+    def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """From open_clip's checkpoint (visual.trunk.*) or a published MoVA tower; text and projection are left out."""
+        names = {name.removeprefix("visual."): tensor for name, tensor in state_dict.items()}
+        return {name: tensor for name, tensor in names.items() if not name.startswith(OTHER_PARTS)}

@@ -1,0 +1,233 @@
+"""Co-DETR's backbone (ViT-L, EVA-02 style) with one level of its feature pyramid: objects and where they are; expert C.
+
+Zong et al. 2023, "DETRs with Collaborative Hybrid Assignments Training" (arXiv 2211.12860). In MoVA it reads Vary's
+picture, normalised as CLIP's, enlarged 1024 -> 1280 by repeating pixels, and its 80x80 map is shrunk to 37x37.
+
+Shapes: B images, H x W patches, S side of an attended square, T = S*S its tokens, G squares in all, D width, A heads,
+K = D/A head width, C channels.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mova_core.experts import register
+from mova_core.experts.expert import ExpertCard, Features, VisionExpert
+from mova_core.experts.window_vit import NORM_EPS, PatchEmbed, check_arch, from_windows, neck, to_windows
+from mova_core.images import Compat, ImageSource, clip_pixels
+
+ROTARY_SPAN = 16  # a square of any side spans these positions: the grid that the network was first trained on
+DETECTOR = ("neck.", "query_head.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
+
+
+class Rotary(nn.Module):
+    """Rotary positions on a square: half of the channel pairs turn with the row, half with the column."""
+
+    freqs_cos: Tensor  # (T, K), every angle twice, as published
+    freqs_sin: Tensor
+
+    def __init__(self, head_width: int, side: int):
+        super().__init__()
+        half = head_width // 2
+        speed = 1.0 / (10000 ** (torch.arange(0, half, 2).float() / half))
+        turn = (torch.arange(side) / side * ROTARY_SPAN)[:, None] * speed
+        angle = torch.cat((turn[:, None].expand(side, side, -1), turn[None].expand(side, side, -1)), dim=-1)
+        angle_TK = angle.flatten(0, 1).repeat_interleave(2, dim=-1)
+        self.register_buffer("freqs_cos", angle_TK.cos())
+        self.register_buffer("freqs_sin", angle_TK.sin())
+
+    def forward(self, x_GTAK: Tensor) -> Tensor:
+        """Turn the neighbouring channels (0, 1), (2, 3), ... of queries or keys."""
+        even, odd = x_GTAK.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = self.freqs_cos[:, None, ::2], self.freqs_sin[:, None, ::2]
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+class RotaryAttention(nn.Module):
+    """Attention with rotary positions over the S x S windows of a map, or over the whole map (`window` None)."""
+
+    def __init__(self, width: int, heads: int, window: int | None):
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BHWD: Tensor, rotary: Rotary) -> Tensor:
+        _, H, W, _ = x_BHWD.shape
+        q, k, v = (self._heads(linear(x_BHWD), linear.bias) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = rotary(q).transpose(1, 2), rotary(k).transpose(1, 2), v.transpose(1, 2)
+        x_GTD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(from_windows(x_GTD, self.window, H, W) if self.window else x_GTD.unflatten(1, (H, W)))
+
+    def _heads(self, x_BHWD: Tensor, bias_D: Tensor | None) -> Tensor:
+        x_GTD = to_windows(x_BHWD, self.window, bias_D) if self.window else x_BHWD.flatten(1, 2)
+        return x_GTD.unflatten(-1, (self.heads, -1))
+
+
+class SwiGLU(nn.Module):
+    """EVA-02's gated feed-forward, with a norm before its output projection."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden)
+        self.w2 = nn.Linear(width, hidden)
+        self.ffn_ln = nn.LayerNorm(hidden, eps=NORM_EPS)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block on a map (B, H, W, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_hidden: int, window: int | None):
+        super().__init__()
+        self.windowed = window is not None
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = RotaryAttention(width, heads, window)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = SwiGLU(width, mlp_hidden)
+
+    def forward(self, x_BHWD: Tensor, rotary: Rotary) -> Tensor:
+        x_BHWD = x_BHWD + self.attn(self.norm1(x_BHWD), rotary)
+        return x_BHWD + self.mlp(self.norm2(x_BHWD))
+
+
+@register
+class CoDETR(VisionExpert):
+    """1280 px -> 80x80 patches -> 37x37 tokens of 256 channels. `pos_grid` is the side of its position table."""
+
+    preprocessing = "square-clip-bicubic-1"
+    card = ExpertCard(
+        name="codetr",
+        title="Co-DETR ViT-L",
+        description="This model is a state-of-the-art object detector that can identify objects in images.",
+        weights="zongzhuofan/co-detr-vit-large-coco",
+        full=dict(
+            width=1024,
+            depth=24,
+            heads=16,
+            mlp_hidden=2730,
+            patch_size=16,
+            image_size=1280,
+            window_size=16,
+            global_blocks=(5, 11, 17, 23),
+            channels=256,
+            pos_grid=80,
+        ),
+        mini=dict(
+            width=64,
+            depth=2,
+            heads=2,
+            mlp_hidden=170,
+            patch_size=16,
+            image_size=160,
+            window_size=4,
+            global_blocks=(1,),
+            channels=32,
+            pos_grid=10,
+        ),
+    )
+
+    def __init__(self, arch: Mapping[str, Any]):
+        super().__init__(arch)
+        check_arch(arch)
+        width, heads = arch["width"], arch["heads"]
+        if width // heads % 4:
+            raise ValueError(f"width {width} over heads {heads} must be a multiple of 4: pairs turn with row or column")
+        self.side = arch["image_size"] // arch["patch_size"]
+        self.patch_embed = PatchEmbed(arch["patch_size"], width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + arch["pos_grid"] ** 2, width))  # first, an unused class's
+        self.rope_win = Rotary(width // heads, arch["window_size"])
+        self.rope_glb = Rotary(width // heads, self.side)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, arch["mlp_hidden"], None if index in arch["global_blocks"] else arch["window_size"])
+            for index in range(arch["depth"])
+        )
+        self.out_norm = nn.LayerNorm(width, eps=1e-5)
+        self.neck = neck(width, arch["channels"], activation=True)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = round(self.side * 37 / 80)
+        return side, side
+
+    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+        """`pixel_values` (B, 3, h, h) float32, h 4/5 of image_size: a padded square, bicubic, normalised as CLIP's."""
+        return {"pixel_values": clip_pixels(images, self.arch["image_size"] * 4 // 5, compat)}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Features:
+        """`pixel_values` (B, 3, h, w) of any size, enlarged to image_size -> tokens (B, H*W, C)."""
+        dtype = self.pos_embed.dtype
+        pixels = F.interpolate(batch["pixel_values"].to(dtype), size=(self.arch["image_size"],) * 2, mode="nearest")
+        x_BHWD = self.patch_embed(pixels) + self._positions()
+        for block in self.blocks:
+            x_BHWD = block(x_BHWD, self.rope_win if block.windowed else self.rope_glb)
+        map_BCHW = self.neck(self.out_norm(x_BHWD).permute(0, 3, 1, 2))
+        small = F.interpolate(map_BCHW.float(), size=self.grid, mode="bilinear", align_corners=False)
+        return Features(small.to(dtype).flatten(2).transpose(1, 2), self.grid)
+
+    def _positions(self) -> Tensor:
+        return _resize_grid(self.pos_embed[:, 1:], self.side).unflatten(1, (self.side, self.side))
+
+    @classmethod
+    def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """From a Co-DETR ViT-L detector (.pth) or a published MoVA tower.
+
+        A detector's positions and patches are resized to this arch (bicubic, as its authors load them), the level of
+        its pyramid at the patches' own scale (neck.p4) becomes the neck, its heads are left out. Rotary tables follow
+        from the arch, so they may be absent, and the blocks' copies of them are left out.
+        """
+        detector = any(name.startswith("backbone.") for name in state_dict)
+        ours = {}
+        for name, tensor in state_dict.items():
+            if detector:
+                if name.startswith("backbone.rope") or (name.startswith(DETECTOR) and not name.startswith("neck.p4.")):
+                    continue
+                name = name.removeprefix("backbone.").replace("neck.p4.", "neck.")
+            if re.fullmatch(r"blocks\.\d+\.attn\.rope\.freqs_(cos|sin)", name):
+                continue
+            ours[re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name)] = tensor
+        if detector and (positions := ours.get("pos_embed")) is not None:
+            grid = _resize_grid(positions[:, 1:], arch["pos_grid"])
+            ours["pos_embed"] = torch.cat((positions[:, :1], grid), dim=1)
+        if detector and (patches := ours.get("patch_embed.proj.weight")) is not None:
+            size = (arch["patch_size"], arch["patch_size"])
+            if patches.shape[-2:] != size:
+                resized = F.interpolate(patches.float(), size=size, mode="bicubic", align_corners=False)
+                ours["patch_embed.proj.weight"] = resized.to(patches.dtype)
+        sides = {"rope_win": arch["window_size"], "rope_glb": arch["image_size"] // arch["patch_size"]}
+        for name, side in sides.items():
+            for key, table in Rotary(arch["width"] // arch["heads"], side).state_dict().items():
+                ours.setdefault(f"{name}.{key}", table)
+        return ours
+
+    @classmethod
+    def to_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """To the published tower's names, with a copy of its rotary tables in every block."""
+        bias = re.compile(r"\.attn\.([qv])_proj\.bias$")
+        public = {bias.sub(r".attn.\1_bias", name): tensor for name, tensor in state_dict.items()}
+        for index in range(arch["depth"]):
+            tables = "rope_glb" if index in arch["global_blocks"] else "rope_win"
+            for key in ("freqs_cos", "freqs_sin"):
+                if f"{tables}.{key}" in public:
+                    public[f"blocks.{index}.attn.rope.{key}"] = public[f"{tables}.{key}"]
+        return public
+
+
+def _resize_grid(table_1ND: Tensor, side: int) -> Tensor:
+    """A square table of positions (1, N, D) to (1, side*side, D), bicubic in float32 where it is of another size."""
+    old = math.isqrt(table_1ND.shape[1])
+    if old == side or old**2 != table_1ND.shape[1]:  # not a square: left to the strict loading to refuse
+        return table_1ND
+    table_1DHW = table_1ND.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    resized = F.interpolate(table_1DHW, size=(side, side), mode="bicubic", align_corners=False)
+    return resized.flatten(2).transpose(1, 2).to(table_1ND.dtype)

@@ -1,0 +1,156 @@
+"""DINOv2-giant (Oquab et al. 2023, arXiv 2304.07193): spatial and semantic features of natural images; expert A.
+
+Legend: B images, N patches, D width, H x W patches.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from torch import Tensor
+
+from mova_core.experts import register
+from mova_core.experts.expert import Compat, ExpertCard, Features, VisionExpert
+from mova_core.images import ImageSource, square_pixels
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+PREFIX = "dinov2."
+OTHER_PARTS = ("classifier.",)
+RENAMED = {  # published name -> name in newer transformers
+    "attention.attention.query": "attention.q_proj",
+    "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj",
+    "attention.output.dense": "attention.o_proj",
+    "mlp.weights_out": "mlp.down_proj",
+}
+POSITIONS = "embeddings.position_embeddings"
+FUSED, GATE, UP = "mlp.weights_in", "mlp.gate_proj", "mlp.up_proj"  # published: gate over up in one matrix
+
+
+@register
+class Dinov2(VisionExpert):
+    """518 px -> 37x37 tokens of 1536 channels: the last layer but one, without final norm and class token.
+
+    An arch word of its own: `picture_size`, the side at which pictures are prepared (the base encoder's; the network
+    shrinks them). `mlp_hidden` of four times the width asks for the plain GELU MLP instead of SwiGLU. `pos_grid` is the
+    side of the trained position table; without it, loading resizes the table to the picture's grid.
+    """
+
+    preprocessing = "square-dinov2-bicubic-bilinear-1"
+    card = ExpertCard(
+        name="dinov2",
+        title="DINOv2-giant",
+        description="This model can effectively extract the accurate spatial and semantic information from "
+        "natural images.",
+        weights="facebook/dinov2-giant",
+        full=dict(width=1536, depth=40, heads=24, patch_size=14, image_size=518, picture_size=672, channels=1536),
+        mini=dict(width=96, depth=3, heads=3, patch_size=14, image_size=126, picture_size=168, channels=96),
+    )
+
+    def __init__(self, arch: Mapping[str, Any]):
+        super().__init__(arch)
+        swiglu_hidden = (arch["width"] * 8 // 3 + 7) // 8 * 8
+        mlp_hidden = arch.get("mlp_hidden", swiglu_hidden)
+        if mlp_hidden not in (swiglu_hidden, 4 * arch["width"]):
+            choice = f"{swiglu_hidden} (SwiGLU) or {4 * arch['width']} (GELU)"
+            raise ValueError(f"dinov2 of width {arch['width']} needs mlp_hidden {choice}, not {mlp_hidden}")
+        network = _network(
+            hidden_size=arch["width"],
+            num_hidden_layers=arch["depth"],
+            num_attention_heads=arch["heads"],
+            patch_size=arch["patch_size"],
+            image_size=arch.get("pos_grid", self.grid[0]) * arch["patch_size"],
+            use_swiglu_ffn=mlp_hidden == swiglu_hidden,
+        )
+        self.embeddings, self.encoder, self.layernorm = network.embeddings, network.encoder, network.layernorm
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.arch["image_size"] // self.arch["patch_size"]
+        return side, side
+
+    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+        """`pixel_values` (B, 3, picture_size, picture_size) float32: padded to a square, bicubic, ImageNet's norm."""
+        return {"pixel_values": square_pixels(images, self.arch["picture_size"], MEAN, STD, compat)}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Features:
+        """`pixel_values` (B, 3, h, w), shrunk to image_size where wider -> tokens (B, H*W, C)."""
+        pixels, side = batch["pixel_values"], self.arch["image_size"]
+        if pixels.shape[-1] > side:  # without antialiasing, as published
+            pixels = F.interpolate(pixels.float(), size=(side, side), mode="bilinear", align_corners=False)
+        map_BDHW = self.embeddings.patch_embeddings.projection(pixels.to(self.embeddings.cls_token.dtype))
+        patches_BND = map_BDHW.flatten(2).transpose(1, 2)
+        x = torch.cat([self.embeddings.cls_token.expand(len(pixels), -1, -1), patches_BND], dim=1)
+        x = x + self.positions(*map_BDHW.shape[-2:])
+        for layer in self.encoder.layer[:-1]:
+            x = layer(x)
+        return Features(x[:, 1:], tuple(map_BDHW.shape[-2:]))
+
+    def positions(self, height: int, width: int) -> Tensor:
+        """Position embeddings (1, 1 + H*W, D) of a map of height x width patches."""
+        return _resize_positions(self.embeddings.position_embeddings, height, width)
+
+    @classmethod
+    def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """From Dinov2Model or Dinov2ForImageClassification of any transformers, or a published MoVA."""
+        state = {
+            name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items() if not name.startswith(OTHER_PARTS)
+        }
+        state, installed = cls.to_public(state, arch), _installed_names()
+        for published, newer in RENAMED.items():
+            if newer in installed:
+                state = {name.replace(f".{published}.", f".{newer}."): tensor for name, tensor in state.items()}
+        if POSITIONS in state and "pos_grid" not in arch:
+            side = arch["image_size"] // arch["patch_size"]
+            state[POSITIONS] = _resize_positions(state[POSITIONS], side, side)
+        if GATE in installed:
+            for name in [name for name in state if f".{FUSED}." in name]:
+                gate, up = state.pop(name).chunk(2)
+                state |= {name.replace(FUSED, GATE): gate, name.replace(FUSED, UP): up}
+        return state
+
+    @classmethod
+    def to_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """To the published MoVA's names."""
+        state = dict(state_dict)
+        for published, newer in RENAMED.items():
+            state = {name.replace(f".{newer}.", f".{published}."): tensor for name, tensor in state.items()}
+        for gate in [name for name in state if f".{GATE}." in name and name.replace(GATE, UP) in state]:
+            fused = torch.cat([state.pop(gate), state.pop(gate.replace(GATE, UP))])
+            state[gate.replace(GATE, FUSED)] = fused
+        return state
+
+
+def _resize_positions(table_1ND: Tensor, height: int, width: int) -> Tensor:
+    """The class row, and the square of the others resized bicubic to height x width.
+
+    By the published scale factor (H + 0.1)/side, not by the ratio of the sizes as in newer libraries: the results
+    differ by tenths.
+    """
+    count = table_1ND.shape[-2] - 1
+    side = math.isqrt(count)
+    if (height, width) == (side, side) or not count or side**2 != count or table_1ND.ndim != 3:
+        return table_1ND  # as it must be, or no square: then strict loading refuses it
+    map_1DHW = table_1ND[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
+    scale = ((height + 0.1) / side, (width + 0.1) / side)
+    map_1DHW = F.interpolate(map_1DHW, scale_factor=scale, mode="bicubic", align_corners=False)
+    return torch.cat([table_1ND[:, :1], map_1DHW.flatten(2).transpose(1, 2).to(table_1ND.dtype)], dim=1)
+
+
+def _network(**config: Any) -> Any:
+    from transformers import Dinov2Config, Dinov2Model  # seconds to import, so only where it is built
+
+    return Dinov2Model(Dinov2Config(**config))
+
+
+@lru_cache(maxsize=1)
+def _installed_names() -> str:
+    """Parameter names of one layer as the installed transformers has them."""
+    with init_empty_weights():
+        network = _network(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, use_swiglu_ffn=True)
+    return " ".join(network.state_dict())

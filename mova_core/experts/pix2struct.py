@@ -1,0 +1,203 @@
+"""Pix2Struct-large's encoder (Lee et al. 2022, arXiv 2210.03347): text in pictures; expert D. DePlot shares it.
+
+It reads flattened patches, each with its row and column, of a picture standardised by its own mean and deviation.
+
+Legend: B images, N patches, D width, P pixels along a patch, h x w pixels.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mova_core.experts import register
+from mova_core.experts.expert import Compat, ExpertCard, Features, VisionExpert
+from mova_core.images import CLIP_MEAN, MAX_PIXELS, ImageError, ImageSource, load_image, mean_colour, pad_to_square
+
+COLOUR = mean_colour(CLIP_MEAN)
+TABLES = ("embeddings.row_embedder.weight", "embeddings.column_embedder.weight")
+
+
+@register
+class Pix2Struct(VisionExpert):
+    """720 px -> 45x45 tokens of 1536 channels, after the final norm.
+
+    `pos_grid` is the number of rows, and of columns, that have a position embedding; those past the grid are not read.
+    """
+
+    preprocessing = "square-standardised-patches-1"
+    card = ExpertCard(
+        name="pix2struct",
+        title="Pix2Struct-large",
+        description="This model shows remarkable skill in text recognition, attaining top-tier text analysis outcomes "
+        "across diverse areas",
+        weights="google/pix2struct-large",
+        full=dict(
+            width=1536, depth=18, heads=24, mlp_hidden=3968, patch_size=16, image_size=720, pos_grid=4096, channels=1536
+        ),
+        mini=dict(width=96, depth=2, heads=2, mlp_hidden=256, patch_size=16, image_size=144, pos_grid=64, channels=96),
+    )
+
+    def __init__(self, arch: Mapping[str, Any]):
+        super().__init__(arch)
+        from transformers import Pix2StructVisionConfig, Pix2StructVisionModel  # seconds to import
+
+        network = Pix2StructVisionModel(
+            Pix2StructVisionConfig(
+                hidden_size=arch["width"],
+                d_ff=arch["mlp_hidden"],
+                d_kv=arch["width"] // arch["heads"],
+                num_hidden_layers=arch["depth"],
+                num_attention_heads=arch["heads"],
+                patch_embed_hidden_size=3 * arch["patch_size"] ** 2,
+                seq_len=_positions(arch),
+            )
+        )
+        self.embeddings, self.encoder, self.layernorm = network.embeddings, network.encoder, network.layernorm
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.arch["image_size"] // self.arch["patch_size"]
+        return side, side
+
+    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+        """`flattened_patches` (B, H*W, 2 + 3*P*P) float32: row and column from 1, then the patch, pixel by pixel.
+
+        The published path, byte for byte, gives 44 rows of 44 for some sizes and fills up with zero rows.
+
+        Raises:
+            ImageError: an image that cannot be used; with "published" also one that its path cannot read.
+        """
+        side, patch = self.grid[0], self.arch["patch_size"]
+        flatten = square_patches if compat == "fixed" else _published_square_patches
+        return {"flattened_patches": torch.stack([flatten(load_image(image, compat), side, patch) for image in images])}
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Features:
+        """`flattened_patches` (B, N, 2 + 3*P*P) -> tokens (B, N, C). Rows numbered 0 are padding: not attended to.
+
+        The grid is (1, N) where N is not H*W.
+        """
+        patches = batch["flattened_patches"]
+        real_BN = patches[..., 0] > 0
+        mask_B11N = None if bool(real_BN.all()) else real_BN[:, None, None, :]
+        embeddings = self.embeddings
+        x = embeddings.patch_projection(patches[..., 2:].to(embeddings.patch_projection.weight.dtype))
+        x = x + embeddings.row_embedder(patches[..., 0].long()) + embeddings.column_embedder(patches[..., 1].long())
+        for layer in self.encoder.layer:
+            x, _ = layer(x, mask_B11N)
+        height, width = self.grid
+        return Features(self.layernorm(x), self.grid if x.shape[1] == height * width else (1, x.shape[1]))
+
+    @classmethod
+    def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """From Pix2StructForConditionalGeneration (its encoder), Pix2StructVisionModel or a published MoVA."""
+        state = dict(state_dict)
+        if any(name.startswith("encoder.embeddings.") for name in state):
+            encoder = {name: tensor for name, tensor in state.items() if not name.startswith("decoder.")}
+            state = {name.removeprefix("encoder."): tensor for name, tensor in encoder.items()}
+        for name in TABLES:  # of any length that covers the grid
+            if name in state and len(state[name]) > arch["image_size"] // arch["patch_size"]:
+                table_ND, missing = state[name][: _positions(arch)], _positions(arch) - len(state[name])
+                state[name] = F.pad(table_ND, (0, 0, 0, missing)) if missing > 0 else table_ND
+        return state
+
+
+def _positions(arch: Mapping[str, Any]) -> int:
+    """Length of the tables of row and column embeddings: numbers start at 1."""
+    return max(arch["pos_grid"], arch["image_size"] // arch["patch_size"] + 1)
+
+
+def square_patches(image: Image.Image, side: int, patch: int) -> Tensor:
+    """Patches of an RGB picture padded to a square with CLIP's mean colour: always side x side of them.
+
+    The numbers of `published_patches` on the padded picture to about 1e-6, but from the picture alone: mean and
+    deviation come from its histogram, and only the narrow result of the resize along the longer side is padded.
+
+    Returns:
+        (side*side, 2 + 3*patch*patch) float32.
+    """
+    width, height = image.size
+    longer, shorter, size = max(width, height), min(width, height), side * patch
+    mean, deviation = _padded_statistics(image, longer)
+    # The longer side last, whichever it is; torch 2.15 resizes a picture one pixel wide wrongly along its height.
+    axes = (2, 1, 0) if height > width else (2, 0, 1)
+    pixels = torch.empty(3, shorter, longer)
+    pixels.copy_(torch.from_numpy(np.array(image)).permute(*axes)).sub_(mean)
+    padded = (torch.tensor(COLOUR) - mean).float().view(3, 1, 1).expand(3, longer, size).contiguous()
+    padded.narrow(1, (longer - shorter) // 2, shorter).copy_(_resize(pixels, (shorter, size)))
+    square = _resize(padded, (size, size)).div_(deviation)
+    return _flatten(square.transpose(1, 2) if height > width else square, patch)
+
+
+def published_patches(array: np.ndarray, max_patches: int, patch: int) -> Tensor:
+    """Patches as the published processor cuts them: as many as fit, proportions kept, zero rows at the end.
+
+    An array whose first side is 1 or 3 is taken for channels-first, as published.
+
+    Args:
+        array: (h, w, 3) uint8.
+
+    Returns:
+        (max_patches, 2 + channels*patch*patch) float32.
+    """
+    values = array.astype(np.float32)
+    values -= np.float32(_float32_sum(values) / values.size)
+    deviation = np.sqrt(np.float32(_float32_sum(values * values) / values.size))
+    values /= np.float32(max(deviation, 1.0 / math.sqrt(values.size)))
+    pixels_Chw = torch.from_numpy(values if array.shape[0] in (1, 3) else values.transpose(2, 0, 1))
+    _, height, width = pixels_Chw.shape
+    rows, columns = published_grid(height, width, max_patches, patch)
+    patches = _flatten(_resize(pixels_Chw, (rows * patch, columns * patch)), patch)
+    return F.pad(patches, (0, 0, 0, max_patches - len(patches)))
+
+
+def published_grid(height: int, width: int, max_patches: int, patch: int) -> tuple[int, int]:
+    """(rows, columns) that the published processor cuts a picture into."""
+    scale = math.sqrt(max_patches * (patch / height) * (patch / width))
+    rows, columns = (math.floor(scale * length / patch) for length in (height, width))
+    return max(min(rows, max_patches), 1), max(min(columns, max_patches), 1)
+
+
+def _published_square_patches(image: Image.Image, side: int, patch: int) -> Tensor:
+    if max(image.size) == 1 or max(image.size) ** 2 > MAX_PIXELS:
+        raise ImageError(f"PIL image {image.size}: the published path cannot read this size; the default one can")
+    return published_patches(np.asarray(pad_to_square(image, COLOUR)), side * side, patch)
+
+
+def _float32_sum(values: np.ndarray) -> float:
+    """The sum as numpy 1.26 rounds it: pairwise in runs of 8192. Newer ones differ in the last bit."""
+    flat = values.reshape(-1)
+    whole = flat[: flat.size // 8192 * 8192].reshape(-1, 8192).sum(axis=1)
+    return float(np.cumsum(np.append(whole, flat[whole.size * 8192 :].sum()), dtype=np.float32)[-1])
+
+
+def _padded_statistics(image: Image.Image, longer: int) -> tuple[float, float]:
+    """Mean and standard deviation of all values of the padded picture; the latter at least 1/sqrt(their number)."""
+    counts = np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
+    counts[range(3), COLOUR] += longer * longer - image.width * image.height
+    values, counts = np.arange(256), counts.sum(axis=0)
+    number = 3 * longer * longer
+    mean = float(values @ counts) / number
+    variance = float((values - mean) ** 2 @ counts) / number
+    return mean, math.sqrt(max(variance, 1.0 / number))
+
+
+def _resize(pixels_Chw: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(pixels_Chw[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def _flatten(pixels_Chw: Tensor, patch: int) -> Tensor:
+    """(C, h, w) -> (h/P * w/P, 2 + P*P*C): row and column from 1, then the patch row by row, channels innermost."""
+    channels, height, width = pixels_Chw.shape
+    rows, columns = height // patch, width // patch
+    out = torch.empty(rows, columns, 2 + patch * patch * channels)
+    out[..., 0] = torch.arange(1, rows + 1)[:, None]
+    out[..., 1] = torch.arange(1, columns + 1)
+    patches = pixels_Chw.view(channels, rows, patch, columns, patch).permute(1, 3, 2, 4, 0)
+    out[..., 2:].unflatten(-1, (patch, patch, channels)).copy_(patches)
+    return out.flatten(0, 1)

@@ -1,0 +1,141 @@
+"""Weights in the forms in which people have them -> one state dict: a folder, a file, sharded or not, or a hub id.
+
+Only tensors are ever read: safetensors, or .bin/.pth with `weights_only`. Files are mapped, so what is not asked for is
+not read from disk.
+"""
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SAFE = (".safetensors",)
+TORCH = (".bin", ".pth", ".pt")
+NESTED = ("state_dict", "model", "module")  # where training code keeps the state dict in a .pth
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be found, read or fitted; the message is one line that names them and the fix."""
+
+
+def read_weights(source: str | os.PathLike[str], part: str = "") -> dict[str, Tensor]:
+    """All tensors of `source` by name, on the CPU.
+
+    Args:
+        source: a folder as `save_pretrained` writes it, a .safetensors, .bin, .pth or .pt file, or a hub id. A path
+            wins over a hub id of the same name.
+        part: where a checkpoint has names that start with this, only those are read, without it.
+
+    Raises:
+        WeightsError: nothing there, not reachable, torn, more than one candidate, or more than tensors in a pickle.
+    """
+    path = Path(source)
+    files = _files(path if path.exists() else _download(str(source)))
+    readers: dict[str, Callable[[str], Tensor]] = {}
+    for file in files:
+        readers |= _readers(file)
+    if not any(name.startswith(part) for name in readers):
+        part = ""
+    try:
+        return {name.removeprefix(part): read(name) for name, read in readers.items() if name.startswith(part)}
+    except Exception as error:  # safetensors and torch raise whatever they stumble on
+        raise _torn(files[0], error) from error
+
+
+def unfitting(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str]) -> str:
+    """What is wrong with a state dict, in one line; empty if nothing is."""
+    parts = []
+    for title, listed in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
+        if names := sorted(listed):
+            more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+            parts.append(f"{len(names)} {title}: {', '.join(names[:20])}{more}")
+    return "; ".join(parts)
+
+
+def _download(repository: str) -> Path:
+    """The hub's folder of a repository's weights; from the local cache where the hub is out of reach."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise WeightsError(f"{repository}: no such file or folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        for suffixes in (SAFE, TORCH):  # many repositories hold both
+            wanted = [f"*{suffix}{tail}" for suffix in suffixes for tail in ("", ".index.json")]
+            folder = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*/*"]))
+            if any(file.suffix in suffixes for file in folder.iterdir()):
+                return folder
+    except (OSError, ValueError) as error:  # every error of the hub is one of these
+        raise WeightsError(
+            f"{repository}: neither a file or folder here nor reachable as a hub id "
+            f"({' '.join(str(error).split())[:160]}). Fix: download it where there is a connection and pass its "
+            "folder, or point HF_HOME at a cache that holds it"
+        ) from error
+    raise WeightsError(f"{repository}: this hub repository holds no {', '.join(SAFE + TORCH)} file")
+
+
+def _files(path: Path) -> list[Path]:
+    """The weight files of a folder, safetensors before pickles; or the file itself."""
+    if path.is_file():
+        if path.suffix not in SAFE + TORCH:
+            raise WeightsError(f"{path}: weights must be a folder or a {', '.join(SAFE + TORCH)} file")
+        return [path]
+    for suffixes in (SAFE, TORCH):
+        indices = [file for suffix in suffixes for file in sorted(path.glob(f"*{suffix}.index.json"))]
+        if indices:
+            try:
+                names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise _torn(indices[0], error) from error
+            shards = [path / Path(name).name for name in names]  # an index never leads out of its folder
+            if absent := [shard.name for shard in shards if not shard.is_file()]:
+                raise WeightsError(f"{path}: {indices[0].name} names shards that are not there: {', '.join(absent)}")
+            return shards
+        files = sorted(file for suffix in suffixes for file in path.glob(f"*{suffix}"))
+        if len(files) > 1:
+            raise WeightsError(
+                f"{path}: more than one weights file ({', '.join(f.name for f in files)}); pass one of them"
+            )
+        if files:
+            return files
+    raise WeightsError(f"{path}: no {', '.join(SAFE + TORCH)} file in this folder")
+
+
+def _readers(file: Path) -> dict[str, Callable[[str], Tensor]]:
+    """Tensor names of one file -> what reads a tensor by its name."""
+    try:
+        if file.suffix in SAFE:
+            from safetensors import safe_open
+
+            handle = safe_open(file, framework="pt")
+            return dict.fromkeys(handle.keys(), handle.get_tensor)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{file}: torn, or a pickle that holds more than tensors, which is never read. "
+            "Fix: save its state dict alone with torch.save or as safetensors"
+        ) from error
+    except Exception as error:
+        raise _torn(file, error) from error
+    for key in NESTED:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{file}: holds a {type(state).__name__}, not a state dict")
+    return {name: state.__getitem__ for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _is_zip(file: Path) -> bool:
+    """Whether torch wrote it in its newer format, the one that can be mapped."""
+    with file.open("rb") as opened:
+        return opened.read(4) == b"PK\x03\x04"
+
+
+def _torn(file: Path, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{file}: torn or not what its name says ({' '.join(str(error).split())[:160]}); download it again"
+    )

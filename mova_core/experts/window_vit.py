@@ -1,0 +1,178 @@
+"""The windowed vision transformer: what SAM, Vary and Co-DETR share, and SAM's image encoder, which is also Vary's.
+
+Most blocks attend inside square windows, a few globally. SAM adds to each score a learned term per row distance and one
+per column distance (decomposed relative positions). Sources: Li et al. 2022, "Exploring Plain Vision Transformer
+Backbones for Object Detection" (arXiv 2203.16527); Kirillov et al. 2023, "Segment Anything" (arXiv 2304.02643).
+
+Shapes: B images, H x W patches, S side of an attended square (a window, or the whole map), T = S*S its tokens,
+G squares in all, D width, A heads, K = D/A head width, C channels. Maps are channels-last until the convolutions.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mova_core.experts.expert import Features, VisionExpert
+from mova_core.images import Compat, ImageSource, clip_pixels
+
+NORM_EPS = 1e-6
+
+
+def check_arch(arch: Mapping[str, Any]) -> None:
+    """Raises ValueError for numbers that no network can have."""
+    if arch["image_size"] % arch["patch_size"]:
+        raise ValueError(f"image_size {arch['image_size']} is not a multiple of patch_size {arch['patch_size']}")
+    if arch["width"] % arch["heads"]:
+        raise ValueError(f"width {arch['width']} is not a multiple of heads {arch['heads']}")
+
+
+class PatchEmbed(nn.Module):
+    """Square patches to vectors: (B, 3, h, w) -> (B, H, W, D)."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixels_B3hw: Tensor) -> Tensor:
+        return self.proj(pixels_B3hw).permute(0, 2, 3, 1)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W); copies nothing where the memory is channels-last, as in a neck."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def neck(width: int, channels: int, activation: bool = False) -> nn.Sequential:
+    """ViTDet's compression of (B, D, H, W) to (B, C, H, W): 1x1 and 3x3 convolution, each with its norm."""
+    return nn.Sequential(
+        nn.Conv2d(width, channels, kernel_size=1, bias=False),
+        ChannelNorm(channels, eps=NORM_EPS),
+        *([nn.GELU()] if activation else []),
+        nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+        ChannelNorm(channels, eps=NORM_EPS),
+    )
+
+
+def to_windows(x_BHWC: Tensor, side: int, padding_C: Tensor | None) -> Tensor:
+    """(B, H, W, C) -> (G, S*S, C). A map that the windows do not divide grows to the right and below by `padding_C`.
+
+    Padding is attended to like any token, as published. It stands for a zero token, whose projection is the
+    projection's bias (None: zero), so windows are cut after the projection and none is spent on padding.
+    """
+    B, H, W, C = x_BHWC.shape
+    rows, columns = -(-H // side), -(-W // side)
+    if (rows * side, columns * side) != (H, W):
+        if padding_C is None:
+            padding_C = x_BHWC.new_zeros(C)
+        padded = padding_C.expand(B, rows * side, columns * side, C).clone()
+        padded[:, :H, :W] = x_BHWC
+        x_BHWC = padded
+    return x_BHWC.view(B, rows, side, columns, side, C).transpose(2, 3).reshape(-1, side * side, C)
+
+
+def from_windows(x_GTC: Tensor, side: int, H: int, W: int) -> Tensor:
+    """(G, S*S, C) -> (B, H, W, C), the inverse of `to_windows`: padding is cut off."""
+    rows, columns = -(-H // side), -(-W // side)
+    x = x_GTC.view(-1, rows, columns, side, side, x_GTC.shape[-1]).transpose(2, 3)
+    return x.reshape(-1, rows * side, columns * side, x_GTC.shape[-1])[:, :H, :W]
+
+
+class RelativeAttention(nn.Module):
+    """Attention with decomposed relative positions over the S x S windows of a map, or over a whole S x S map."""
+
+    def __init__(self, width: int, heads: int, side: int, windowed: bool):
+        super().__init__()
+        self.heads, self.side, self.windowed = heads, side, windowed
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
+
+    def forward(self, x_BHWD: Tensor) -> Tensor:
+        _, H, W, D = x_BHWD.shape
+        S, A = self.side, self.heads
+        qkv = self.qkv(x_BHWD)
+        qkv = to_windows(qkv, S, self.qkv.bias) if self.windowed else qkv.view(-1, S * S, 3 * D)
+        q_GATK, k_GATK, v_GATK = qkv.view(-1, S * S, 3, A, D // A).permute(2, 0, 3, 1, 4)
+        # The row y sees the row y' through entry y - y' + S - 1 of its table: a sliding view of it, mirrored.
+        rows_SKS, columns_SKS = (table.unfold(0, S, 1).flip(-1) for table in (self.rel_pos_h, self.rel_pos_w))
+        q_GASSK = q_GATK.unflatten(2, (S, S))
+        rows = torch.einsum("gayxk,ykz->gayxz", q_GASSK, rows_SKS)  # of the unscaled q, as published
+        columns = torch.einsum("gayxk,xkz->gayxz", q_GASSK, columns_SKS)
+        # Made contiguous while small, so that their large sum is born in the shape that attention takes.
+        bias_GATT = rows.contiguous().unsqueeze(-1) + columns.contiguous().unsqueeze(-2)
+        bias_GATT = bias_GATT.view(-1, A, S * S, S * S)
+        x = F.scaled_dot_product_attention(q_GATK, k_GATK, v_GATK, attn_mask=bias_GATT).transpose(1, 2).flatten(2)
+        return self.proj(from_windows(x, S, H, W) if self.windowed else x.view(-1, H, W, D))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block on a map (B, H, W, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_hidden: int, side: int, windowed: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = RelativeAttention(width, heads, side, windowed)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = nn.Sequential(
+            OrderedDict(lin1=nn.Linear(width, mlp_hidden), act=nn.GELU(), lin2=nn.Linear(mlp_hidden, width))
+        )
+
+    def forward(self, x_BHWD: Tensor) -> Tensor:
+        x_BHWD = x_BHWD + self.attn(self.norm1(x_BHWD))
+        return x_BHWD + self.mlp(self.norm2(x_BHWD))
+
+
+class WindowViT(VisionExpert):
+    """SAM's image encoder as an expert, under segment-anything's own parameter names. Vary derives from it.
+
+    It reads pictures at `image_size`, fixed by its position table; in MoVA they are normalised as CLIP's, not as SAM's.
+    """
+
+    preprocessing = "square-clip-bicubic-1"
+
+    def __init__(self, arch: Mapping[str, Any], neck_channels: int):
+        super().__init__(arch)
+        check_arch(arch)
+        width = arch["width"]
+        self.side = side = arch["image_size"] // arch["patch_size"]
+        self.patch_embed = PatchEmbed(arch["patch_size"], width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, side, side, width))
+        self.blocks = nn.ModuleList()
+        for index in range(arch["depth"]):
+            windowed = index not in arch["global_blocks"]
+            reach = arch["window_size"] if windowed else side
+            self.blocks.append(Block(width, arch["heads"], arch["mlp_hidden"], reach, windowed))
+        self.neck = neck(width, neck_channels)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+        """`pixel_values` (B, 3, image_size, image_size) float32: padded to a square, bicubic, normalised as CLIP's."""
+        return {"pixel_values": clip_pixels(images, self.arch["image_size"], compat)}
+
+    def encode(self, pixels_B3hw: Tensor) -> Tensor:
+        """Pixels (B, 3, image_size, image_size) to the neck's map (B, C, H, W).
+
+        Raises:
+            ValueError: pictures of another size.
+        """
+        if pixels_B3hw.shape[-2:] != (self.arch["image_size"],) * 2:
+            size = tuple(pixels_B3hw.shape[-2:])
+            raise ValueError(f"{self.card.name} reads {self.arch['image_size']}-pixel squares, not {size}")
+        x_BHWD = self.patch_embed(pixels_B3hw.to(self.pos_embed.dtype)) + self.pos_embed
+        for block in self.blocks:
+            x_BHWD = block(x_BHWD)
+        return self.neck(x_BHWD.permute(0, 3, 1, 2))
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Features:
+        """`pixel_values` (B, 3, image_size, image_size) -> tokens (B, H*W, C)."""
+        return Features(self.encode(batch["pixel_values"]).flatten(2).transpose(1, 2), self.grid)

@@ -1,0 +1,328 @@
+"""The feature store: frozen experts' features on disk, addressed by image sha256 x expert x fingerprint.
+
+    <store>/store.json                                  format version
+    <store>/<expert>/<fingerprint>/                     a shelf; new weights are a new shelf, the others stay untouched
+        expert.json                                     all that the fingerprint covers
+        shards/<shard>-<attempt>.safetensors            plain safetensors, sha256 -> [H, W, C], each at a 4 KiB boundary
+        receipts/<shard>.parquet                        the commit record: one row per feature
+        index/<n>.arrow  snapshots/<n>.json             receipts merged, sorted by key, memory-mapped by readers
+    <store>/quarantine/<id>.parquet                     images that cannot be processed, each with the reason
+
+A feature exists when a receipt names it. A writer puts its shard down complete (temporary name, fsync, rename), then
+publishes the receipt with link(2), which only one of any number of writers wins; the others delete their shard. So
+retries, restarts and two drivers at once are idempotent, and a kill at any byte leaves at worst a file for `gc`.
+An index only saves opening receipts one by one: delete it and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from mova_core.features.codec import CODECS
+from mova_core.features.publish import StoreError, finished, parquet, put_if_absent, sync_folder, writing
+from mova_core.features.shelf import ExpertShelf, MissingFeatures, Shard, describing
+
+if TYPE_CHECKING:
+    from mova_core.experts import Features
+    from mova_core.images import ImageRef
+
+__all__ = ["ExpertShelf", "FeatureStore", "MissingFeatures", "Shard", "StoreError", "wanted_by_expert"]
+
+FORMAT = 1
+_QUARANTINE = pa.schema({name: pa.string() for name in ("image", "sha256", "reason", "expert", "time")})
+
+
+def wanted_by_expert(images: Sequence[ImageRef], experts: Sequence[Sequence[str]]) -> dict[str, dict[str, ImageRef]]:
+    """Expert -> {image key: image}, each once, in the order asked for."""
+    wanted: dict[str, dict[str, ImageRef]] = {}
+    for image, names in zip(images, experts, strict=True):
+        for name in names:
+            wanted.setdefault(name, {})[image.key] = image
+    return wanted
+
+
+class FeatureStore:
+    """A folder of features; a `FeatureSource` that computes nothing. Picklable; reads from any number of threads.
+
+    Args:
+        path: the store's folder.
+        fingerprints: expert -> which of its fingerprints to read. An expert not named here must have only one.
+        create: make the store if there is none.
+
+    Raises:
+        StoreError: the path is no store, or holds an expert only with other fingerprints than the one asked for.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], fingerprints: Mapping[str, str] | None = None, create: bool = False
+    ):
+        if "://" in os.fspath(path):
+            raise StoreError(f"{os.fspath(path)} is remote: give a local folder, or mount it and give that one")
+        self.path = Path(path).absolute()
+        self._pinned = dict(fingerprints or {})
+        self._served = dict(self._pinned)
+        self._shelves: dict[tuple[str, str], ExpertShelf] = {}
+        self._lock = threading.RLock()
+        if create:
+            self._create()
+        try:
+            version = json.loads((self.path / "store.json").read_text())["format"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise StoreError(
+                f"{self.path} is no feature store (it has no readable store.json): check the path, "
+                f"or make one with `mova precompute`"
+            ) from None
+        if version != FORMAT:
+            raise StoreError(
+                f"store {self.path} has format {version}, this mova reads {FORMAT}: use the mova that made it"
+            )
+        held = self.experts()
+        for expert, wanted in self._pinned.items():
+            if held.get(expert) and wanted not in held[expert]:
+                raise self._other_weights(expert, held[expert], wanted)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FeatureStore, (self.path, self._served)
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({str(self.path)!r})"
+
+    def _create(self) -> None:
+        with writing(self.path):
+            if self.path.exists() and not self.path.is_dir():
+                raise StoreError(f"{self.path} is a file: give the folder of a feature store")
+            self.path.mkdir(parents=True, exist_ok=True)
+            strangers = [name for name in os.listdir(self.path) if not name.startswith(".")]
+            if (self.path / "store.json").exists():  # asked after the listing: another process may be at it right now
+                return
+            if strangers:
+                raise StoreError(f"{self.path} is no feature store and not empty: give a new or empty folder")
+            put_if_absent(self.path / "store.json", json.dumps({"format": FORMAT}).encode())
+            sync_folder(self.path.parent)
+
+    def experts(self) -> dict[str, list[str]]:
+        """Expert -> its fingerprints."""
+        held: dict[str, list[str]] = {}
+        for description in sorted(self.path.glob("[!.]*/[!.]*/expert.json")):
+            held.setdefault(description.parts[-3], []).append(description.parts[-2])
+        return held
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Expert -> the fingerprint served.
+
+        Raises:
+            StoreError: an expert has several and none was chosen.
+        """
+        return {expert: fingerprint for expert in self.experts() if (fingerprint := self._serves(expert))}
+
+    def shelf(self, expert: str, fingerprint: str | None = None) -> ExpertShelf:
+        """The features of one expert, of the fingerprint served unless another is given.
+
+        Raises:
+            StoreError: the store has none, or it cannot tell which.
+        """
+        with self._lock:
+            chosen = fingerprint or self._serves(expert)
+            if chosen and (expert, chosen) in self._shelves:
+                return self._shelves[expert, chosen]
+            held = self.experts().get(expert, [])
+            if not held or chosen is None:
+                others = ", ".join(self.experts()) or "no expert yet"
+                raise StoreError(
+                    f"store {self.path} has no features of {expert} (it has {others}): "
+                    f"run `mova precompute` with --experts {expert}"
+                )
+            if chosen not in held:
+                raise self._other_weights(expert, held, chosen)
+            self._shelves[expert, chosen] = ExpertShelf(self.path / expert / chosen)
+            return self._shelves[expert, chosen]
+
+    def _serves(self, expert: str) -> str | None:
+        """The fingerprint served; None where the expert has no shelf. Fixed at first use: new weights change no run."""
+        with self._lock:
+            served = self._served.get(expert)
+            if served and (expert, served) in self._shelves:
+                return served
+            held = self.experts().get(expert, [])
+            if not held:
+                return None
+            if served is None and len(held) > 1:
+                raise StoreError(
+                    f"store {self.path} holds {expert} features of {len(held)} weights ({', '.join(held)}): "
+                    f"choose one with FeatureStore(path, fingerprints={{'{expert}': '{held[0]}'}})"
+                )
+            if served is not None and served not in held:
+                raise self._other_weights(expert, held, served)
+            return self._served.setdefault(expert, held[0])
+
+    def _other_weights(self, expert: str, held: Sequence[str], wanted: str) -> StoreError:
+        return StoreError(
+            f"store {self.path} holds {expert} features of weights {', '.join(held)}, wanted {wanted}: "
+            f"run `mova precompute` with --experts {expert} and those weights"
+        )
+
+    def add_expert(self, description: Mapping[str, Any]) -> ExpertShelf:
+        """Makes the shelf for what `VisionExpert.describe` tells, if there is none; from now on this object serves it.
+
+        Raises:
+            StoreError: this object was opened for other weights of the expert, or its expert.json tells something else.
+            ValueError: a name that is no folder name, or a dtype that has no codec.
+        """
+        from mova_core.experts import fingerprint
+
+        expert, digest = str(description["expert"]), fingerprint(description)
+        if not expert.replace("-", "_").isidentifier() or expert == "quarantine":
+            raise ValueError(f"{expert!r} cannot name an expert in a store: use letters, digits, - and _")
+        if description["dtype"] not in CODECS:
+            raise ValueError(f"{expert} cannot be stored as {description['dtype']}: choose one of {', '.join(CODECS)}")
+        if self._pinned.get(expert, digest) != digest:
+            raise StoreError(
+                f"store {self.path} was opened for {expert} features of weights {self._pinned[expert]}, "
+                f"got an expert of weights {digest}: open it for these, or load those"
+            )
+        folder = self.path / expert / digest
+        text = describing(description)
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            put_if_absent(folder / "expert.json", text)
+            shelf = self.shelf(expert, digest)
+            shelf.make_folders()
+            for parent in (folder, folder.parent, self.path):
+                sync_folder(parent)
+        if shelf.description != json.loads(text):
+            raise StoreError(f"{folder / 'expert.json'} does not tell this expert: delete that file and try again")
+        self._served[expert] = digest
+        return shelf
+
+    def fetch(self, images: Sequence[ImageRef], experts: Sequence[Sequence[str]]) -> list[dict[str, Features]]:
+        """See `FeatureSource.fetch`; tokens in the dtype stored.
+
+        Raises:
+            MissingFeatures: tells every pair that is not stored; nothing was read.
+            StoreError: a damaged row.
+        """
+        wanted = wanted_by_expert(images, experts)
+        missing = [(key, name) for name, refs in wanted.items() for key in self.missing(list(refs), name)]
+        if missing:
+            raise MissingFeatures.of(self.path, missing)
+        features = {
+            name: dict(zip(refs, self.shelf(name).read(list(refs)), strict=True)) for name, refs in wanted.items()
+        }
+        return [
+            {name: features[name][image.key] for name in names} for image, names in zip(images, experts, strict=True)
+        ]
+
+    def missing(self, keys: Sequence[str], expert: str) -> list[str]:
+        """Those keys that have no feature of the expert, in order."""
+        return self.shelf(expert).missing(keys) if self._serves(expert) else list(keys)
+
+    def stat(self) -> dict[str, Any]:
+        """What is stored: features, bytes and shards per expert, and per fingerprint what `ExpertShelf.stat` tells."""
+        experts = {}
+        for expert, digests in self.experts().items():
+            shelves = {digest: self.shelf(expert, digest).stat() for digest in digests}
+            total = {name: sum(shelf[name] for shelf in shelves.values()) for name in ("features", "bytes", "shards")}
+            experts[expert] = {**total, "fingerprints": shelves}
+        return {"path": str(self.path), "experts": experts, "quarantined": len(self.quarantined())}
+
+    def verify(self, progress: Callable[[int], object] | None = None) -> Iterator[dict[str, str]]:
+        """Reads every byte from the disk and yields what is damaged; changes nothing.
+
+        Args:
+            progress: gets the number of features just checked.
+
+        Yields:
+            "expert", "fingerprint", "shard" (the damaged file, relative to the shelf's folder), "key" (of the damaged
+            row; empty where it is the file itself) and "reason". A quarantine file has no expert and fingerprint.
+        """
+        for name in finished(self.path / "quarantine", ".parquet"):
+            if name != f"{_named_by((self.path / 'quarantine' / name).read_bytes())}.parquet":
+                reason = "its bytes have changed"
+                yield {"expert": "", "fingerprint": "", "shard": f"quarantine/{name}", "key": "", "reason": reason}
+        for shelf in self._all_shelves():
+            yield from shelf.verify(progress)
+
+    def forget(self, damaged: Iterable[Mapping[str, str]]) -> int:
+        """Withdraws what `verify` found, so that the next precompute makes it anew; returns how many features that is.
+
+        Whole shards go, with their sound rows; `gc` removes the files. What a quarantine file named is tried again.
+        """
+        found: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+        for damage in damaged:
+            found.setdefault((damage["expert"], damage["fingerprint"]), []).append(damage)
+        with writing(self.path):
+            for damage in found.pop(("", ""), []):
+                (self.path / damage["shard"]).unlink(missing_ok=True)
+        return sum(self.shelf(*address).forget(damages) for address, damages in found.items())
+
+    def quarantine(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Records images that cannot be processed: "image" (path or URL), "sha256" (or None), "reason", "expert"."""
+        if not rows:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        table = pa.Table.from_pylist([{**row, "time": now} for row in rows], schema=_QUARANTINE)
+        with writing(self.path):
+            folder = self.path / "quarantine"
+            folder.mkdir(exist_ok=True)
+            content = parquet(table)
+            put_if_absent(folder / f"{_named_by(content)}.parquet", content)
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """Every quarantined image: image, sha256, reason, expert, time (UTC); the oldest first.
+
+        To have images tried again, delete their files in quarantine/.
+        """
+        rows: list[dict[str, Any]] = []
+        for name in finished(self.path / "quarantine", ".parquet"):
+            path = self.path / "quarantine" / name
+            try:
+                rows += pq.ParquetFile(path, page_checksum_verification=True).read().to_pylist()
+            except FileNotFoundError:  # released since the listing
+                continue
+            except (OSError, pa.ArrowException):
+                raise StoreError(f"{path} is damaged: delete it, and its images will be tried again") from None
+        return sorted(rows, key=lambda row: row["time"])
+
+    def gc(self, grace_seconds: float = 3600.0) -> dict[str, int]:
+        """Removes shards no receipt names, temporary files and superseded indexes, all older than `grace_seconds`.
+
+        The grace keeps what a running writer has put down and not yet committed: give more than its longest pause.
+
+        Returns:
+            {"files": removed, "bytes": freed}.
+        """
+        before = time.time() - grace_seconds
+        removed = {"files": 0, "bytes": 0}
+        with writing(self.path):
+            garbage = list(self.path.glob("**/.*.tmp"))
+            for shelf in self._all_shelves():
+                garbage += shelf.garbage()
+            for path in garbage:
+                with suppress(FileNotFoundError):  # another gc, or its writer, was faster
+                    found = path.stat()
+                    if found.st_mtime <= before:
+                        path.unlink()
+                        removed["files"] += 1
+                        removed["bytes"] += found.st_size
+        return removed
+
+    def _all_shelves(self) -> list[ExpertShelf]:
+        return [self.shelf(expert, digest) for expert, digests in self.experts().items() for digest in digests]
+
+
+def _named_by(content: Any) -> str:
+    """A file's name by its bytes: it checks itself, and nothing is quarantined twice by a retry."""
+    return xxhash.xxh3_128_hexdigest(content)

@@ -1,0 +1,315 @@
+"""Bytes, files, PIL images and arrays -> validated RGB pictures, and those -> the square pixels that most experts read.
+
+Two behaviours, chosen by `compat`: "fixed" (default) turns a picture as its EXIF tag says, puts transparent ones on
+white and scales 16-bit greys; "published" does what the published MoVA does, flaws included.
+
+Shapes: B images, S side of the square, h x w pixels.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+Compat = Literal["fixed", "published"]
+Colour = tuple[int, int, int]
+
+MAX_PIXELS = 100_000_000
+MAX_SIDE = 30_000  # padding to a square costs the square of the longer side
+STRIP_PIXELS = 16_000_000  # most pixels of padding held at once
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Formats that Pillow decodes by itself: others (EPS, WMF) start outside programs, or (TGA) claim any bytes.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
+
+# `load_image` sets its own limit from the header; Pillow would only warn.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message is one line that names it and says what is wrong."""
+
+
+class ImageRef:
+    """An encoded image in a file or in memory, known by the SHA-256 of its bytes. Read-only; pickles as path and key.
+
+    Args:
+        path: file that holds it.
+        data: its encoded bytes, instead of a file.
+        key: its SHA-256 in hex where known; else it is computed when first asked for.
+
+    Raises:
+        ImageError: neither path nor data given.
+    """
+
+    __slots__ = ("_data", "_key", "_path")
+
+    def __init__(
+        self, path: str | os.PathLike[str] | None = None, data: bytes | None = None, key: str | None = None
+    ) -> None:
+        if path is None and data is None:
+            raise ImageError("an image reference needs a path or the encoded bytes")
+        self._path = None if path is None else os.fspath(path)
+        self._data = None if data is None else bytes(data)
+        self._key = key
+
+    @classmethod
+    def of(cls, source: "str | os.PathLike[str] | bytes | ImageRef") -> "ImageRef":
+        """Wraps a path or encoded bytes; a reference is returned as it is.
+
+        Raises:
+            ImageError: a decoded image, which has no encoded bytes to be known by.
+        """
+        if isinstance(source, ImageRef):
+            return source
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            return cls(data=bytes(source))
+        if isinstance(source, (str, os.PathLike)):
+            return cls(path=source)
+        raise ImageError(f"{_label(source)}: an image reference needs a path or encoded bytes")
+
+    @property
+    def path(self) -> str | None:
+        """File that holds the image, or None."""
+        return self._path
+
+    @property
+    def data(self) -> bytes | None:
+        """Encoded bytes where the reference carries them, or None."""
+        return self._data
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the encoded bytes in hex. Raises ImageError where they cannot be read."""
+        if self._key is None:
+            self.read()
+        assert self._key is not None
+        return self._key
+
+    def read(self) -> bytes:
+        """The encoded bytes.
+
+        Raises:
+            ImageError: they cannot be read, or are no longer those of `key`.
+        """
+        data = self._data if self._data is not None else _read_file(self._path or "")
+        key = hashlib.sha256(data).hexdigest()
+        if self._key is None:
+            self._key = key
+        elif self._key != key:  # else new pixels would be stored under the old picture's name
+            change = f"sha256 {self._key[:12]} -> {key[:12]}"
+            raise ImageError(f"{_label(self)}: its content changed since it was listed ({change})")
+        return data
+
+    def decode(self, compat: Compat = "fixed") -> Image.Image:
+        """The RGB picture, as `load_image` gives it."""
+        return load_image(self, compat)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._path, self._data if self._path is None else None, self._key)
+
+    def __repr__(self) -> str:
+        return f"ImageRef({_label(self)!r}, key={self._key[:12] if self._key else None!r})"
+
+
+ImageSource = Image.Image | bytes | str | os.PathLike[str] | np.ndarray | ImageRef
+
+
+def load_image(source: ImageSource, compat: Compat = "fixed", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A validated RGB picture; of an animation the first frame.
+
+    Args:
+        source: path, encoded bytes, reference, PIL image, or uint8 array (h, w, 3) or (h, w).
+        compat: "fixed" applies EXIF orientation, composites transparency on white and scales 16-bit greys to 8;
+            "published" is PIL's plain conversion to RGB.
+        max_pixels: limit on width x height, held against the header before anything is decoded.
+
+    Raises:
+        ImageError: not readable, empty, not an image, truncated, over the limit, or pixels without an agreed range.
+        ValueError: another `compat`.
+    """
+    if compat not in get_args(Compat):
+        raise ValueError(f"compat must be one of {', '.join(get_args(Compat))}, not {compat!r}")
+    name = _label(source)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
+            raise ImageError(f"{name}: an array must be uint8 of shape (h, w, 3) or (h, w)")
+        _check_size(name, (source.shape[1], source.shape[0]), max_pixels)
+        return Image.fromarray(source).convert("RGB")
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        data = ImageRef.of(source).read()
+        if not data:
+            raise ImageError(f"{name}: 0 bytes")
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Image.UnidentifiedImageError:
+            raise ImageError(f"{name}: not an image in a known format ({', '.join(FORMATS)})") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise ImageError(f"{name}: over the limit of {max_pixels:,} pixels") from None
+        except Exception as error:  # a broken header raises whatever its parser stumbled on
+            _unreadable(name, error)
+    _check_size(name, image.size, max_pixels)
+    try:
+        return image.convert("RGB") if compat == "published" else _to_rgb(name, image)
+    except ImageError:
+        raise
+    except Exception as error:
+        _unreadable(name, error)
+
+
+def pad_to_square(image: Image.Image, colour: Colour) -> Image.Image:
+    """The image centred on a square of its longer side; the odd pixel of padding goes to the right or below."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def mean_colour(mean: Sequence[float]) -> Colour:
+    """The 8-bit colour of a mean in 0..1, cut off as the published code does: what pictures are padded with."""
+    red, green, blue = (int(channel * 255) for channel in mean)
+    return red, green, blue
+
+
+def clip_pixels(images: Sequence[ImageSource], side: int, compat: Compat = "fixed") -> Tensor:
+    """`square_pixels` with CLIP's mean and standard deviation, which CLIP, Vary, Co-DETR, BiomedCLIP and SAM read."""
+    return square_pixels(images, side, CLIP_MEAN, CLIP_STD, compat)
+
+
+def square_pixels(
+    images: Sequence[ImageSource], side: int, mean: Sequence[float], std: Sequence[float], compat: Compat = "fixed"
+) -> Tensor:
+    """Pictures padded to a square with the mean colour, resized by PIL bicubic, scaled to 0..1 and normalised.
+
+    Bit for bit the pixels of the published path (transformers 4.37.2's CLIPImageProcessor after expand2square).
+
+    Args:
+        images: B of them, decoded or not.
+        side: S.
+        mean, std: per channel, of pixels in 0..1.
+
+    Returns:
+        (B, 3, S, S) float32.
+
+    Raises:
+        ImageError: an image that cannot be used; with "published" also a picture of one pixel.
+    """
+    mean_3, std_3 = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
+    pixels_B3SS = np.empty((len(images), 3, side, side), dtype=np.float32)
+    for source, pixels_3SS in zip(images, pixels_B3SS, strict=True):
+        image = load_image(source, compat)
+        if compat == "published" and max(image.size) in (1, 3):
+            image = _published_axes(_label(source), pad_to_square(image, mean_colour(mean)))
+        square = _square_resized(image, side, mean_colour(mean))
+        for channel in range(3):
+            # In place and in float32: each of the 256 bytes over 255 rounds as the published float64 product does.
+            values = np.asarray(square.getchannel(channel))
+            np.divide(values, np.float32(255), out=pixels_3SS[channel], dtype=np.float32)
+            pixels_3SS[channel] -= mean_3[channel]
+            pixels_3SS[channel] /= std_3[channel]
+    return torch.from_numpy(pixels_B3SS)
+
+
+def _square_resized(image: Image.Image, side: int, colour: Colour) -> Image.Image:
+    """`pad_to_square` and bicubic resize to `side`, bit for bit, without ever holding the whole square.
+
+    PIL resizes along the rows first, then along the columns: the first pass needs padding at the sides only, in strips.
+    """
+    width, height = image.size
+    longer = max(width, height)
+    if width == longer:
+        rows = image.resize((side, height), Image.Resampling.BICUBIC)
+    else:
+        rows = Image.new("RGB", (side, height))
+        step = max(1, STRIP_PIXELS // longer)
+        for top in range(0, height, step):
+            strip = Image.new("RGB", (longer, min(step, height - top)), colour)
+            strip.paste(image.crop((0, top, width, top + strip.height)), ((longer - width) // 2, 0))
+            rows.paste(strip.resize((side, strip.height), Image.Resampling.BICUBIC), (0, top))
+    if height < longer:
+        padded = Image.new("RGB", (side, longer), colour)
+        padded.paste(rows, (0, (longer - height) // 2))
+        rows = padded
+    return rows.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _published_axes(name: str, square: Image.Image) -> Image.Image:
+    """The published flaw on squares of 1 or 3 pixels: their rows are taken for channels."""
+    if square.width == 1:
+        raise ImageError(f"{name}: the published path cannot read a picture of one pixel; the default one can")
+    return Image.fromarray(np.ascontiguousarray(np.asarray(square).transpose(1, 2, 0)))
+
+
+def _to_rgb(name: str, image: Image.Image) -> Image.Image:
+    """The default conversion to RGB, decoding where that has not happened yet."""
+    image.load()
+    with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):  # broken EXIF
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{name}: {image.mode} pixels beyond 16 bits have no agreed range; convert to 8 bits")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError(f"{name}: floating-point pixels have no agreed range; convert to 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _unreadable(name: str, error: Exception) -> NoReturn:
+    detail = " ".join(str(error).split()) or type(error).__name__
+    raise ImageError(f"{name}: broken image ({detail})") from error
+
+
+def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if not width or not height:
+        raise ImageError(f"{name}: {width}x{height} has no pixels")
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: {width}x{height} is over the limit of {max_pixels:,} pixels")
+    if max(size) > MAX_SIDE:
+        raise ImageError(f"{name}: {width}x{height} has a side over the limit of {MAX_SIDE:,} pixels")
+
+
+def _read_file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _label(source: object) -> str:
+    """What an error calls an image."""
+    if isinstance(source, ImageRef):
+        return source.path or f"image of {len(source.data or b''):,} bytes"
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"image of {len(source):,} bytes"
+    if isinstance(source, np.ndarray):
+        return f"array {source.shape} {source.dtype}"
+    return f"PIL image {source.size}" if isinstance(source, Image.Image) else type(source).__name__

@@ -1,0 +1,50 @@
+"""Rows through a pool of actors: the one way the pipelines use Ray Data."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+
+from pipelines.progress import progress_bar
+
+
+def through_actors(
+    worker: type,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    arguments: Mapping[str, Any],
+    total: int,
+    what: str,
+    unit: str,
+    progress: bool,
+    batch_size: int = 1,
+    sizes: tuple[int, int] = (1, 1),
+    cpus: float | None = None,
+    gpus: float = 0.0,
+    accelerator: str | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows that `worker` makes of `rows`, as they come, with a progress bar over `total` of them.
+
+    Args:
+        worker: class whose instances take and give an Arrow table.
+        arguments: of its constructor.
+        batch_size: rows per call.
+        sizes: least and most actors.
+        cpus, gpus: held by each actor; default one CPU, or a quarter beside a GPU.
+        accelerator: Ray's accelerator-type label.
+    """
+    blocks = max(1, len(rows) // batch_size)
+    dataset = ray.data.from_items([dict(row) for row in rows], override_num_blocks=blocks).map_batches(
+        worker,
+        batch_size=batch_size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=min(sizes[0], blocks), max_size=min(sizes[1], blocks)),
+        fn_constructor_kwargs=dict(arguments),
+        num_cpus=cpus if cpus is not None else (0.25 if gpus else 1.0),
+        num_gpus=gpus or None,
+        accelerator_type=accelerator,
+    )
+    with progress_bar(total, what, unit, progress) as bar:
+        for row in dataset.iter_rows():
+            bar.update()
+            yield row

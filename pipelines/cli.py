@@ -1,0 +1,583 @@
+"""The `mova` command. Heavy imports stand inside the commands, so that `mova --help` is instant.
+
+Exit codes: 0 when all of it worked, 2 for a usage error, 1 with one clear line for anything else.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+app = typer.Typer(
+    name="mova",
+    help="MoVA on Ray: precompute expert features, train the router and the model, ask and evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+train_app = typer.Typer(help="Train a stage as Ray Train workers reading the store.", no_args_is_help=True)
+store_app = typer.Typer(help="Look into a feature store.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+app.add_typer(store_app, name="store")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+StorePath = Annotated[Path, typer.Option("--store", help="Folder of the feature store.")]
+DataPath = Annotated[Path, typer.Option("--data", help="LLaVA JSON array, or JSONL with one record a line.")]
+ImagesPath = Annotated[
+    Path | None, typer.Option("--images", help="Folder the records' images are relative to [default: the data file's].")
+]
+ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.")]
+Size = Annotated[
+    Literal["full", "mini"], typer.Option("--size", help="Size of the experts: full as published, mini for a laptop.")
+]
+Weights = Annotated[
+    list[str], typer.Option("--weights", help="NAME=PATH_OR_HUB_ID, once per expert [default: the public weights].")
+]
+Gpu = Annotated[float, typer.Option("--gpu", help="GPUs per actor, fractions allowed.", min=0)]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    debug = "--debug" in sys.argv
+    argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, so that nothing is left running
+    try:
+        app(argv)  # usage errors end in here, with code 2
+    except Exception as error:
+        if debug:
+            raise
+        cause: BaseException = error
+        while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and not _is_ours(cause):
+            cause = inner
+        print(f"mova: {_one_line(cause)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Was it raised by this project's own code, so that its message was written for the user?"""
+    rooms = ("mova_core", "actors", "pipelines", "cluster")
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
+    return type(error).__module__.split(".")[0] in rooms or raised_in.split(".")[0] in rooms
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == "ray":
+        return "this command needs Ray: pip install 'mova-ray[ray,train]'"
+    text = " ".join(str(error).split())
+    return text if text and _is_ours(error) else f"{type(error).__name__}: {text} (a traceback: --debug)"
+
+
+@contextlib.contextmanager
+def results_only() -> Iterator[None]:
+    """Keeps stdout for the result: whatever prints while the work runs goes to stderr."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt:
+        print("mova: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """The result: one JSON document, or what `show` prints for people."""
+    if as_json:
+        print(json.dumps(value, indent=2, default=str))
+    else:
+        show()
+
+
+def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """A table for people; columns of numbers are right-aligned."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        numeric = any(isinstance(row[index], int | float) for row in rows)
+        last = index == len(columns) - 1
+        drawn.add_column(name, justify="right" if numeric else "left", no_wrap=not last, overflow="fold")
+    for row in rows:
+        drawn.add_row(*(f"{cell:,}" if isinstance(cell, int | float) else cell or "" for cell in row))
+    Console(width=None if sys.stdout.isatty() else 140).print(drawn)
+
+
+def _weights(pairs: list[str]) -> dict[str, str]:
+    named = {}
+    for pair in pairs:
+        name, equals, where = pair.partition("=")
+        if not equals or not where:
+            raise typer.BadParameter(f"--weights {pair}: write NAME=PATH_OR_HUB_ID")
+        named[name] = where
+    return named
+
+
+def _experts(names: str | None) -> list[str]:
+    from mova_core.experts import EXPERTS, expert_card
+
+    chosen = [name.strip() for name in names.split(",")] if names else list(EXPERTS)
+    for name in chosen:
+        expert_card(name)  # raises for an unknown one
+    return chosen
+
+
+@app.command()
+def experts(size: Size = "full", as_json: Json = False) -> None:
+    """List the pool: parameters, input, grid, channels and bytes per picture of each expert."""
+    import torch
+
+    from mova_core.experts import BASE, EXPERTS, expert_class
+
+    rows: list[dict[str, Any]] = []
+    for name in (BASE, *EXPERTS):
+        card = expert_class(name).card
+        arch = card.mini if size == "mini" else card.full
+        with torch.device("meta"):  # shapes without weights
+            expert = expert_class(name)(arch)
+        (height, width), channels = expert.grid, expert.channels
+        rows.append(
+            {
+                "expert": name,
+                "title": card.title,
+                "parameters": sum(p.numel() for p in expert.parameters()),
+                "input": arch.get("image_size"),
+                "grid": [height, width],
+                "channels": channels,
+                "bytes": 2 * height * width * channels,
+                "weights": card.weights,
+            }
+        )
+
+    def show() -> None:
+        table(
+            f"vision experts, size {size}; features per picture in bfloat16",
+            ["", "expert", "network", "M params", "input px", "grid", "channels", "KB", "public weights"],
+            [
+                [
+                    "base" if row["expert"] == BASE else "ABCDEFG"[index - 1],
+                    row["expert"],
+                    row["title"],
+                    round(row["parameters"] / 1e6, 1),
+                    row["input"],
+                    "x".join(map(str, row["grid"])),
+                    row["channels"],
+                    round(row["bytes"] / 1e3),
+                    row["weights"],
+                ]
+                for index, row in enumerate(rows)
+            ],
+        )
+
+    emit(rows, as_json, show)
+
+
+@app.command()
+def precompute(
+    source: Annotated[Path, typer.Argument(help="Folder of pictures, or LLaVA JSON/JSONL that names them.")],
+    store: StorePath,
+    images: ImagesPath = None,
+    experts: Annotated[
+        str | None, typer.Option("--experts", help="Comma-separated names [default: all seven].")
+    ] = None,
+    pool: Annotated[
+        list[str],
+        typer.Option(
+            "--pool",
+            help="NAME=SIZE or NAME=MIN..MAX actors[,gpu=,cpu=,accelerator=,batch=] (gpu, cpu per actor; batch in pictures).",
+        ),
+    ] = [],  # noqa: B006  typer reads the default
+    weights: Weights = [],  # noqa: B006
+    size: Size = "full",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Computed in and stored.")
+    ] = "float32",
+    shard_mb: Annotated[float, typer.Option(help="Size a shard aims at, MiB.", min=0.1)] = 128.0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compute the experts' features of pictures into a store; what is there already is not computed again."""
+    with results_only():
+        from cluster.planner import plan_pools
+        from cluster.session import ray_session
+        from pipelines.precompute import find_images
+        from pipelines.precompute import precompute as run
+
+        names = _experts(experts)
+        plan_pools(names, pool)  # refuse a malformed pool before anything starts
+        found = find_images(source, images)
+        with ray_session():
+            summary = run(
+                found,
+                store,
+                experts=names,
+                pools=pool,
+                weights=_weights(weights),
+                size=size,
+                dtype=dtype,
+                shard_mb=shard_mb,
+                progress=not quiet,
+            )
+    computed = sum(summary.computed.values())
+
+    def show() -> None:
+        table(
+            f"{summary.images} pictures, {computed} features computed, {sum(summary.reused.values())} reused, {summary.seconds:.1f} s",
+            ["expert", "computed", "reused"],
+            [[name, summary.computed[name], summary.reused[name]] for name in summary.computed],
+        )
+        for row in summary.quarantined:
+            print(f"quarantined {row['path']}: {row['reason']}")
+
+    emit(summary.to_dict(), as_json, show)
+
+
+def _train_command(
+    stage: Literal["pretrain", "sft", "router"], doc: str, learning_rate: float, batch_size: int
+) -> None:
+    def command(
+        data: DataPath,
+        store: StorePath,
+        model: Annotated[Path, typer.Option("--model", help="Folder of the model to start from.")],
+        output: Annotated[Path, typer.Option("--output", help="Folder the trained model goes to.")],
+        images: ImagesPath = None,
+        learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = learning_rate,
+        batch_size: Annotated[int, typer.Option(help="Samples per step over all workers.", min=1)] = batch_size,
+        epochs: Annotated[float, typer.Option(help="Passes over the data, fractions allowed.", min=0)] = 1.0,
+        workers: Annotated[int, typer.Option(help="Ray Train workers.", min=1)] = 2,
+        gpu: Annotated[bool, typer.Option(help="One GPU per worker.")] = False,
+        checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 200,
+        max_length: Annotated[int, typer.Option(help="Longest sample, tokens.", min=1)] = 2048,
+        loader_processes: Annotated[int, typer.Option(help="Reading processes per worker.", min=0)] = 0,
+        lora_rank: Annotated[int, typer.Option(help="Rank of the expert-routing LoRA (router only).", min=1)] = 64,
+        shuffle_pool: Annotated[bool, typer.Option(help="Model-pool augmentation (router only).")] = True,
+        seed: Annotated[int, typer.Option(help="Order of the samples and of chance.")] = 0,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        with results_only():
+            from cluster.session import ray_session
+            from pipelines.train import TrainConfig, train
+
+            config = TrainConfig(
+                stage=stage,
+                model=str(model.resolve()),
+                data=str(data.resolve()),
+                store=str(store.resolve()),
+                output=str(output.resolve()),
+                images=None if images is None else str(images.resolve()),
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                epochs=epochs,
+                workers=workers,
+                gpu=gpu,
+                checkpoint_every=checkpoint_every,
+                max_length=max_length,
+                loader_processes=loader_processes,
+                lora_rank=lora_rank,
+                shuffle_pool=shuffle_pool,
+                seed=seed,
+            )
+            with ray_session():
+                result = train(config, progress=not quiet)
+        emit(
+            result,
+            as_json,
+            lambda: table(f"{stage} finished", ["", ""], [[key, str(value)] for key, value in result.items()]),
+        )
+
+    train_app.command(stage, help=doc)(command)
+
+
+_train_command("pretrain", "Stage 1: MoV-Adapter and base encoder learn, the LLM is frozen.", 2e-4, 1024)
+_train_command("sft", "Stage 2: everything but the experts learns.", 2e-5, 128)
+_train_command("router", "The expert-routing LoRA learns from routing labels (see `mova label`).", 2e-4, 128)
+
+
+@app.command()
+def label(
+    model: ModelPath,
+    data: DataPath,
+    store: StorePath,
+    output: Annotated[Path, typer.Option("--output", help="JSON file with the records and their routing.")],
+    images: ImagesPath = None,
+    actors: Annotated[int, typer.Option(help="Actors that measure losses.", min=1)] = 1,
+    gpu: Gpu = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 32,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Label which experts help which sample: those whose LM loss is below the loss without, at most 3."""
+    with results_only():
+        from dataclasses import asdict
+
+        from cluster.session import ray_session
+        from pipelines.label import label as run
+
+        with ray_session():
+            done = run(
+                str(model.resolve()),
+                str(data),
+                str(store),
+                str(output),
+                images=None if images is None else str(images),
+                actors=actors,
+                gpu=gpu,
+                batch_size=batch_size,
+                progress=not quiet,
+            )
+    emit(
+        asdict(done),
+        as_json,
+        lambda: table(
+            f"{done.samples} samples, {done.per_sample:.2f} experts each: {output}",
+            ["expert", "samples it helps"],
+            [[name, count] for name, count in done.experts.items()],
+        ),
+    )
+
+
+@app.command()
+def evaluate(
+    model: ModelPath,
+    data: DataPath,
+    store: StorePath,
+    images: ImagesPath = None,
+    train: Annotated[Path | None, typer.Option(help="Training file; gives the chance level.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="JSON file every single answer is written to.")] = None,
+    actors: Annotated[int, typer.Option(help="Answer servers.", min=1)] = 1,
+    gpu: Gpu = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.", min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 16,
+    limit: Annotated[int | None, typer.Option(help="First questions only.", min=1)] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a test set and compare with its truths, per kind of picture."""
+    with results_only():
+        from cluster.session import ray_session
+        from pipelines.evaluate import evaluate as run
+
+        with ray_session():
+            result = run(
+                str(model.resolve()),
+                str(data),
+                str(store),
+                images=None if images is None else str(images),
+                train=None if train is None else str(train),
+                limit=limit,
+                actors=actors,
+                gpu=gpu,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                progress=not quiet,
+            )
+        if answers is not None:
+            answers.write_text(json.dumps(result["answers"], indent=1))
+    emit({"kinds": result["kinds"]}, as_json, lambda: show_kinds(result["kinds"]))
+
+
+def show_kinds(kinds: dict[str, dict[str, Any]]) -> None:
+    """Accuracy per kind of picture, for people."""
+    table(
+        "accuracy by kind of picture (chance: the most frequent training answer of the same form of question)",
+        ["kind", "questions", "accuracy", "chance", "experts picked (times)"],
+        [
+            [
+                kind,
+                row["questions"],
+                f"{100 * row['accuracy']:.1f} %",
+                "" if row["chance"] is None else f"{100 * row['chance']:.1f} %",
+                ", ".join(f"{name} {count}" for name, count in row["experts"].items()) or "none",
+            ]
+            for kind, row in kinds.items()
+        ],
+    )
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="Picture file.")],
+    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    model: ModelPath,
+    store: Annotated[Path | None, typer.Option(help="Feature store that is read first and kept up to date.")] = None,
+    force: Annotated[
+        str | None, typer.Option(help="Experts to use, comma-separated, instead of asking the router; 'none' for none.")
+    ] = None,
+    forbid: Annotated[str | None, typer.Option(help="Experts that may not be used, comma-separated.")] = None,
+    max_experts: Annotated[int | None, typer.Option(help="Most experts to use.", min=0)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
+    weights: Weights = [],  # noqa: B006
+    size: Size = "full",
+    as_json: Json = False,
+) -> None:
+    """Ask about one picture; experts run in this process, and only those that the router picks."""
+    with results_only():
+        from dataclasses import asdict
+
+        from mova_core.answering import Answerer, Question
+        from mova_core.features import FeatureStore, LazyExperts, Tiered
+        from mova_core.images import ImageRef
+        from mova_core.model import MoVAForConditionalGeneration
+        from mova_core.processing import MoVAProcessor
+
+        loaded = MoVAForConditionalGeneration.from_pretrained(str(model))
+        named = _weights(weights)
+        source: Any = LazyExperts(
+            loaded.config.experts, size=size, weights=named, fingerprints=loaded.config.fingerprints
+        )
+        if store is not None:
+            source = Tiered(FeatureStore(store, fingerprints=loaded.config.fingerprints, create=True), source)
+        asked = Question(
+            image=ImageRef(path=str(image)),
+            text=question,
+            experts=None if force is None else tuple(name for name in force.split(",") if name and name != "none"),
+        )
+        answerer = Answerer(loaded, MoVAProcessor.from_pretrained(str(model)), source)
+        [answer] = answerer.answer(
+            [asked],
+            max_new_tokens,
+            forbid=[name for name in (forbid or "").split(",") if name],
+            max_experts=max_experts,
+        )
+
+    def show() -> None:
+        print(answer.text or "(the model said nothing)")
+        said = (
+            "forced"
+            if answer.router is None
+            else f"router said {answer.router!r}" + ("" if answer.readable else ", which names no expert")
+        )
+        print(f"\nexperts: {', '.join(answer.experts) or 'none'} ({said})")
+        for block, gates in enumerate(answer.gates, 1):
+            print(f"gate, block {block}: " + ", ".join(f"{name} {weight:.2f}" for name, weight in gates.items()))
+        print("seconds: " + ", ".join(f"{step} {seconds:.3f}" for step, seconds in answer.seconds.items()))
+
+    emit(asdict(answer), as_json, show)
+
+
+@store_app.command("ls")
+def store_ls(store: Annotated[Path, typer.Argument(help="Folder of the store.")], as_json: Json = False) -> None:
+    """List experts and fingerprints, with what each fingerprint covers."""
+    from mova_core.features import FeatureStore
+
+    opened = FeatureStore(store)
+    rows = [
+        {"fingerprint": shelf.fingerprint, **shelf.description}
+        for name, prints in opened.experts().items()
+        for shelf in (opened.shelf(name, one) for one in prints)
+    ]
+    emit(
+        rows,
+        as_json,
+        lambda: table(
+            str(store),
+            ["expert", "fingerprint", "grid", "channels", "dtype"],
+            [
+                [row["expert"], row["fingerprint"], "x".join(map(str, row["grid"])), row["channels"], row["dtype"]]
+                for row in rows
+            ],
+        ),
+    )
+
+
+@store_app.command("stat")
+def store_stat(store: Annotated[Path, typer.Argument(help="Folder of the store.")], as_json: Json = False) -> None:
+    """Count features and bytes per expert."""
+    from mova_core.features import FeatureStore
+
+    stat = FeatureStore(store).stat()
+    emit(
+        stat,
+        as_json,
+        lambda: table(
+            str(store),
+            ["expert", "features", "bytes"],
+            [[name, row["features"], row["bytes"]] for name, row in stat["experts"].items()],
+        ),
+    )
+
+
+@store_app.command("verify")
+def store_verify(
+    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Withdraw damaged shards, so that the next precompute makes them anew.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Check the checksum of every feature; exit 1 and name what is damaged."""
+    from mova_core.features import FeatureStore
+    from pipelines.progress import progress_bar
+
+    opened = FeatureStore(store)
+    total = sum(row["features"] for row in opened.stat()["experts"].values())
+    with progress_bar(total, "verify", "features", not quiet) as bar:
+        damaged = list(opened.verify(progress=bar.update))
+    withdrawn = opened.forget(damaged) if forget else 0
+
+    def show() -> None:
+        for row in damaged:
+            print(f"damaged: {row['expert']} {row['shard']} {row['key']}: {row['reason']}")
+        print(f"{total} features checked, {len(damaged)} damaged, {withdrawn} withdrawn")
+        if damaged:
+            print("`mova precompute` makes the withdrawn ones anew" if forget else "--forget withdraws them")
+
+    emit({"features": total, "damaged": damaged, "withdrawn": withdrawn}, as_json, show)
+    if damaged:
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where data, store, models and report go [default: mova/demo in the user's cache folder]."),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Pictures to draw.", min=60)] = 480,
+    seed: Annotated[int, typer.Option(help="Of the data, the sample order and chance.")] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """The whole path on real pictures in minutes: precompute, train, route, answer, and a report."""
+    with results_only():
+        from pipelines.demo import DemoConfig
+        from pipelines.demo import demo as run
+
+        chosen = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mova" / "demo"
+        result = run(DemoConfig(folder=str(chosen), images=images, seed=seed), progress=not quiet, say=say)
+
+    def show() -> None:
+        show_kinds(result["kinds"])
+        print("The vision experts of this demo are frozen random networks and its LLM is a small one trained just now:")
+        print("the accuracy shows that the parts work together, not what MoVA can do.")
+        print(
+            f"{result['features_computed']} features computed, {result['features_reused']} reused; {result['seconds']:.0f} s, "
+            f"peak memory {result['peak_bytes'] / 2**30:.2f} GiB; report: {chosen / 'report.html'}"
+        )
+        for row in result["quarantined"]:
+            print(f"quarantined {row['path']}: {row['reason']}")
+
+    emit(result, as_json, show)
+
+
+def say(line: str) -> None:
+    """A line about the work, beside the progress bars."""
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

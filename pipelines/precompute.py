@@ -1,0 +1,273 @@
+"""Precompute: warm the feature store in bulk, one Ray Data execution and one actor pool per expert, side by side."""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import torch
+
+from actors.expert_server import ExpertServer
+from cluster.planner import PoolSpec, fit_pools, plan_pools
+from mova_core.data import DataError, read_samples
+from mova_core.experts import EXPERTS, load_expert
+from mova_core.features import FeatureStore
+from mova_core.images import ImageError, ImageRef
+from pipelines.actor_pool import through_actors
+from pipelines.progress import progress_bar
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+INSPECTED = pa.schema([("image", pa.string()), ("key", pa.string()), ("error", pa.string())])
+
+
+class PrecomputeError(RuntimeError):
+    """Some features could not be made; what was made is in the store."""
+
+
+@dataclass(kw_only=True)
+class Summary:
+    """What one run did. Counts are features (one picture through one expert) unless they say otherwise."""
+
+    images: int = 0
+    computed: dict[str, int] = field(default_factory=dict)
+    reused: dict[str, int] = field(default_factory=dict)
+    quarantined: list[dict[str, str]] = field(default_factory=list)  # {"path", "reason"}, one per picture
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_images(source: str | Path, images: str | Path | None = None) -> list[Path]:
+    """Pictures of a folder (at any depth, by suffix) or those that a LLaVA JSON/JSONL names, each once, sorted.
+
+    Raises:
+        DataError: nothing there, no picture in it, or a broken record.
+    """
+    source = Path(source)
+    if source.is_dir():
+        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not found:
+            raise DataError(
+                f"folder {source} holds no picture ({', '.join(sorted(SUFFIXES))}): give the folder that does"
+            )
+        return found
+    samples = read_samples(source, images)
+    found = sorted({Path(sample.image.path) for sample in samples if sample.image is not None and sample.image.path})
+    if not found:
+        raise DataError(f"no record of {source} names an image")
+    return found
+
+
+def precompute(
+    images: Sequence[Path],
+    store_path: str | Path,
+    *,
+    experts: Sequence[str] = EXPERTS,
+    pools: Iterable[str | PoolSpec] = (),
+    weights: dict[str, str] | None = None,
+    size: str = "full",
+    dtype: str = "float32",
+    shard_mb: float = 128.0,
+    progress: bool = True,
+) -> Summary:
+    """Computes the features of `images` that the store does not have yet. Needs an open Ray session.
+
+    Args:
+        images: files every node can read.
+        store_path: the store's folder; made if it is not there.
+        pools: what `PoolSpec.parse` reads, per expert; one CPU actor for an expert not named.
+        weights: expert -> weights as `load_expert` takes them.
+        dtype: dtype computed in and stored.
+        shard_mb: size a shard aims at, in MiB.
+
+    Raises:
+        PlanError: a pool does not fit the cluster.
+        PrecomputeError: an expert failed; the others went on, and a later run resumes.
+        StoreError: the store cannot be written.
+    """
+    started = time.perf_counter()
+    fitted = fit_pools(plan_pools(experts, pools), ray.cluster_resources())
+    store = FeatureStore(store_path, create=True)
+    summary = Summary(images=len(images))
+    readable = _inspect(images, store, summary, progress)
+    descriptions = {}
+    for name in experts:
+        with_weights = load_expert(name, weights=(weights or {}).get(name), size=size, dtype=getattr(torch, dtype))
+        descriptions[name] = with_weights.describe()
+    work = {name: _plan(store, descriptions[name], readable, shard_mb, summary) for name in experts}
+    _check_disk(store, work, descriptions)
+    run = _Run(store, fitted, weights or {}, size, dtype, progress, summary)
+    run.all({name: shards for name, shards in work.items() if shards})
+    summary.seconds = time.perf_counter() - started
+    return summary
+
+
+def _inspect(images: Sequence[Path], store: FeatureStore, summary: Summary, progress: bool) -> dict[str, str]:
+    """Key -> path of every readable picture, each decoded once here; the others go to the quarantine with their reason."""
+    known = {(row["image"], row["reason"]) for row in store.quarantined()}
+    readable: dict[str, str] = {}
+    refused: list[dict[str, str | None]] = []
+    rows = ray.data.from_items([{"image": str(path)} for path in images], override_num_blocks=max(1, len(images) // 64))
+    checked = rows.map_batches(inspect_images, batch_format="pyarrow", batch_size=64)
+    bar = progress_bar(len(images), "inspect", "images", progress)
+    with bar:
+        for row in checked.iter_rows():
+            bar.update()
+            if row["error"] is None:
+                readable.setdefault(row["key"], row["image"])
+                continue
+            summary.quarantined.append({"path": row["image"], "reason": row["error"]})
+            if (row["image"], row["error"]) not in known:
+                refused.append({"image": row["image"], "sha256": row["key"], "reason": row["error"], "expert": None})
+    if refused:
+        store.quarantine(refused)
+    return dict(sorted(readable.items()))
+
+
+def inspect_images(rows: pa.Table) -> pa.Table:
+    """Rows with `image` paths to rows with `key` (sha256 of the file) and, for a picture that cannot be read, its `error`."""
+    out = []
+    for path in rows["image"].to_pylist():
+        image, key, reason = ImageRef(path=path), None, None
+        try:
+            key = image.key
+            image.decode()
+        except ImageError as error:
+            reason = str(error)
+        out.append({"image": path, "key": key, "error": reason})
+    return pa.Table.from_pylist(out, schema=INSPECTED)
+
+
+def _plan(
+    store: FeatureStore, description: dict[str, Any], readable: dict[str, str], shard_mb: float, summary: Summary
+) -> list[dict[str, Any]]:
+    """Shards still to be computed: a set difference between what is wanted and what receipts say is there."""
+    name = description["expert"]
+    shelf = store.add_expert(description)
+    rows = max(1, int(shard_mb * 2**20 / _feature_bytes(description)))
+    shards = shelf.plan(list(readable), rows)
+    missing = sum(len(shard.keys) for shard in shards)
+    summary.reused[name] = len(readable) - missing
+    summary.computed[name] = 0
+    return [{"shard": s.id, "keys": list(s.keys), "paths": [readable[key] for key in s.keys]} for s in shards]
+
+
+def _feature_bytes(description: dict[str, Any]) -> int:
+    height, width = description["grid"]
+    return height * width * description["channels"] * getattr(torch, description["dtype"]).itemsize
+
+
+def _check_disk(store: FeatureStore, work: dict[str, list[dict[str, Any]]], descriptions: dict[str, Any]) -> None:
+    need = sum(
+        sum(len(shard["keys"]) for shard in shards) * _feature_bytes(descriptions[name])
+        for name, shards in work.items()
+    )
+    free = shutil.disk_usage(store.path).free
+    if need > free:
+        raise PrecomputeError(
+            f"the features need {need / 2**20:,.0f} MiB but the disk of {store.path} has {free / 2**20:,.0f} MiB free: "
+            "free some, choose another --store, or ask for fewer --experts"
+        )
+
+
+class _Run:
+    """The executions of one precompute, as many at once as the cluster's CPUs and GPUs carry."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        pools: dict[str, PoolSpec],
+        weights: dict[str, str],
+        size: str,
+        dtype: str,
+        progress: bool,
+        summary: Summary,
+    ):
+        self.store, self.pools, self.weights, self.size, self.dtype = store, pools, weights, size, dtype
+        self.progress, self.summary = progress, summary
+        resources = ray.cluster_resources()
+        self.free = {
+            "cpu": resources.get("CPU", 0.0) - 1,
+            "gpu": resources.get("GPU", 0.0),
+        }  # one CPU for reading tasks
+        self.changed = threading.Condition()
+
+    def all(self, work: dict[str, list[dict[str, Any]]]) -> None:
+        """Runs every expert's shards; an expert that fails does not stop the others."""
+        failures: dict[str, BaseException] = {}
+        threads = ThreadPoolExecutor(max(1, len(work)), thread_name_prefix="precompute")
+        try:
+            running = {threads.submit(self.one, name, shards): name for name, shards in work.items()}
+            for done in as_completed(running):
+                if (error := done.exception()) is not None:
+                    failures[running[done]] = error
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+        if failures:
+            name, error = next(iter(failures.items()))
+            raise PrecomputeError(f"{', '.join(failures)} did not finish; {name}: {root_cause(error)}") from error
+
+    def one(self, name: str, shards: list[dict[str, Any]]) -> None:
+        """One expert's execution: shards in, references out."""
+        pool = self.pools[name]
+        least = min(pool.min_size, len(shards))
+        held = {"cpu": pool.cpus * least, "gpu": pool.gpu * least}
+        self._take(held)
+        try:
+            references = through_actors(
+                ExpertServer,
+                shards,
+                arguments={
+                    "expert": name,
+                    "weights": self.weights.get(name),
+                    "size": self.size,
+                    "dtype": self.dtype,
+                    "batch_size": pool.batch,
+                    "store": str(self.store.path.resolve()),
+                },
+                total=sum(len(shard["keys"]) for shard in shards),
+                what=name,
+                unit="images",
+                progress=self.progress,
+                sizes=(pool.min_size, pool.max_size),
+                cpus=pool.cpus,
+                gpus=pool.gpu,
+                accelerator=pool.accelerator,
+            )
+            for row in references:
+                if row["error"] is None:
+                    self.summary.computed[name] += 1
+                else:
+                    self.summary.quarantined.append({"path": row["image"], "reason": f"{name}: {row['error']}"})
+            self.store.shelf(name).snapshot()
+        finally:
+            self._give(held)
+
+    def _take(self, held: dict[str, float]) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: all(self.free[kind] >= amount for kind, amount in held.items()))
+            for kind, amount in held.items():
+                self.free[kind] -= amount
+
+    def _give(self, held: dict[str, float]) -> None:
+        with self.changed:
+            for kind, amount in held.items():
+                self.free[kind] += amount
+            self.changed.notify_all()
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The exception a worker raised, out of the wrappers that Ray puts around it."""
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = inner
+    return error

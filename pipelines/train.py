@@ -1,0 +1,323 @@
+"""Train: the paper's stages as Ray Train workers that read features from the store.
+
+pretrain: MoV-Adapter and base encoder learn, the LLM is frozen.   sft: everything learns but the experts (paper section 3.3).
+router:   only the expert-routing LoRA learns, on routing labels.
+"""
+
+import json
+import random
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer, prepare_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import get_cosine_schedule_with_warmup
+
+from mova_core.data import DataError, Sample, read_samples
+from mova_core.features import FeatureStore
+from mova_core.model import MoVAForConditionalGeneration, stack_features
+from mova_core.processing import MoVAProcessor
+from mova_core.routing import build_routing_prompt, build_routing_reply, shuffle_pool
+from pipelines.progress import follow_progress, write_progress
+
+Stage = Literal["pretrain", "sft", "router"]
+STAGES: tuple[Stage, ...] = ("pretrain", "sft", "router")
+OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"  # beside the model in a checkpoint
+PROGRESS = "progress.json"  # in the run's folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. Learning rates and batch sizes default to the paper's (PAPER table 1.4) in the command."""
+
+    stage: Stage
+    model: str  # folder of the model to start from
+    data: str  # LLaVA JSON or JSONL
+    store: str  # feature store
+    output: str  # folder the trained model goes to
+    images: str | None = None  # folder the records' images are relative to; default the data file's
+    learning_rate: float = 2e-4
+    batch_size: int = 32  # samples per step, over all workers
+    epochs: float = 1.0
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    max_length: int = 2048  # tokens
+    seed: int = 0
+    checkpoint_every: int = 200  # steps
+    workers: int = 2
+    gpu: bool = False
+    loader_processes: int = 0  # per worker
+    lora_rank: int = 64  # router stage
+    shuffle_pool: bool = True  # router stage: model-pool augmentation
+    keep: tuple[str, ...] | None = None  # train on these record ids only
+
+
+def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
+    """Runs one stage to its end, from the last checkpoint if an earlier run of the same config was cut off.
+
+    Needs an open Ray session. Returns {"stage", "steps", "samples", "loss", "seconds", "output", "resumed_from"}.
+
+    Raises:
+        DataError: the data cannot be read or lacks what the stage needs.
+        StoreError: the store lacks features of this model's experts.
+    """
+    started = time.perf_counter()
+    samples = usable_samples(config)  # refuse bad input before any worker starts
+    FeatureStore(config.store)
+    storage = run_folder(config)
+    storage.mkdir(parents=True, exist_ok=True)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=asdict(config),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
+        ),
+        run_config=ray.train.RunConfig(
+            name=config.stage,
+            storage_path=str(storage),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(max_failures=1),
+        ),
+    )
+    with follow_progress(storage / PROGRESS, config.stage, "steps", progress):
+        result = trainer.fit()
+    if result.checkpoint is None:
+        raise DataError(
+            f"{config.data}: no step was run; give at least {config.batch_size} samples or a smaller --batch-size"
+        )
+    with result.checkpoint.as_directory() as folder:
+        shutil.copytree(folder, config.output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OPTIMIZER, STATE))
+    shutil.rmtree(storage, ignore_errors=True)
+    metrics = result.metrics or {}
+    return {
+        "stage": config.stage,
+        "samples": len(samples),
+        "seconds": time.perf_counter() - started,
+        "output": config.output,
+        **{key: metrics[key] for key in ("steps", "loss", "resumed_from") if key in metrics},
+    }
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Where a run keeps its checkpoints until it is finished: beside its output, on a disk that every worker sees."""
+    return Path(f"{config.output}.ray").resolve()
+
+
+def usable_samples(config: TrainConfig) -> list[Sample]:
+    """The records a stage can learn from: with a picture that is not in quarantine, and for the router with a label."""
+    bad = {str(Path(row["image"]).resolve()) for row in FeatureStore(config.store).quarantined()}
+    samples = [
+        sample
+        for sample in read_samples(config.data, config.images)
+        if sample.image is not None
+        and str(Path(sample.image.path or "").resolve()) not in bad
+        and (config.keep is None or sample.id in config.keep)
+    ]
+    if config.stage == "router":
+        samples = [sample for sample in samples if sample.routing is not None]
+        if not samples:
+            raise DataError(f"{config.data} holds no routing label: run `mova label` and give the file it writes")
+    if len(samples) < config.batch_size:
+        raise DataError(
+            f"{config.data} holds {len(samples)} usable samples, fewer than --batch-size {config.batch_size}"
+        )
+    return samples
+
+
+class Batches(Dataset):
+    """Step number -> this worker's share of that step's batch. The same for any worker count, so a run can resume anywhere."""
+
+    def __init__(
+        self, config: TrainConfig, samples: list[Sample], processor: MoVAProcessor, pool: list[dict[str, Any]]
+    ):
+        self.config, self.samples, self.processor, self.pool = config, samples, processor, pool
+        self.store = FeatureStore(config.store, fingerprints=None)
+        self.rank, self.world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+        self.per_epoch = len(samples) // config.batch_size
+        self.steps = max(1, round(self.per_epoch * config.epochs))
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        epoch, at = divmod(step, self.per_epoch)
+        order = random.Random(f"{self.config.seed}/{epoch}").sample(range(len(self.samples)), len(self.samples))
+        mine = order[at * self.config.batch_size : (at + 1) * self.config.batch_size][self.rank :: self.world]
+        chosen = [(self.samples[index], random.Random(f"{self.config.seed}/{epoch}/{index}")) for index in mine]
+        return self.routing_batch(chosen) if self.config.stage == "router" else self.answer_batch(chosen)
+
+    def answer_batch(self, chosen: list[tuple[Sample, random.Random]]) -> dict[str, Any]:
+        """Questions with the features of their labelled experts; a sample nobody labelled gets 0 to 3 experts by chance."""
+        names = [expert["name"] for expert in self.pool]
+        routed = [
+            list(sample.routing) if sample.routing is not None else rng.sample(names, rng.randint(0, 3))
+            for sample, rng in chosen
+        ]
+        images = [sample.image for sample, _ in chosen if sample.image is not None]
+        batch = dict(self._process([sample.turns for sample, _ in chosen], images, False, None))
+        features = self.store.fetch(images, routed)
+        batch["experts"] = stack_features(features, names, torch.device("cpu"), torch.float32)
+        batch["routing"] = torch.tensor([[name in experts for name in names] for experts in routed])
+        return batch
+
+    def routing_batch(self, chosen: list[tuple[Sample, random.Random]]) -> dict[str, Any]:
+        """Routing instructions: the pool (shuffled and cut by chance) and the question in, the labelled letters out."""
+        turns, questions = [], []
+        for sample, rng in chosen:
+            cards = [expert["description"] for expert in self.pool]
+            mask = [expert["name"] in (sample.routing or ()) for expert in self.pool]
+            if self.config.shuffle_pool:
+                keep = rng.randint(min(len(cards), max(2, sum(mask))), len(cards))
+                cards, mask = shuffle_pool(cards, mask, rng, keep)
+            turns.append(
+                (("user", build_routing_prompt(sample.question, cards)), ("assistant", build_routing_reply(mask)))
+            )
+            questions.append(sample.question)
+        images = [sample.image for sample, _ in chosen if sample.image is not None]
+        return {**self._process(turns, images, True, questions), "coarse": True}
+
+    def _process(self, turns: Any, images: Any, routing: bool, questions: list[str] | None) -> Any:
+        return self.processor(
+            turns,
+            images,
+            routing=routing,
+            labels=True,
+            padding_side="right",
+            max_length=self.config.max_length,
+            questions=questions,
+        )
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """What one Ray Train worker does."""
+    config = TrainConfig(**settings)
+    torch.manual_seed(config.seed)
+    with _start_folder(config) as folder:
+        model = MoVAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        processor = MoVAProcessor.from_pretrained(config.model)
+        done, moments = _progress_of(folder)
+    choose_parameters(model, config)
+    batches = Batches(config, usable_samples(config), processor, model.config.pool)
+    for expert in model.config.pool:
+        expert["fingerprint"] = batches.store.fingerprints.get(expert["name"])
+    device = ray.train.torch.get_device()
+    wrapped = prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(learning.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * len(batches)), len(batches))
+    restore_optimizer(optimizer, schedule, learning, moments, done)
+
+    wrapped.train()
+    loader = DataLoader(
+        batches, batch_size=None, sampler=range(done, len(batches)), num_workers=config.loader_processes
+    )
+    losses: list[float] = []
+    for step, batch in enumerate(loader, start=done):
+        loss = wrapped(**_to(batch, device)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(learning.values(), config.clip_norm)
+        optimizer.step()
+        schedule.step()
+        losses = [*losses[-49:], loss.item()]
+        if batches.rank == 0:
+            write_progress(
+                run_folder(config) / PROGRESS, step + 1, len(batches), f"loss {sum(losses) / len(losses):.3f}"
+            )
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(batches):
+            metrics = {"steps": step + 1, "loss": sum(losses) / len(losses), "resumed_from": done}
+            report(metrics, model, processor, optimizer, learning)
+
+
+def choose_parameters(model: MoVAForConditionalGeneration, config: TrainConfig) -> None:
+    """Says which parameters learn in this stage."""
+    if config.stage == "router":
+        if not model.has_routing_lora:
+            model.add_routing_lora(rank=config.lora_rank, alpha=2 * config.lora_rank)
+        model.language_model.enable_adapters()
+    for name, parameter in model.named_parameters():
+        lora = "lora_" in name
+        of_llm = name.startswith("language_model.")
+        parameter.requires_grad_({"pretrain": not of_llm, "sft": not lora, "router": lora}[config.stage])
+
+
+def report(
+    metrics: dict[str, Any],
+    model: MoVAForConditionalGeneration,
+    processor: MoVAProcessor,
+    optimizer: torch.optim.Optimizer,
+    learning: dict[str, nn.Parameter],
+) -> None:
+    """Reports to Ray Train; rank 0 adds a checkpoint: the model as users load it, and what is needed to go on."""
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        moments = {
+            f"{name}/{key}": value.contiguous()
+            for name, parameter in learning.items()
+            for key, value in optimizer.state[parameter].items()
+        }
+        save_file(moments, f"{folder}/{OPTIMIZER}")
+        Path(folder, STATE).write_text(json.dumps(metrics))
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    learning: dict[str, nn.Parameter],
+    moments: dict[str, Tensor],
+    done: int,
+) -> None:
+    """Puts AdamW's moments (name/key -> tensor) and the schedule where they were after `done` steps."""
+    for name, parameter in learning.items():
+        kept = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
+        if kept:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in kept.items()
+            }
+    if done:
+        schedule.last_epoch = done - 1
+        schedule.step()
+
+
+class _start_folder:
+    """The folder to start from: the last checkpoint's if there is one, else the model's."""
+
+    def __init__(self, config: TrainConfig):
+        self.checkpoint, self.model = ray.train.get_checkpoint(), config.model
+
+    def __enter__(self) -> str:
+        self.opened = self.checkpoint.as_directory() if self.checkpoint else None
+        return self.opened.__enter__() if self.opened else self.model
+
+    def __exit__(self, *error: Any) -> None:
+        if self.opened:
+            self.opened.__exit__(*error)
+
+
+def _progress_of(folder: str) -> tuple[int, dict[str, Tensor]]:
+    state = Path(folder, STATE)
+    if not state.exists():
+        return 0, {}
+    return json.loads(state.read_text())["steps"], load_file(Path(folder, OPTIMIZER))
+
+
+def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch on the device; features move with their grid kept."""
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    if "experts" in batch:
+        moved["experts"] = {name: f._replace(tokens=f.tokens.to(device)) for name, f in batch["experts"].items()}
+    return moved

@@ -1,0 +1,38 @@
+import pytest
+
+from cluster.planner import PlanError, PoolSpec, fit_pools, plan_pools
+
+
+def test_pool_is_read_from_the_command_line():
+    pool = PoolSpec.parse("sam=2..8,gpu=0.5,accelerator=A100,batch=16")
+    assert (pool.min_size, pool.max_size, pool.gpu, pool.accelerator, pool.batch) == (2, 8, 0.5, "A100", 16)
+    assert pool.cpus == 0.25, "beside a GPU an actor holds little CPU"
+    assert PoolSpec.parse("clip=3").cpus == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["sam", "sam=", "sam=0", "sam=4..2", "sam=1,gpu=x", "sam=1,gpus=1", "sam=1,batch=0", "=1"]
+)
+def test_malformed_pool_is_refused(text):
+    with pytest.raises(PlanError, match="--pool"):
+        PoolSpec.parse(text)
+
+
+def test_every_expert_gets_a_pool():
+    pools = plan_pools(["sam", "vary"], ["vary=1..4"])
+    assert (pools["sam"].max_size, pools["vary"].max_size) == (1, 4)
+    with pytest.raises(PlanError, match="clip"):
+        plan_pools(["sam"], ["clip=1"])
+    with pytest.raises(PlanError, match="twice"):
+        plan_pools(["sam"], ["sam=1", "sam=2"])
+
+
+def test_pools_are_cut_to_the_cluster_and_leave_a_cpu_free():
+    pools = fit_pools(plan_pools(["sam"], ["sam=1..8"]), {"CPU": 4})
+    assert pools["sam"].max_size == 3
+    with pytest.raises(PlanError, match=r"pool sam: 4 actors hold 4 CPUs .* has 4 CPUs"):
+        fit_pools(plan_pools(["sam"], ["sam=4"]), {"CPU": 4})
+    with pytest.raises(PlanError, match="0 GPUs"):
+        fit_pools(plan_pools(["sam"], ["sam=1,gpu=1"]), {"CPU": 4})
+    with pytest.raises(PlanError, match="no node has a A100"):
+        fit_pools(plan_pools(["sam"], ["sam=1,gpu=1,accelerator=A100"]), {"CPU": 4, "GPU": 1, "accelerator_type:L4": 1})

@@ -1,0 +1,339 @@
+"""The contract that every expert of the pool keeps, and how weights come in."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mova_core.experts import (
+    BASE,
+    EXPERTS,
+    ExpertCard,
+    Features,
+    VisionExpert,
+    WeightsError,
+    expert_card,
+    expert_class,
+    fingerprint,
+    load_expert,
+    register,
+)
+
+POOL = (BASE, *EXPERTS)
+
+
+def pictures() -> list[Image.Image]:
+    random = np.random.RandomState(0)
+    return [
+        Image.fromarray(random.randint(0, 256, (height, width, 3), dtype=np.uint8))
+        for height, width in ((60, 90), (90, 40), (64, 64))
+    ]
+
+
+@pytest.fixture(scope="module", params=POOL)
+def expert(request) -> VisionExpert:
+    return load_expert(request.param, size="mini")
+
+
+@torch.no_grad()
+def features(expert: VisionExpert, images=None) -> Features:
+    dtype = next(expert.parameters()).dtype
+    batch = expert.preprocess(pictures() if images is None else images)
+    return expert({name: tensor.to(dtype) for name, tensor in batch.items()})
+
+
+class TestContract:
+    def test_card(self, expert):
+        card = expert.card
+        assert expert_card(card.name) is card and isinstance(expert, expert_class(card.name))
+        assert card.full.keys() == card.mini.keys()
+        for name in ("CLIP", "DINO", "Vary", "DETR", "Pix2Struct", "DePlot", "SAM"):
+            assert name not in card.description
+
+    def test_preprocess(self, expert):
+        batch = expert.preprocess(pictures())
+        assert all(tensor.dtype == torch.float32 and len(tensor) == 3 for tensor in batch.values())
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in batch.values())
+
+    def test_shape_and_dtype(self, expert):
+        tokens, grid = features(expert)
+        assert grid == expert.grid and tokens.shape == (3, grid[0] * grid[1], expert.channels)
+        assert tokens.dtype == torch.float32 and bool(torch.isfinite(tokens).all())
+
+    def test_features_are_lively(self, expert):
+        tokens = features(expert).tokens
+        assert 0.1 < tokens.std() < 10
+        assert (tokens[0] - tokens[1]).abs().mean() > 0.05  # pictures differ
+        assert (tokens[:, 0] - tokens[:, 1]).abs().mean() > 0.05  # places differ
+
+    def test_a_batch_equals_its_pictures_one_by_one(self, expert):
+        one_by_one = torch.cat([features(expert, [picture]).tokens for picture in pictures()])
+        torch.testing.assert_close(features(expert).tokens, one_by_one, atol=1e-5, rtol=0)
+
+    def test_two_loads_are_equal(self, expert):
+        again = load_expert(expert.card.name, size="mini")
+        assert torch.equal(features(again).tokens, features(expert).tokens)
+        assert fingerprint(again.describe()) == fingerprint(expert.describe())
+
+    def test_frozen_and_in_eval_mode(self, expert):
+        assert not any(parameter.requires_grad for parameter in expert.parameters())
+        assert not any(module.training for module in expert.modules())
+
+    def test_describe_is_json(self, expert):
+        described = expert.describe()
+        assert json.loads(json.dumps(described)) == described
+        assert described["expert"] == expert.card.name and described["dtype"] == "float32"
+        assert described["grid"] == list(expert.grid) and described["channels"] == expert.channels
+
+    def test_fingerprint_tells_weights_pixels_and_dtype_apart(self, expert):
+        seen = {fingerprint(expert.describe())}
+        seen.add(fingerprint(expert.describe(dtype=torch.float16)))
+        seen.add(fingerprint(expert.describe(compat="published")))
+        seen.add(fingerprint(load_expert(expert.card.name, size="mini", dtype=torch.bfloat16).describe()))
+        state = {name: tensor.clone() for name, tensor in expert.state_dict().items()}
+        name = next(iter(dict(expert.named_parameters())))
+        state[name].view(-1)[0] += 1e-3
+        seen.add(fingerprint(load_expert(expert.card.name, weights=state, size="mini").describe()))
+        assert len(seen) == 5
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, expert, dtype):
+        half = load_expert(expert.card.name, size="mini", dtype=dtype)
+        tokens = features(half).tokens
+        assert tokens.dtype == dtype
+        exact = features(expert).tokens
+        assert (tokens.float() - exact).abs().mean() < 0.1 * exact.std()
+
+    def test_our_own_and_public_names_load(self, expert):
+        own = dict(expert.state_dict())
+        public = expert.to_public(own, expert.arch)
+        for state in (own, public):
+            loaded = load_expert(expert.card.name, weights=state, size="mini")
+            assert torch.equal(features(loaded).tokens, features(expert).tokens)
+
+    def test_one_part_of_a_published_checkpoint_loads(self, expert):
+        tower = f"model.vision_tower.vision_tower_{POOL.index(expert.card.name)}."
+        published = {
+            tower + name: tensor for name, tensor in expert.to_public(expert.state_dict(), expert.arch).items()
+        }
+        published |= {
+            "model.embed_tokens.weight": torch.zeros(3, 3),
+            "model.vision_tower.vision_tower_9.x": torch.zeros(1),
+        }
+        loaded = load_expert(expert.card.name, weights=published, size="mini")
+        assert torch.equal(features(loaded).tokens, features(expert).tokens)
+
+    def test_missing_unexpected_and_misshapen_names_are_listed(self, expert):
+        state = dict(expert.state_dict())
+        lost, bent = list(dict(expert.named_parameters()))[-3:-1]
+        del state[lost]
+        state |= {"stray.weight": torch.zeros(1), bent: torch.zeros(1, 2, 3)}
+        with pytest.raises(WeightsError) as caught:
+            load_expert(expert.card.name, weights=state, size="mini")
+        message = str(caught.value)
+        assert "\n" not in message and expert.card.name in message
+        for part in (
+            f"1 missing: {lost}",
+            "1 unexpected: stray.weight",
+            f"1 of another shape: {bent} (1, 2, 3) instead of",
+        ):
+            assert part in message
+
+    def test_full_size_on_the_meta_device(self, expert):
+        with torch.device("meta"):
+            full = expert_class(expert.card.name)(expert.card.full)
+        published = {"clip": (48, 1024), "dinov2": (37, 1536), "vary": (32, 512), "codetr": (37, 256)}
+        published |= {"pix2struct": (45, 1536), "deplot": (45, 768), "biomedclip": (14, 768), "sam": (64, 256)}
+        side, channels = published[expert.card.name]
+        assert full.grid == (side, side) and full.channels == channels
+
+
+class TestRegistry:
+    def test_unknown_name_lists_the_names(self):
+        for use in (expert_card, load_expert):
+            with pytest.raises(ValueError, match="unknown expert 'nope'") as caught:
+                use("nope")
+            assert all(name in str(caught.value) for name in POOL)
+
+    def test_an_expert_from_anybody(self):
+        card = ExpertCard(name="from-anybody", title="", description="", weights="", full={}, mini={})
+        expert = register(type("FromAnybody", (VisionExpert,), {"card": card}))
+        assert expert_class("from-anybody") is expert
+        with pytest.raises(ValueError, match="'from-anybody' is taken by FromAnybody"):
+            register(type("Another", (VisionExpert,), {"card": card}))
+        with pytest.raises(ValueError, match="'dinov2' is taken"):
+            register(type("Usurper", (VisionExpert,), {"card": ExpertCard(**{**vars(card), "name": "dinov2"})}))
+        with pytest.raises(ValueError, match="from-anybody"):
+            expert_card("nope")
+
+    def test_listing_the_pool_imports_no_network(self):
+        code = (
+            "import sys; from mova_core.experts import EXPERTS, expert_card; [expert_card(name) for name in EXPERTS];"
+            "print([name for name in sys.modules if name == 'timm' or name.startswith('transformers.models')])"
+        )
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert out.stdout.strip() == "[]"
+
+    def test_unknown_size_and_arch_word(self):
+        with pytest.raises(ValueError, match="unknown size 'huge'"):
+            load_expert("clip", size="huge")
+        with pytest.raises(ValueError, match="unknown arch word widht"):
+            load_expert("clip", size="mini", arch={"widht": 3})
+
+    def test_position_tables_of_another_length(self):
+        """Pix2Struct's numbers of rows and columns: only what the grid reads must be there."""
+        long = load_expert("deplot", size="mini", arch={"pos_grid": 100})
+        short = load_expert("deplot", weights=long.state_dict(), size="mini", arch={"pos_grid": 10})
+        again = load_expert("deplot", weights=short.state_dict(), size="mini")
+        assert torch.equal(features(short).tokens, features(long).tokens)
+        assert torch.equal(features(again).tokens, features(long).tokens)
+        with pytest.raises(WeightsError, match=r"of another shape: embeddings\.column_embedder"):
+            load_expert("deplot", weights=short.state_dict(), size="mini", arch={"image_size": 160})
+
+    def test_arch_overrides(self):
+        expert = load_expert("dinov2", size="mini", arch={"width": 48, "image_size": 70})
+        assert (expert.grid, expert.channels) == ((5, 5), 48)
+        assert features(expert).tokens.shape == (3, 25, 48)
+
+
+class TestWeightFiles:
+    """Each form in which people have weights, on the smallest expert."""
+
+    @pytest.fixture
+    def small(self) -> VisionExpert:
+        return load_expert("deplot", size="mini")
+
+    @staticmethod
+    def check(small, weights):
+        assert torch.equal(features(load_expert("deplot", weights=weights, size="mini")).tokens, features(small).tokens)
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "checkpoint.pth"])
+    @pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
+    def test_one_file(self, tmp_path, small, name, folder):
+        state, file = small.state_dict(), tmp_path / name
+        if file.suffix == ".safetensors":
+            save_file(state, file)
+        else:
+            torch.save({"state_dict": state} if file.suffix == ".pth" else state, file)
+        (tmp_path / "config.json").write_text("{}")
+        self.check(small, tmp_path if folder else str(file))
+
+    def test_safetensors_win_over_a_pickle(self, tmp_path, small):
+        save_file(small.state_dict(), tmp_path / "model.safetensors")
+        (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+        self.check(small, tmp_path)
+
+    @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+    def test_shards(self, tmp_path, small, suffix):
+        names = sorted(small.state_dict())
+        where = {name: f"part-{index % 3}.{suffix}" for index, name in enumerate(names)}
+        for file in set(where.values()):
+            part = {name: small.state_dict()[name].clone() for name in names if where[name] == file}
+            save_file(part, tmp_path / file) if suffix == "safetensors" else torch.save(part, tmp_path / file)
+        (tmp_path / f"model.{suffix}.index.json").write_text(json.dumps({"weight_map": where}))
+        self.check(small, tmp_path)
+        (tmp_path / f"part-1.{suffix}").unlink()
+        with pytest.raises(WeightsError, match=f"not there: part-1.{suffix}"):
+            load_expert("deplot", weights=tmp_path, size="mini")
+
+    def test_the_old_format_of_torch(self, tmp_path, small):
+        torch.save(dict(small.state_dict()), tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+        self.check(small, tmp_path / "a.pth")
+
+    def test_a_full_transformers_folder(self, tmp_path):
+        from transformers import CLIPConfig, CLIPModel
+
+        card = expert_card("clip")
+        vision = dict(
+            hidden_size=128,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=256,
+            image_size=84,
+            patch_size=14,
+        )
+        text = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=32)
+        model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).eval()
+        model.save_pretrained(tmp_path)
+        expert = load_expert("clip", weights=tmp_path, size="mini", arch={"image_size": 84})
+        pixels = torch.randn(2, 3, 84, 84)
+        wanted = model.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        torch.testing.assert_close(expert({"pixel_values": pixels}).tokens, wanted, atol=5e-5, rtol=0)
+        assert load_expert("clip", weights=tmp_path, size="mini").grid == (12, 12)  # positions resized
+        assert card.mini["image_size"] == 168
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "model.bin", "model.pth"])
+    def test_torn(self, tmp_path, small, name):
+        file = tmp_path / name
+        save_file(small.state_dict(), file) if name.endswith("safetensors") else torch.save(small.state_dict(), file)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(WeightsError, match="torn") as caught:
+            load_expert("deplot", weights=file, size="mini")
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_a_pickle_with_more_than_tensors_is_refused(self, tmp_path):
+        torch.save({"a": torch.zeros(1), "b": subprocess.Popen}, tmp_path / "evil.bin")
+        with pytest.raises(WeightsError, match="more than tensors"):
+            load_expert("deplot", weights=tmp_path / "evil.bin", size="mini")
+
+    def test_not_there(self, tmp_path):
+        with pytest.raises(WeightsError, match="no such file or folder"):
+            load_expert("deplot", weights=tmp_path / "gone", size="mini")
+        with pytest.raises(WeightsError, match=r"no .* file in this folder"):
+            load_expert("deplot", weights=tmp_path, size="mini")
+
+    def test_more_than_one_candidate(self, tmp_path, small):
+        for name in ("a.pth", "b.pth"):
+            torch.save(small.state_dict(), tmp_path / name)
+        with pytest.raises(WeightsError, match=r"more than one weights file \(a\.pth, b\.pth\)"):
+            load_expert("deplot", weights=tmp_path, size="mini")
+
+    @pytest.fixture
+    def hub_cache(self, monkeypatch, tmp_path):
+        """An empty cache of the hub's client, and no connection."""
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        return tmp_path
+
+    def test_an_unreachable_hub_id(self, hub_cache):
+        with pytest.raises(
+            WeightsError, match="google/deplot: neither a file or folder here nor reachable as a hub id"
+        ) as caught:
+            load_expert("deplot")
+        assert "Fix:" in str(caught.value) and "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+    def test_a_cached_hub_id(self, hub_cache, small, suffix):
+        snapshot = hub_cache / "models--someone--deplot" / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (save_file if suffix == "safetensors" else torch.save)(small.state_dict(), snapshot / f"model.{suffix}")
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+        self.check(small, "someone/deplot")
+
+    def test_the_callers_tensors_stay_the_callers(self, small):
+        state = dict(small.state_dict())
+        loaded: Any = load_expert("deplot", weights=state, size="mini")
+        loaded.layernorm.weight.add_(1)
+        assert bool((state["layernorm.weight"] == 1).all())
+
+
+class TestBaseEncoderTrains:
+    def test_every_parameter_gets_a_gradient(self):
+        base = load_expert(BASE, size="mini").train().requires_grad_(True)
+        base(base.preprocess(pictures())).tokens.square().mean().backward()
+        gradients = {name: parameter.grad for name, parameter in base.named_parameters()}
+        assert not [name for name, gradient in gradients.items() if gradient is None or not gradient.any()]
+
+    def test_other_pictures_than_squares_of_its_size_are_refused(self):
+        base = load_expert(BASE, size="mini")
+        with pytest.raises(ValueError, match="clip reads 168-pixel squares"):
+            base({"pixel_values": torch.zeros(1, 3, 84, 84)})

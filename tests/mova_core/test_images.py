@@ -1,0 +1,237 @@
+"""Every kind of picture that people have: the right RGB pixels, or one clear error."""
+
+import hashlib
+import io
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mova_core import images
+from mova_core.images import ImageError, ImageRef, clip_pixels, load_image, pad_to_square
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def colours(image: Image.Image) -> list[tuple[int, ...]]:
+    return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return noise(40, 30)
+
+
+class TestImageRef:
+    def test_key_is_the_digest_of_the_encoded_bytes(self, tmp_path, picture):
+        data = encoded(picture)
+        (tmp_path / "a.png").write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        assert ImageRef(path=tmp_path / "a.png").key == ImageRef(data=data).key == digest
+        assert ImageRef(path=tmp_path / "a.png", key=digest).read() == data
+        assert ImageRef.of(data).key == ImageRef.of(str(tmp_path / "a.png")).key
+
+    def test_pickles_small(self, tmp_path):
+        (tmp_path / "a.png").write_bytes(encoded(noise(300, 300)))
+        ref = ImageRef(path=tmp_path / "a.png")
+        key = ref.key
+        pickled = pickle.dumps(ref)
+        assert len(pickled) < 400
+        assert pickle.loads(pickled).key == key and pickle.loads(pickled).path == str(tmp_path / "a.png")
+        assert pickle.loads(pickle.dumps(ImageRef(data=b"abc"))).read() == b"abc"
+
+    def test_changed_content_is_refused(self, tmp_path, picture):
+        file = tmp_path / "a.png"
+        file.write_bytes(encoded(picture))
+        ref = ImageRef(path=file)
+        assert ref.key
+        file.write_bytes(encoded(noise(5, 5)))
+        with pytest.raises(ImageError, match="changed since it was listed"):
+            ref.decode()
+
+    def test_is_read_only_and_needs_a_source(self, picture):
+        with pytest.raises(AttributeError):
+            ImageRef(path="a").key = "b"  # type: ignore[misc]
+        with pytest.raises(ImageError, match="needs a path or"):
+            ImageRef()
+        with pytest.raises(ImageError, match="needs a path or"):
+            ImageRef.of(picture)
+
+
+class TestSources:
+    def test_all_sources_give_the_same_pixels(self, tmp_path, picture):
+        file = tmp_path / "a.png"
+        file.write_bytes(encoded(picture))
+        for source in (picture, np.asarray(picture), file, str(file), file.read_bytes(), ImageRef(path=file)):
+            assert np.array_equal(np.asarray(load_image(source)), np.asarray(picture))
+        grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+        assert np.array_equal(np.asarray(load_image(grey)), np.stack([grey] * 3, axis=-1))
+
+    def test_a_lying_extension_does_not_matter(self, tmp_path, picture):
+        file = tmp_path / "a.jpg"
+        file.write_bytes(encoded(picture))
+        assert np.array_equal(np.asarray(load_image(file)), np.asarray(picture))
+
+    @pytest.mark.parametrize(
+        "array",
+        [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((4,), np.uint8), np.zeros((0, 4, 3), np.uint8)],
+        ids=["float", "four channels", "flat", "empty"],
+    )
+    def test_arrays_of_another_kind(self, array):
+        with pytest.raises(ImageError, match="array"):
+            load_image(array)
+
+
+class TestModes:
+    def test_transparency_is_put_on_white(self):
+        half = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+        half.putpixel((1, 0), (0, 255, 0, 0))  # green, hidden
+        for source in (
+            half,
+            half.convert("PA"),
+            encoded(half),
+            encoded(half, "WEBP", lossless=True),
+            encoded(half, "TIFF"),
+        ):
+            assert colours(load_image(source)) == [RED, WHITE]
+        assert colours(load_image(half, "published")) == [RED, (0, 255, 0)]
+        grey = Image.new("LA", (1, 1), (0, 0))
+        assert load_image(encoded(grey)).getpixel((0, 0)) == WHITE
+
+    def test_transparent_colours_without_alpha_channel(self):
+        palette = Image.new("P", (2, 1))
+        palette.putpalette([255, 0, 0, 0, 0, 255])
+        palette.putpixel((1, 0), 1)
+        assert colours(load_image(encoded(palette, transparency=1))) == [RED, WHITE]
+        assert list(load_image(encoded(Image.new("RGB", (1, 1), RED), transparency=RED)).getdata()) == [WHITE]
+
+    def test_sixteen_bits_are_scaled(self):
+        deep = Image.fromarray(np.array([[0, 257, 32768, 65535]], dtype=np.uint16))
+        assert deep.mode == "I;16"
+        for source in (deep, encoded(deep), encoded(deep, "TIFF")):
+            assert [red for red, _, _ in colours(load_image(source))] == [0, 1, 128, 255]
+
+    @pytest.mark.parametrize("image", [Image.new("F", (2, 2), 0.5), Image.new("I", (2, 2), 1_000_000)], ids=["F", "I"])
+    def test_no_agreed_range(self, image):
+        with pytest.raises(ImageError, match="no agreed range"):
+            load_image(encoded(image, "TIFF"))
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+    def test_other_modes(self, mode, picture):
+        image = picture.convert(mode)
+        source = encoded(image, "TIFF") if mode in ("CMYK", "YCbCr") else encoded(image)
+        assert load_image(source).mode == "RGB"
+        assert np.array_equal(np.asarray(load_image(image)), np.asarray(image.convert("RGB")))
+
+    def test_first_frame_of_an_animation(self):
+        frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
+        for form in ("GIF", "WEBP", "PNG"):
+            data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+            red, green, blue = colours(load_image(data))[36]
+            assert red > 240 and green < 15 and blue < 15
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_exif_orientation(self, orientation, picture):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(picture, exif=exif)
+        turned = load_image(data)
+        assert turned.size == ((40, 30) if orientation < 5 else (30, 40))
+        corner = [(0, 0), (39, 0), (39, 29), (0, 29), (0, 0), (0, 29), (39, 29), (39, 0)][orientation - 1]
+        assert turned.getpixel((0, 0)) == picture.getpixel(corner)
+        assert np.array_equal(np.asarray(load_image(turned)), np.asarray(turned))  # not turned twice
+        assert load_image(data, "published").size == (40, 30)
+
+    def test_broken_exif_does_not_cost_the_picture(self, picture):
+        data = encoded(picture, exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff\x01")
+        assert np.array_equal(np.asarray(load_image(data)), np.asarray(picture))
+
+
+class TestBadInput:
+    def test_not_there(self, tmp_path):
+        with pytest.raises(ImageError, match=r"gone\.png: cannot be read"):
+            load_image(tmp_path / "gone.png")
+        with pytest.raises(ImageError, match="cannot be read"):
+            load_image(tmp_path)
+
+    def test_zero_bytes(self, tmp_path):
+        (tmp_path / "empty.png").touch()
+        with pytest.raises(ImageError, match=r"empty\.png: 0 bytes"):
+            load_image(tmp_path / "empty.png")
+
+    def test_text_named_png(self, tmp_path):
+        (tmp_path / "text.png").write_text("this is no picture")
+        with pytest.raises(ImageError, match=r"text\.png: not an image"):
+            load_image(tmp_path / "text.png")
+
+    @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+    def test_truncated(self, form):
+        data = encoded(noise(200, 200), form)
+        for compat in ("fixed", "published"):
+            with pytest.raises(ImageError, match=r"broken image|not an image"):
+                load_image(data[: len(data) // 2], compat)
+
+    @pytest.mark.parametrize("side", [12_000, 20_000])
+    def test_a_bomb_costs_nothing(self, side):
+        data = encoded(Image.new("1", (side, side)))
+        start = time.perf_counter()
+        with pytest.raises(ImageError, match="over the limit of 100,000,000 pixels"):
+            load_image(data)
+        assert time.perf_counter() - start < 0.1
+
+    def test_limits(self, picture):
+        with pytest.raises(ImageError, match="40x30 is over the limit of 1,000 pixels"):
+            load_image(picture, max_pixels=1000)
+        with pytest.raises(ImageError, match="side over the limit"):
+            load_image(encoded(Image.new("1", (1, 40_000))))
+
+    def test_unknown_compat(self, picture):
+        with pytest.raises(ValueError, match="fixed, published"):
+            load_image(picture, "publishd")  # type: ignore[arg-type]
+
+    def test_postscript_is_never_run(self):
+        with pytest.raises(ImageError, match="not an image"):
+            load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+
+
+class TestSquarePixels:
+    @pytest.mark.parametrize("size", [(640, 480), (48, 64), (20, 20), (1, 129), (257, 1), (3, 7), (168, 100)])
+    @pytest.mark.parametrize("strip", [1, 2000, 16_000_000])
+    def test_equal_to_padding_first(self, monkeypatch, size, strip):
+        monkeypatch.setattr(images, "STRIP_PIXELS", strip)
+        image = noise(*size)
+        padded = pad_to_square(image, (122, 116, 104)).resize((168, 168), Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(images._square_resized(image, 168, (122, 116, 104))), np.asarray(padded))
+
+    def test_very_long_pictures(self):
+        for size in ((20_000, 1), (1, 6_000)):
+            pixels = clip_pixels([noise(*size)], 168)
+            assert pixels.shape == (1, 3, 168, 168) and bool(torch.isfinite(pixels).all())
+
+    def test_published_flaws_stay_behind_the_switch(self):
+        three = noise(3, 3)
+        right, flawed = clip_pixels([three], 32)[0], clip_pixels([three], 32, "published")[0]
+        assert not torch.equal(right, flawed)
+        as_read = Image.fromarray(np.asarray(three).transpose(1, 2, 0).copy())
+        assert torch.equal(flawed, clip_pixels([as_read], 32)[0])
+        with pytest.raises(ImageError, match="one pixel"):
+            clip_pixels([noise(1, 1)], 32, "published")
+        one = clip_pixels([Image.new("RGB", (1, 1), RED)], 32)[0]
+        assert bool((one == one[:, :1, :1]).all())
+
+    def test_one_bad_picture_names_itself(self, picture):
+        with pytest.raises(ImageError, match="image of 3 bytes"):
+            clip_pixels([picture, b"abc"], 32)

@@ -1,0 +1,58 @@
+"""The walls of the house: who may import whom, and that the core starts nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {
+    "mova_core": set(),
+    "cluster": {"mova_core"},
+    "actors": {"mova_core"},
+    "pipelines": {"mova_core", "actors", "cluster"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it goes"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room):
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    forbidden = set(ROOMS) - ROOMS[room] - {room} | ({"ray"} if room == "mova_core" else set())
+    broken = {str(path.relative_to(ROOT)): found for path in files if (found := imported(path) & forbidden)}
+    assert not broken
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+    ).stdout.strip()
+
+
+def test_core_works_without_ray_installed():
+    """Every module of the core is imported with `ray` made unimportable, as on a machine that does not have it."""
+    modules = sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "mova_core").rglob("*.py")
+    )
+    code = f"import sys; sys.modules['ray'] = None\nimport importlib\nfor m in {modules!r}: importlib.import_module(m)\nprint('ok')"
+    assert run(code) == "ok"
+
+
+def test_command_line_starts_without_torch():
+    code = "import sys, pipelines.cli; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    assert run(code) == "[]"
