@@ -1,7 +1,8 @@
 """Forward and backward of the MoV-Adapter: routed to a few experts, routed to all, and the equations written out.
 
 The reference is the transcription in tests/mova_core/test_adapter.py: attention maps materialised, every expert run on
-every picture. Each case runs in processes of its own, one for its time and one for its peak memory.
+every picture. The cases take turns in one process for their time, so that a busy machine slows all of them, and run
+in one process each for their peak memory.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,8 +48,11 @@ def transcription() -> Any:
     return module.Equations
 
 
-def measure(case: str, args: argparse.Namespace, repeat: int) -> dict[str, float]:
-    """Seconds of the fastest forward and backward, peak bytes beyond weights and inputs, and the output's mean square."""
+def measure(cases: Sequence[str], args: argparse.Namespace, repeat: int) -> dict[str, dict[str, float]]:
+    """Per case the seconds of its fastest forward and backward and its output's mean square.
+
+    Also the peak bytes beyond weights and inputs: the case's own if it is the only one.
+    """
     import torch
 
     from mova_core.adapter import AdapterConfig, MoVAdapter
@@ -84,43 +89,38 @@ def measure(case: str, args: argparse.Namespace, repeat: int) -> dict[str, float
     for name, (channels, side) in EXPERTS.items():
         side = max(1, round(side * args.grid / 48))
         experts[name] = Features(torch.randn(args.batch, side * side, channels).to(device, dtype), (side, side))
-    routing = torch.ones(args.batch, len(EXPERTS), dtype=torch.bool)
-    if case == "routed":  # to each expert the same number of pictures, as near as it goes
-        chosen = torch.arange(args.batch * args.routed).view(args.batch, -1) % len(EXPERTS)
-        routing = torch.zeros_like(routing).scatter_(1, chosen, True)
-    model = transcription()(adapter) if case == "reference" else adapter
+    everyone = torch.ones(args.batch, len(EXPERTS), dtype=torch.bool)
+    chosen = torch.arange(args.batch * args.routed).view(args.batch, -1) % len(EXPERTS)
+    few = torch.zeros_like(everyone).scatter_(1, chosen, True)  # to each expert as many pictures, as near as it goes
+    run_of: dict[str, Callable[[], torch.Tensor]] = {
+        "reference": lambda: transcription()(adapter)(base, experts, everyone.to(device), text),
+        "all": lambda: adapter(base, experts, everyone.to(device), text),
+        "routed": lambda: adapter(base, experts, few.to(device), text),
+    }
 
-    def run() -> tuple[float, float, float]:
+    def run(case: str) -> tuple[float, float, float]:
         adapter.zero_grad(set_to_none=True)
         start, cpu_start = time.perf_counter(), time.process_time()
-        loss = model(base, experts, routing.to(device), text).square().mean()
+        loss = run_of[case]().square().mean()
         loss.backward()
-        value = loss.item()  # waits for a GPU's forward pass
+        value = loss.item()
         if gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - start, time.process_time() - cpu_start, value
 
     before = peak()
-    runs = [run() for _ in range(repeat)]
-    seconds, cpu_seconds, mean_square = map(min, zip(*runs, strict=True))
-    return {
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "peak_bytes": peak() - before,
-        "mean_square": mean_square,
-    }
+    rounds = [{case: run(case) for case in cases} for _ in range(repeat)]
+    found = {}
+    for case in cases:
+        seconds, cpu_seconds, mean_square = map(min, zip(*(one[case] for one in rounds), strict=True))
+        found[case] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "mean_square": mean_square}
+        found[case]["peak_bytes"] = peak() - before
+    return found
 
 
-def in_processes(case: str, args: argparse.Namespace) -> dict[str, float]:
-    """`measure` once for time and once for memory, where each freed block leaves the process at once (glibc)."""
-
-    def alone(repeat: int) -> dict[str, float]:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measure, case, args, repeat).result()
-
-    timed = alone(args.repeat)
-    with patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="1000000"):
-        return timed | {"peak_bytes": alone(1)["peak_bytes"]}
+def in_a_process(cases: Sequence[str], args: argparse.Namespace, repeat: int) -> dict[str, dict[str, float]]:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, cases, args, repeat).result()
 
 
 def main() -> None:
@@ -140,7 +140,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     args = parser.parse_args()
 
-    cases = {case: in_processes(case, args) for case in args.cases}
+    cases = in_a_process(args.cases, args, args.repeat)
+    with patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="1000000"):  # glibc: freed blocks leave the process at once
+        for case in args.cases:
+            cases[case]["peak_bytes"] = in_a_process([case], args, 1)[case]["peak_bytes"]
     compared = (("routed", "all"), ("all", "reference"), ("routed", "reference"))
     ratios = {
         f"{one}/{other}": {key: cases[one][key] / cases[other][key] for key in ("seconds", "cpu_seconds", "peak_bytes")}

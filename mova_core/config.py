@@ -16,6 +16,7 @@ class MoVAConfig(PretrainedConfig):
             of the features the model was trained on (None until it was).
         adapter: fields of `mova_core.adapter.AdapterConfig`.
         image_token_id: token that stands for one visual token in the LLM's input.
+        expert_size: size of the experts whose features the adapter takes, as `load_expert` takes it.
         routing_grid: side of the grid the routing pass pools the adapter's output to (published: 12, so 144 tokens).
         max_experts: most experts one question may get (paper section 3.1: 3).
     """
@@ -30,6 +31,7 @@ class MoVAConfig(PretrainedConfig):
         pool: Sequence[Mapping[str, Any]] = (),
         adapter: Mapping[str, Any] | None = None,
         image_token_id: int = 0,
+        expert_size: str = "full",
         routing_grid: int = 12,
         max_experts: int = 3,
         **kwargs: Any,
@@ -41,6 +43,7 @@ class MoVAConfig(PretrainedConfig):
         self.pool = [dict(expert) for expert in pool]
         self.adapter = dict(adapter or {})
         self.image_token_id = image_token_id
+        self.expert_size = expert_size
         self.routing_grid = routing_grid
         self.max_experts = max_experts
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))

@@ -270,6 +270,7 @@ def assemble(
         ],
         adapter=adapter.to_dict(),
         image_token_id=image_token_id,
+        expert_size=size,
         routing_grid=routing_grid or base.grid[0] // 4,
     )
     model = MoVAForConditionalGeneration(config)

@@ -418,7 +418,6 @@ def ask(
     max_experts: Annotated[int | None, typer.Option(help="Most experts to use.", min=0)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
     weights: Weights = [],  # noqa: B006
-    size: Size = "full",
     as_json: Json = False,
 ) -> None:
     """Ask about one picture; experts run in this process, and only those that the router picks."""
@@ -434,7 +433,10 @@ def ask(
         loaded = MoVAForConditionalGeneration.from_pretrained(str(model))
         named = _weights(weights)
         source: Any = LazyExperts(
-            loaded.config.experts, size=size, weights=named, fingerprints=loaded.config.fingerprints
+            loaded.config.experts,
+            size=loaded.config.expert_size,
+            weights=named,
+            fingerprints=loaded.config.fingerprints,
         )
         if store is not None:
             source = Tiered(FeatureStore(store, fingerprints=loaded.config.fingerprints, create=True), source)

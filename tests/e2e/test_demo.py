@@ -1,0 +1,180 @@
+"""The whole path with a real Ray on this machine, at a size that a test can wait for."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mova_core.data import read_samples
+from mova_core.experts import EXPERTS
+from mova_core.features import FeatureStore
+from mova_core.model import MoVAForConditionalGeneration
+from pipelines.demo import DemoConfig, demo
+from pipelines.train import TrainConfig, train
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+TINY = {
+    "images": 60,
+    "language_steps": 16,
+    "pretrain_epochs": 0.8,
+    "sft_epochs": 0.8,
+    "router_epochs": 0.8,
+    "test_limit": 20,
+}
+
+
+@pytest.fixture(scope="module")
+def ran(ray_cluster, tmp_path_factory):
+    config = DemoConfig(folder=str(tmp_path_factory.mktemp("demo")), **TINY)
+    return config, demo(config, progress=False)
+
+
+def test_demo_goes_from_pictures_to_a_report(ran):
+    config, result = ran
+    root = Path(config.folder)
+    assert set(result) == {
+        "kinds", "seconds", "peak_bytes", "features_computed", "features_reused", "quarantined",
+    }  # fmt: skip
+    assert sum(row["questions"] for row in result["kinds"].values()) == 20
+    for row in result["kinds"].values():
+        assert set(row) == {"questions", "accuracy", "chance", "experts"}
+        assert 0 <= row["accuracy"] <= 1 and 0 <= row["chance"] <= 1 and set(row["experts"]) <= set(EXPERTS)
+    assert result["features_computed"] == 7 * 60 and result["features_reused"] == 0
+    bad = {Path(row["path"]).name: row["reason"] for row in result["quarantined"]}
+    assert set(bad) == {"truncated.jpg", "empty.png", "bomb.png", "notes.png"} and all(bad.values())
+    assert result["peak_bytes"] > 2**28
+
+    labelled = read_samples(root / "train.routed.json", root / "data" / "images")
+    for sample in labelled:
+        losses = sample.extra["routing_losses"]
+        useful = sorted((loss, name) for name, loss in losses.items() if name != "none" and loss < losses["none"])
+        assert sample.routing is not None and len(sample.routing) == min(3, len(useful))
+        assert [losses[name] for name in sample.routing] == [loss for loss, _ in useful[:3]]
+
+    before = MoVAForConditionalGeneration.from_pretrained(root / "sft")
+    model = MoVAForConditionalGeneration.from_pretrained(root / "router")
+    assert model.has_routing_lora and not before.has_routing_lora
+    assert model.config.fingerprints == FeatureStore(root / "store").fingerprints
+    for name, value in before.adapter.state_dict().items():
+        assert value.equal(model.adapter.state_dict()[name]), "the router stage trains the LoRA and nothing else"
+    lora = [value for name, value in model.named_parameters() if "lora_B" in name]
+    assert lora and any(value.any() for value in lora)
+
+    page = (root / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") >= 10 and "http" not in page and "random" in page
+
+
+def test_second_run_computes_nothing(ran):
+    config, first = ran
+    said: list[str] = []
+    again = demo(config, progress=False, say=said.append)
+    assert again["features_computed"] == 0 and again["features_reused"] == first["features_computed"]
+    assert again["kinds"] == first["kinds"]
+    assert any("0 features computed, 420 reused" in line for line in said)
+    assert sum("done before" in line for line in said) == 6
+    assert again["seconds"] < first["seconds"] / 3
+
+
+def test_stages_train_what_the_paper_says(ran):
+    root = Path(ran[0].folder)
+    start, pretrained, tuned = (
+        MoVAForConditionalGeneration.from_pretrained(root / name).state_dict() for name in ("start", "pretrain", "sft")
+    )
+
+    def moved(one, other, part):
+        return any(not value.equal(other[name]) for name, value in one.items() if name.startswith(part))
+
+    assert moved(start, pretrained, "adapter.") and moved(start, pretrained, "base_encoder.")
+    assert not moved(start, pretrained, "language_model."), "the LLM is frozen in pre-training"
+    assert moved(pretrained, tuned, "language_model.") and moved(pretrained, tuned, "adapter.")
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines.cli", *arguments]
+
+
+def test_ask_evaluate_and_store_on_the_command_line(ran):
+    root = Path(ran[0].folder)
+    picture = (
+        next((root / "data" / "images").glob("photo*"), None) or sorted((root / "data" / "images").rglob("*.jpg"))[0]
+    )
+
+    def mova(*arguments: str) -> dict:
+        done = subprocess.run(command(*arguments, "--json"), capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    said = mova("ask", str(picture), "Is it bright or dark?", "--model", str(root / "router"), "--force", "sam,deplot")
+    assert said["experts"] == ["sam", "deplot"] and len(said["gates"]) == 2
+    stored = mova("ask", str(picture), "Is it bright or dark?", "--model", str(root / "router"), "--force", "sam,deplot",
+                  "--store", str(root / "store"))  # fmt: skip
+    assert stored["text"] == said["text"]
+    stat = mova("store", "stat", str(root / "store"))
+    assert {name: row["features"] for name, row in stat["experts"].items()} == dict.fromkeys(EXPERTS, 60)
+    assert mova("store", "verify", str(root / "store"))["damaged"] == []
+    assert {row["expert"] for row in mova("store", "ls", str(root / "store"))} == set(EXPERTS)
+
+
+def test_training_goes_on_from_its_last_checkpoint(ran, tmp_path):
+    """kill -9 of the driver after a checkpoint; the same command takes up from there."""
+    root = Path(ran[0].folder)
+    arguments = command(
+        "train", "pretrain", "--model", str(root / "start"), "--data", str(root / "data" / "train.json"),
+        "--images", str(root / "data" / "images"), "--store", str(root / "store"), "--output", str(tmp_path / "out"),
+        "--batch-size", "16", "--epochs", "4", "--checkpoint-every", "4", "--json", "--quiet",
+    )  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    first = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 150
+    while not list((tmp_path / "out.ray").glob("pretrain/checkpoint_*/trainer_state.json")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    ours = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    psutil.wait_procs(ours, timeout=30)
+    assert not (tmp_path / "out").exists()
+
+    settings = TrainConfig(
+        stage="pretrain", model=str(root / "start"), data=str(root / "data" / "train.json"),
+        images=str(root / "data" / "images"), store=str(root / "store"), output=str(tmp_path / "out"),
+        batch_size=16, epochs=4, checkpoint_every=4,
+    )  # fmt: skip
+    result = train(settings, progress=False)
+    assert result["resumed_from"] >= 4 and result["steps"] > result["resumed_from"]
+    assert MoVAForConditionalGeneration.from_pretrained(tmp_path / "out").config.experts == EXPERTS
+    assert not (tmp_path / "out.ray").exists()
+
+
+def test_ctrl_c_leaves_nothing_running_and_the_next_run_resumes(ran, tmp_path):
+    images = Path(ran[0].folder) / "data" / "images"
+    arguments = command(
+        "precompute", str(images), "--store", str(tmp_path / "store"), "--size", "mini", "--shard-mb", "0.1", "--quiet",
+        "--json", "--experts", "dinov2,deplot,sam,vary,codetr",
+    )  # fmt: skip
+    first = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "store").glob("*/*/receipts/*.parquet")):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    ours = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGINT)
+    _, told = first.communicate(timeout=60)
+    assert first.returncode == 130 and "goes on from there" in told and "Traceback" not in told
+    _, left = psutil.wait_procs(ours, timeout=20)
+    assert not left
+
+    kept = sum(row["features"] for row in FeatureStore(tmp_path / "store").stat()["experts"].values())
+    second = subprocess.run(arguments, capture_output=True, text=True, timeout=200)
+    assert second.returncode == 0, second.stderr
+    summary = json.loads(second.stdout)
+    assert sum(summary["reused"].values()) == kept > 0
+    assert sum(summary["computed"].values()) == 5 * 60 - kept
+    assert not list(FeatureStore(tmp_path / "store").verify())
