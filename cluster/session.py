@@ -10,7 +10,6 @@ from typing import Any
 # Read by Ray at import and when a process starts, so they stand before the import.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")  # the pipelines draw their own, one per expert
 os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar per worker that loads a model is noise
 
@@ -40,9 +39,23 @@ def ray_session(num_cpus: int | None = None) -> Iterator[dict[str, Any]]:
     own: dict[str, Any] = (
         {} if remote else {"num_cpus": num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
     )
-    with contextlib.redirect_stdout(sys.stderr):
+    with _quiet():
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)  # errors of workers come as exceptions
     try:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what Ray's C++ side says on the terminal while it starts; what fails comes as an exception."""
+    sys.stderr.flush()
+    with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

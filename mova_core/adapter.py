@@ -108,9 +108,10 @@ class Rope2D(nn.Module):
         init.copy_(self.freqs_sin, angle_NK.sin())
 
     def forward(self, x_RNHK: Tensor) -> Tensor:
-        even, odd = x_RNHK.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-        return (x_RNHK * self.freqs_cos[:, None] + turned * self.freqs_sin[:, None]).type_as(x_RNHK)
+        dtype = torch.promote_types(x_RNHK.dtype, torch.float32)  # there are no complex numbers of bf16
+        turn_NK = torch.complex(self.freqs_cos[:, ::2].to(dtype), self.freqs_sin[:, ::2].to(dtype))
+        pairs = torch.view_as_complex(x_RNHK.to(dtype).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn_NK[:, None]).flatten(-2).to(x_RNHK.dtype)
 
 
 class ZeroLinear(nn.Linear):

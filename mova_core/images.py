@@ -14,12 +14,13 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
+
+if TYPE_CHECKING:  # reading pictures must not cost the seconds that torch takes to start
+    from torch import Tensor
 
 Compat = Literal["fixed", "published"]
 Colour = tuple[int, int, int]
@@ -188,14 +189,14 @@ def mean_colour(mean: Sequence[float]) -> Colour:
     return red, green, blue
 
 
-def clip_pixels(images: Sequence[ImageSource], side: int, compat: Compat = "fixed") -> Tensor:
+def clip_pixels(images: Sequence[ImageSource], side: int, compat: Compat = "fixed") -> "Tensor":
     """`square_pixels` with CLIP's mean and standard deviation, which CLIP, Vary, Co-DETR, BiomedCLIP and SAM read."""
     return square_pixels(images, side, CLIP_MEAN, CLIP_STD, compat)
 
 
 def square_pixels(
     images: Sequence[ImageSource], side: int, mean: Sequence[float], std: Sequence[float], compat: Compat = "fixed"
-) -> Tensor:
+) -> "Tensor":
     """Pictures padded to a square with the mean colour, resized by PIL bicubic, scaled to 0..1 and normalised.
 
     Bit for bit the pixels of the published path (transformers 4.37.2's CLIPImageProcessor after expand2square).
@@ -224,6 +225,8 @@ def square_pixels(
             np.divide(values, np.float32(255), out=pixels_3SS[channel], dtype=np.float32)
             pixels_3SS[channel] -= mean_3[channel]
             pixels_3SS[channel] /= std_3[channel]
+    import torch
+
     return torch.from_numpy(pixels_B3SS)
 
 

@@ -33,6 +33,7 @@ def through_actors(
         cpus, gpus: held by each actor; default one CPU, or a quarter beside a GPU.
         accelerator: Ray's accelerator-type label.
     """
+    ray.data.DataContext.get_current().enable_progress_bars = False  # ours shows features, not blocks
     blocks = max(1, len(rows) // batch_size)
     dataset = ray.data.from_items([dict(row) for row in rows], override_num_blocks=blocks).map_batches(
         worker,
@@ -46,5 +47,7 @@ def through_actors(
     )
     with progress_bar(total, what, unit, progress) as bar:
         for row in dataset.iter_rows():
+            if bar.n == 0:
+                bar.unpause()  # the rate is that of the work, without the start of the actors
             bar.update()
             yield row

@@ -34,7 +34,7 @@ DataPath = Annotated[Path, typer.Option("--data", help="LLaVA JSON array, or JSO
 ImagesPath = Annotated[
     Path | None, typer.Option("--images", help="Folder the records' images are relative to [default: the data file's].")
 ]
-ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.")]
+ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False)]
 Size = Annotated[
     Literal["full", "mini"], typer.Option("--size", help="Size of the experts: full as published, mini for a laptop.")
 ]
@@ -248,7 +248,9 @@ def _train_command(
     def command(
         data: DataPath,
         store: StorePath,
-        model: Annotated[Path, typer.Option("--model", help="Folder of the model to start from.")],
+        model: Annotated[
+            Path, typer.Option("--model", help="Folder of the model to start from.", exists=True, file_okay=False)
+        ],
         output: Annotated[Path, typer.Option("--output", help="Folder the trained model goes to.")],
         images: ImagesPath = None,
         learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = learning_rate,

@@ -55,9 +55,9 @@ class DemoConfig:
     folder: str
     images: int = 480
     seed: int = 0
-    language_steps: int = 250
+    language_steps: int = 200
     pretrain_epochs: float = 1.0
-    sft_epochs: float = 4.0
+    sft_epochs: float = 5.0
     router_epochs: float = 1.0
     batch_size: int = 32
     workers: int = 2

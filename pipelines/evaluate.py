@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.answer_server import AnswerServer
+from mova_core.config import MoVAConfig
 from mova_core.data import Sample, read_samples
+from mova_core.features import FeatureStore
 from mova_core.metrics import exact_match, normalise
 from pipelines.actor_pool import through_actors
 
@@ -37,6 +39,7 @@ def evaluate(
         {"kinds": {kind: {"questions", "accuracy", "chance", "experts"}}, "answers": [one mapping per record]}; accuracy and
         chance from 0 to 1, `chance` None without `train`, `experts` how often each was routed.
     """
+    FeatureStore(store, fingerprints=MoVAConfig.from_pretrained(model).fingerprints)  # refuses a store of other weights
     samples = [sample for sample in read_samples(data, images) if sample.image is not None][:limit]
     rows = [
         {"id": str(n), "image": str(Path(sample.image.path or "").resolve()), "question": sample.question}

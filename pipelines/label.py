@@ -101,7 +101,9 @@ def label(
     Raises:
         DataError, StoreError: bad data; features missing from the store.
     """
-    pool = MoVAConfig.from_pretrained(model).experts
+    config = MoVAConfig.from_pretrained(model)
+    FeatureStore(store, fingerprints=config.fingerprints)  # refuses a store of other weights before any actor starts
+    pool = config.experts
     samples = [sample for sample in read_samples(data, images) if sample.image is not None]
     rows = [{"id": str(n), "image": _path(s), "turns": json.dumps(s.turns)} for n, s in enumerate(samples)]
     measured = through_actors(

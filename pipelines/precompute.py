@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 import torch
 
@@ -19,14 +18,13 @@ from cluster.planner import PoolSpec, fit_pools, plan_pools
 from mova_core.data import DataError, read_samples
 from mova_core.experts import EXPERTS, load_expert
 from mova_core.features import FeatureStore
-from mova_core.images import ImageError, ImageRef
 from pipelines.actor_pool import through_actors
+from pipelines.inspect_images import inspect_images
 from pipelines.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-INSPECTED = pa.schema([("image", pa.string()), ("key", pa.string()), ("error", pa.string())])
 
 
 class PrecomputeError(RuntimeError):
@@ -117,10 +115,10 @@ def _inspect(images: Sequence[Path], store: FeatureStore, summary: Summary, prog
     known = {(row["image"], row["reason"]) for row in store.quarantined()}
     readable: dict[str, str] = {}
     refused: list[dict[str, str | None]] = []
+    ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"image": str(path)} for path in images], override_num_blocks=max(1, len(images) // 64))
     checked = rows.map_batches(inspect_images, batch_format="pyarrow", batch_size=64)
-    bar = progress_bar(len(images), "inspect", "images", progress)
-    with bar:
+    with progress_bar(len(images), "inspect", "images", progress) as bar:
         for row in checked.iter_rows():
             bar.update()
             if row["error"] is None:
@@ -132,20 +130,6 @@ def _inspect(images: Sequence[Path], store: FeatureStore, summary: Summary, prog
     if refused:
         store.quarantine(refused)
     return dict(sorted(readable.items()))
-
-
-def inspect_images(rows: pa.Table) -> pa.Table:
-    """Rows with `image` paths to rows with `key` (sha256 of the file) and, for a picture that cannot be read, its `error`."""
-    out = []
-    for path in rows["image"].to_pylist():
-        image, key, reason = ImageRef(path=path), None, None
-        try:
-            key = image.key
-            image.decode()
-        except ImageError as error:
-            reason = str(error)
-        out.append({"image": path, "key": key, "error": reason})
-    return pa.Table.from_pylist(out, schema=INSPECTED)
 
 
 def _plan(

@@ -23,6 +23,7 @@ def progress_bar(total: int | None, what: str, unit: str, show: bool = True) -> 
         mininterval=0.2 if live else 10,
         delay=0 if live else 2,
         leave=live,
+        position=None if live else 0,
     )
 
 

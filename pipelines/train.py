@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
+from mova_core.config import MoVAConfig
 from mova_core.data import DataError, Sample, read_samples
 from mova_core.features import FeatureStore
 from mova_core.model import MoVAForConditionalGeneration, stack_features
@@ -72,7 +73,7 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
     """
     started = time.perf_counter()
     samples = usable_samples(config)  # refuse bad input before any worker starts
-    FeatureStore(config.store)
+    open_store(config)
     storage = run_folder(config)
     storage.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
@@ -110,6 +111,15 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
 def run_folder(config: TrainConfig) -> Path:
     """Where a run keeps its checkpoints until it is finished: beside its output, on a disk that every worker sees."""
     return Path(f"{config.output}.ray").resolve()
+
+
+def open_store(config: TrainConfig) -> FeatureStore:
+    """The store, pinned to the features that the model was trained on so far; a fresh model takes those that are there.
+
+    Raises:
+        StoreError: no store, or it holds features of other weights.
+    """
+    return FeatureStore(config.store, fingerprints=MoVAConfig.from_pretrained(config.model).fingerprints or None)
 
 
 def usable_samples(config: TrainConfig) -> list[Sample]:

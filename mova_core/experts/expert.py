@@ -5,6 +5,7 @@ Shapes: B images, H x W the expert's native grid, N = H*W tokens, C channels.
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -37,7 +38,7 @@ class ExpertCard:
     mini: Mapping[str, Any]  # the same class with small numbers
 
 
-class VisionExpert(nn.Module):
+class VisionExpert(nn.Module, ABC):
     """A vision expert. A subclass sets `card` and `preprocessing`, and writes `preprocess`, `forward`, `grid` and,
     where public checkpoints name or shape their weights otherwise, `from_public` and `to_public`."""
 
@@ -49,22 +50,22 @@ class VisionExpert(nn.Module):
         self.arch = dict(arch)
 
     @property
+    @abstractmethod
     def grid(self) -> tuple[int, int]:
         """(H, W) of the features."""
-        raise NotImplementedError(f"{type(self).__name__} must tell its grid")
 
     @property
     def channels(self) -> int:
         """C of the features."""
         return self.arch["channels"]
 
+    @abstractmethod
     def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
         """Images to the float32 tensors that `forward` takes, batched on the first axis."""
-        raise NotImplementedError(f"{type(self).__name__} must preprocess")
 
+    @abstractmethod
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
         """Preprocessed tensors to features with tokens (B, H*W, C) in the module's dtype."""
-        raise NotImplementedError(f"{type(self).__name__} must compute features")
 
     @classmethod
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -13,9 +13,10 @@ import pytest
 
 from mova_core.data import read_samples
 from mova_core.experts import EXPERTS
-from mova_core.features import FeatureStore
+from mova_core.features import FeatureStore, StoreError
 from mova_core.model import MoVAForConditionalGeneration
 from pipelines.demo import DemoConfig, demo
+from pipelines.evaluate import evaluate
 from pipelines.train import TrainConfig, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -94,6 +95,20 @@ def test_stages_train_what_the_paper_says(ran):
     assert moved(start, pretrained, "adapter.") and moved(start, pretrained, "base_encoder.")
     assert not moved(start, pretrained, "language_model."), "the LLM is frozen in pre-training"
     assert moved(pretrained, tuned, "language_model.") and moved(pretrained, tuned, "adapter.")
+
+
+def test_a_store_of_other_weights_is_refused(ran, tmp_path):
+    root = Path(ran[0].folder)
+    held = FeatureStore(root / "store").shelf("sam").description
+    FeatureStore(tmp_path / "store", create=True).add_expert(held | {"weights": "0" * 32})
+    with pytest.raises(StoreError, match=r"sam.*mova precompute"):
+        evaluate(str(root / "router"), str(root / "data" / "test.json"), str(tmp_path / "store"))
+    settings = TrainConfig(
+        stage="sft", model=str(root / "sft"), data=str(root / "data" / "train.json"), store=str(tmp_path / "store"),
+        images=str(root / "data" / "images"), output=str(tmp_path / "out"),
+    )  # fmt: skip
+    with pytest.raises(StoreError, match=r"sam.*mova precompute"):
+        train(settings)
 
 
 def command(*arguments: str) -> list[str]:

@@ -96,13 +96,13 @@ class Equations:
         self.adapter, self.config = adapter, adapter.config
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Each pair of channels turns as a complex number: half of a head by the row, half by the column."""
+        """Each pair of channels turns in its plane: half of a head by the row, half by the column."""
         side, speeds = torch.arange(self.config.grid, device=x.device), x.shape[-1] // 4
         speed = 10000.0 ** (-torch.arange(speeds, device=x.device) / speeds)
         angle = torch.cat([place.reshape(-1, 1) * speed for place in torch.meshgrid(side, side, indexing="ij")], dim=1)
-        pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).contiguous()
-        turned = torch.view_as_complex(pairs) * torch.complex(angle.cos(), angle.sin())
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x[..., ::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
     def attention(self, layer: Any, x: Tensor, source: Tensor) -> Tensor:
         def split(t: Tensor) -> Tensor:
