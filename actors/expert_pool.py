@@ -1,4 +1,4 @@
-"""ExpertPool: live expert feature servers as a FeatureSource. Each expert has its own actors, started when first asked for."""
+"""ExpertPool: live expert feature servers as a FeatureSource. Each expert has its own actors, started when first needed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +90,9 @@ class ExpertPool:
                 num_cpus=how.num_cpus, num_gpus=how.num_gpus, max_restarts=-1, max_task_retries=2
             )
             self._actors[name] = [
-                remote.remote(name, batch_size=how.batch_size, **how.server) for _ in range(how.actors)
+                remote.remote(
+                    name, batch_size=how.batch_size, **{"device": "cuda" if how.num_gpus else "cpu", **how.server}
+                )
+                for _ in range(how.actors)
             ]
         return self._actors[name]

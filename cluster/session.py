@@ -3,14 +3,17 @@
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 # Read by Ray at import and when a process starts, so they stand before the import.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives a session must not start another
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar per worker that loads a model is noise
 
 if not os.environ.get("RAY_ADDRESS"):
@@ -35,21 +38,25 @@ def ray_session(num_cpus: int | None = None) -> Iterator[dict[str, Any]]:
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
-    remote = bool(os.environ.get("RAY_ADDRESS"))
-    own: dict[str, Any] = (
-        {} if remote else {"num_cpus": num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1), "include_dashboard": False}
-    )
+    own: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        cpus = num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
+        own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with _quiet():
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)  # errors of workers come as exceptions
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends without cleaning up
     try:
         yield ray.cluster_resources()
     finally:
-        ray.shutdown()
+        with _quiet():  # executions that were interrupted complain that their cluster is gone
+            ray.shutdown()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what Ray's C++ side says on the terminal while it starts; what fails comes as an exception."""
+    """Drops what Ray says on the terminal meanwhile; what fails comes as an exception."""
     sys.stderr.flush()
     with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "wb") as nowhere:
         kept = os.dup(2)

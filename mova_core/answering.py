@@ -64,7 +64,7 @@ class Answerer:
             questions: one batch; it runs at once, so its size is bounded by the device's memory.
             max_new_tokens: longest answer, in tokens.
             forbid: experts that may not be used, whatever the router says.
-            max_experts: most experts per question; default the model's own.
+            max_experts: most experts per question; default the model's own for routed ones, no limit for forced ones.
 
         Raises:
             ValueError: an expert name that the model's pool does not have, or an empty question.
@@ -79,8 +79,7 @@ class Answerer:
             base = self.model.encode_base(batch["pixel_values"])
             text = self.model.adapter.encode_text(batch["text_input_ids"], batch["text_attention_mask"])
         with self._step("routing"):
-            cap = self.model.config.max_experts if max_experts is None else max_experts
-            answers = self._route(questions, base, text, forbid, cap)
+            answers = self._route(questions, base, text, forbid, max_experts)
         with self._step("experts"):
             rows = self.source.fetch([question.image for question in questions], [answer.experts for answer in answers])
         with self._step("fusion"):
@@ -111,7 +110,7 @@ class Answerer:
         base: torch.Tensor,
         text: torch.Tensor,
         forbid: Collection[str],
-        max_experts: int,
+        max_experts: int | None,
     ) -> list[Answer]:
         """One answer per question with its experts chosen and its text still empty."""
         asked = [index for index, question in enumerate(questions) if question.experts is None]
@@ -129,7 +128,8 @@ class Answerer:
             if chosen is None:
                 named = read_reply(reply or "", len(self.pool), len(self.pool))
                 chosen = tuple(self.pool[number] for number in named or ())
-            experts = [name for name in chosen if name not in forbid][:max_experts]
+            cap = self.model.config.max_experts if max_experts is None and question.experts is None else max_experts
+            experts = [name for name in chosen if name not in forbid][:cap]
             readable = reply is None or named is not None
             answers.append(Answer(text="", experts=experts, router=reply, readable=readable))
         return answers

@@ -12,8 +12,8 @@ class MoVAConfig(PretrainedConfig):
     Args:
         text_config: config of the causal LM, any that transformers can load.
         base_arch: arch of the base encoder (`clip`), in the words every expert shares.
-        pool: the vision experts in routing order, one mapping each with name, channels, description and the fingerprint
-            of the features the model was trained on (None until it was).
+        pool: the vision experts in routing order, one mapping each with name, channels, description, and the
+            fingerprint and dtype of the features the model was trained on (absent until it was).
         adapter: fields of `mova_core.adapter.AdapterConfig`.
         image_token_id: token that stands for one visual token in the LLM's input.
         expert_size: size of the experts whose features the adapter takes, as `load_expert` takes it.
@@ -73,3 +73,8 @@ class MoVAConfig(PretrainedConfig):
     def fingerprints(self) -> dict[str, str]:
         """Expert -> fingerprint of the features this model was trained on, where it is known."""
         return {expert["name"]: expert["fingerprint"] for expert in self.pool if expert.get("fingerprint")}
+
+    @property
+    def feature_dtypes(self) -> dict[str, str]:
+        """Expert -> dtype of the features this model was trained on, where it is known."""
+        return {expert["name"]: expert["dtype"] for expert in self.pool if expert.get("dtype")}

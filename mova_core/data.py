@@ -1,12 +1,12 @@
 """Samples: questions on pictures in LLaVA's format, read with every broken record named by its line."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mova_core.images import ImageRef
+from mova_core.images import ImageError, ImageRef
 
 IMAGE_MARK = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -27,6 +27,7 @@ class Sample:
     ]  # (role, text) with role "user", "assistant" or "system"; text without the image mark
     routing: tuple[str, ...] | None = None  # labelled experts, lowest loss first; None where nobody labelled it
     extra: dict[str, Any] = field(default_factory=dict)  # the record's other fields, as they stood
+    where: str = ""  # file and line it was read from
 
     @property
     def question(self) -> str:
@@ -89,6 +90,24 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, record
 
 
+def usable_samples(samples: Iterable[Sample], quarantine: Iterable[Mapping[str, Any]]) -> list[Sample]:
+    """Samples with a picture that is not in quarantine; one that was replaced since it was put there counts as good.
+
+    Args:
+        quarantine: rows with `image` (path) and `sha256`, as `FeatureStore.quarantined` gives them.
+    """
+    refused = {str(Path(row["image"]).resolve()): row["sha256"] for row in quarantine if row["image"]}
+
+    def good(image: ImageRef) -> bool:
+        path = str(Path(image.path or "").resolve())
+        try:
+            return path not in refused or image.key != refused[path]
+        except ImageError:
+            return False
+
+    return [sample for sample in samples if sample.image is not None and good(sample.image)]
+
+
 def write_records(path: str | Path, records: list[dict[str, Any]]) -> None:
     """Writes a LLaVA JSON array, one record a line, whole or not at all."""
     path = Path(path)
@@ -115,6 +134,8 @@ def _sample(record: dict[str, Any], root: Path, where: str) -> Sample:
         marks += turn["value"].count(IMAGE_MARK)
         turns.append((role, turn["value"].replace(IMAGE_MARK, "").strip()))
     image = record.pop("image", None)
+    if image is not None and not any(role == "user" for role, _ in turns):
+        raise DataError(f"{where}: a record with an image needs a turn `from` human that asks about it")
     if image is not None and not isinstance(image, str):
         raise DataError(f"{where}: `image` must be one path, got {type(image).__name__}")
     if marks > (image is not None):
@@ -128,4 +149,5 @@ def _sample(record: dict[str, Any], root: Path, where: str) -> Sample:
         turns=tuple(turns),
         routing=None if routing is None else tuple(routing),
         extra=record,
+        where=where,
     )

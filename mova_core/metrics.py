@@ -7,9 +7,15 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalise(answer: str) -> str:
-    """Lower case, no punctuation at the ends, no articles, single spaces (after the VQA evaluation's rules)."""
-    answer = _ARTICLES.sub(" ", answer.lower().strip().strip(string.punctuation))
-    return " ".join(answer.split())
+    """Lower case, no punctuation at the ends, no articles, single spaces (after the VQA evaluation's rules).
+
+    What would leave nothing stays as it is ("A" is a letter, "+" a sign), and so does the sign of a number.
+    """
+    plain = " ".join(answer.lower().split())
+    bare = plain.strip(string.punctuation)
+    if plain.startswith("-") and bare[:1].isdigit():
+        bare = "-" + bare
+    return " ".join(_ARTICLES.sub(" ", bare).split()) or bare or plain
 
 
 def exact_match(answer: str, truth: str) -> float:

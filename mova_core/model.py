@@ -52,7 +52,10 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Nothing: every part initialises itself, and the adapter's zero-initialised branches must stay zero."""
+        """Parts of the adapter that a checkpoint lacks start as the published ones do; the LLM and CLIP know their own way."""
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None and type(module).__module__ == MoVAdapter.__module__:
+            reset()
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.language_model.get_input_embeddings()

@@ -33,7 +33,9 @@ def through_actors(
         cpus, gpus: held by each actor; default one CPU, or a quarter beside a GPU.
         accelerator: Ray's accelerator-type label.
     """
-    ray.data.DataContext.get_current().enable_progress_bars = False  # ours shows features, not blocks
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours shows features, not blocks
+    context.raise_original_map_exception = True  # its message is for the user; Ray's own wrapper hides it
     blocks = max(1, len(rows) // batch_size)
     dataset = ray.data.from_items([dict(row) for row in rows], override_num_blocks=blocks).map_batches(
         worker,

@@ -8,11 +8,15 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from pipelines.errors import is_ours, root_cause
+
+DEMO_PACKAGES = ("skimage", "sklearn", "matplotlib", "vega_datasets", "pydicom")
 
 app = typer.Typer(
     name="mova",
@@ -54,28 +58,18 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        cause: BaseException = error
-        while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None and not _is_ours(cause):
-            cause = inner
-        print(f"mova: {_one_line(cause)}", file=sys.stderr)
+        print(f"mova: {_one_line(root_cause(error))}", file=sys.stderr)
         sys.exit(1)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Was it raised by this project's own code, so that its message was written for the user?"""
-    rooms = ("mova_core", "actors", "pipelines", "cluster")
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    raised_in = frame.tb_frame.f_globals.get("__name__", "") if frame is not None else ""
-    return type(error).__module__.split(".")[0] in rooms or raised_in.split(".")[0] in rooms
-
-
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name == "ray":
-        return "this command needs Ray: pip install 'mova-ray[ray,train]'"
+    if isinstance(error, ModuleNotFoundError):
+        missing = (error.name or "").split(".")[0]
+        extra = {"ray": "ray,train", "psutil": "ray"}.get(missing, "demo" if missing in DEMO_PACKAGES else "")
+        if extra:
+            return f"this command needs the package {missing}: pip install 'mova-ray[{extra}]'"
     text = " ".join(str(error).split())
-    return text if text and _is_ours(error) else f"{type(error).__name__}: {text} (a traceback: --debug)"
+    return text if text and is_ours(error) else f"{type(error).__name__}: {text} (a traceback: --debug)"
 
 
 @contextlib.contextmanager
@@ -85,7 +79,10 @@ def results_only() -> Iterator[None]:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except KeyboardInterrupt:
-        print("mova: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        print(
+            "mova: stopped; stored features and checkpoints are kept, the same command goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -113,22 +110,26 @@ def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 140).print(drawn)
 
 
-def _weights(pairs: list[str]) -> dict[str, str]:
-    named = {}
+def _weights(pairs: list[str], names: Sequence[str]) -> dict[str, str]:
+    """Expert -> weights, of `names` only; local paths made absolute, so that they mean the same in every process."""
+    given = {}
     for pair in pairs:
         name, equals, where = pair.partition("=")
-        if not equals or not where:
-            raise typer.BadParameter(f"--weights {pair}: write NAME=PATH_OR_HUB_ID")
-        named[name] = where
-    return named
+        if not equals or not where or name not in names:
+            raise typer.BadParameter(f"--weights {pair}: write NAME=PATH_OR_HUB_ID with NAME one of {', '.join(names)}")
+        given[name] = str(Path(where).resolve()) if Path(where).exists() else where
+    return given
 
 
 def _experts(names: str | None) -> list[str]:
     from mova_core.experts import EXPERTS, expert_card
 
     chosen = [name.strip() for name in names.split(",")] if names else list(EXPERTS)
-    for name in chosen:
-        expert_card(name)  # raises for an unknown one
+    try:
+        for name in chosen:
+            expert_card(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"--experts: {error}") from None
     return chosen
 
 
@@ -208,13 +209,17 @@ def precompute(
 ) -> None:
     """Compute the experts' features of pictures into a store; what is there already is not computed again."""
     with results_only():
-        from cluster.planner import plan_pools
+        from cluster.planner import PlanError, plan_pools
         from cluster.session import ray_session
         from pipelines.precompute import find_images
         from pipelines.precompute import precompute as run
 
         names = _experts(experts)
-        plan_pools(names, pool)  # refuse a malformed pool before anything starts
+        given = _weights(weights, names)
+        try:
+            plan_pools(names, pool)  # refuse a malformed pool before anything starts
+        except PlanError as error:
+            raise typer.BadParameter(str(error)) from None
         found = find_images(source, images)
         with ray_session():
             summary = run(
@@ -222,7 +227,7 @@ def precompute(
                 store,
                 experts=names,
                 pools=pool,
-                weights=_weights(weights),
+                weights=given,
                 size=size,
                 dtype=dtype,
                 shard_mb=shard_mb,
@@ -255,7 +260,9 @@ def _train_command(
         images: ImagesPath = None,
         learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = learning_rate,
         batch_size: Annotated[int, typer.Option(help="Samples per step over all workers.", min=1)] = batch_size,
-        epochs: Annotated[float, typer.Option(help="Passes over the data, fractions allowed.", min=0)] = 1.0,
+        epochs: Annotated[
+            float, typer.Option(help="Passes over the data, fractions allowed; at least one step is made.", min=0)
+        ] = 1.0,
         workers: Annotated[int, typer.Option(help="Ray Train workers.", min=1)] = 2,
         gpu: Annotated[bool, typer.Option(help="One GPU per worker.")] = False,
         checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 200,
@@ -264,6 +271,12 @@ def _train_command(
         lora_rank: Annotated[int, typer.Option(help="Rank of the expert-routing LoRA (router only).", min=1)] = 64,
         shuffle_pool: Annotated[bool, typer.Option(help="Model-pool augmentation (router only).")] = True,
         seed: Annotated[int, typer.Option(help="Order of the samples and of chance.")] = 0,
+        fingerprint: Annotated[
+            list[str],
+            typer.Option(
+                help="NAME=FINGERPRINT: which features to take where the store has several (`mova store ls`)."
+            ),
+        ] = [],  # noqa: B006
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
@@ -289,6 +302,7 @@ def _train_command(
                 lora_rank=lora_rank,
                 shuffle_pool=shuffle_pool,
                 seed=seed,
+                fingerprints=dict(pair.split("=", 1) for pair in fingerprint if "=" in pair),
             )
             with ray_session():
                 result = train(config, progress=not quiet)
@@ -433,7 +447,7 @@ def ask(
         from mova_core.processing import MoVAProcessor
 
         loaded = MoVAForConditionalGeneration.from_pretrained(str(model))
-        named = _weights(weights)
+        named = _weights(weights, loaded.config.experts)
         source: Any = LazyExperts(
             loaded.config.experts,
             size=loaded.config.expert_size,

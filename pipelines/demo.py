@@ -27,6 +27,7 @@ from transformers import (
 from cluster.session import ray_session
 from mova_core.data import IMAGE_MARK, Sample, read_samples
 from mova_core.experts import EXPERTS
+from mova_core.features import FeatureStore
 from mova_core.model import assemble
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import build_routing_prompt, build_routing_reply
@@ -58,10 +59,9 @@ class DemoConfig:
     language_steps: int = 200
     pretrain_epochs: float = 1.0
     sft_epochs: float = 5.0
-    router_epochs: float = 1.0
+    router_epochs: float = 0.8
     batch_size: int = 32
     workers: int = 2
-    test_limit: int | None = None
 
 
 def demo(config: DemoConfig, progress: bool = True, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -77,6 +77,7 @@ def demo(config: DemoConfig, progress: bool = True, say: Callable[[str], None] =
     with PeakMemory() as memory:
         data = build_demo_data(root / "data", config.seed, config.images, bar_of("draw pictures", "images", progress))
         images = str(data.images)
+        stages.build_on((data.folder / "demo_data.json").read_text())
         stages.run("language model", start, lambda: start_model(config, data.train, start, progress))
 
         def trained(stage: Stage, model: Path, records: Path, epochs: float, learning_rate: float) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def demo(config: DemoConfig, progress: bool = True, say: Callable[[str], None] =
                 store=str(store),
                 output=str(root / stage),
                 learning_rate=learning_rate,
-                batch_size=config.batch_size,
+                batch_size=config.batch_size // 2 if stage == "router" else config.batch_size,
                 epochs=epochs,
                 warmup=0.1,
                 seed=config.seed,
@@ -106,7 +107,6 @@ def demo(config: DemoConfig, progress: bool = True, say: Callable[[str], None] =
                 str(store),
                 images=images,
                 train=str(data.train),
-                limit=config.test_limit,
                 progress=progress,
             )
             to_file(answered, result)
@@ -126,6 +126,7 @@ def demo(config: DemoConfig, progress: bool = True, say: Callable[[str], None] =
             say(
                 f"precompute: {computed} features computed, {reused} reused, {len(features.quarantined)} pictures refused"
             )
+            stages.build_on(str(sorted(FeatureStore(store).fingerprints.items())))
             stages.run(
                 "pretrain",
                 root / "pretrain",
@@ -144,7 +145,7 @@ def demo(config: DemoConfig, progress: bool = True, say: Callable[[str], None] =
                 ),
             )
             stages.run(
-                "router", root / "router", lambda: trained("router", root / "sft", labelled, config.router_epochs, 2e-3)
+                "router", root / "router", lambda: trained("router", root / "sft", labelled, config.router_epochs, 1e-2)
             )
             stages.run("evaluate", answered, judged)
     result = json.loads(answered.read_text())
@@ -169,9 +170,13 @@ class Stages:
         self.chain = str(settings)
         self.results: dict[str, Any] = {}
 
+    def build_on(self, what: str) -> None:
+        """What the stages from here on read; when it changes they are run again."""
+        self.chain = hashlib.sha256(f"{self.chain}/{what}".encode()).hexdigest()
+
     def run(self, name: str, output: Path, work: Callable[[], dict[str, Any]]) -> None:
         """Runs `work`, which makes `output` and returns numbers about it, unless that was done before."""
-        self.chain = hashlib.sha256(f"{self.chain}/{name}".encode()).hexdigest()
+        self.build_on(name)
         marker = self.root / "stages" / f"{name}.json"
         done = json.loads(marker.read_text()) if marker.exists() and output.exists() else {}
         if done.get("settings") == self.chain:

@@ -7,7 +7,7 @@ from typing import Any
 
 from actors.answer_server import AnswerServer
 from mova_core.config import MoVAConfig
-from mova_core.data import Sample, read_samples
+from mova_core.data import Sample, read_samples, usable_samples
 from mova_core.features import FeatureStore
 from mova_core.metrics import exact_match, normalise
 from pipelines.actor_pool import through_actors
@@ -37,10 +37,16 @@ def evaluate(
 
     Returns:
         {"kinds": {kind: {"questions", "accuracy", "chance", "experts"}}, "answers": [one mapping per record]}; accuracy and
-        chance from 0 to 1, `chance` None without `train`, `experts` how often each was routed.
+        chance from 0 to 1, `chance` None without `train`, `experts` how often each was routed; and "skipped", the number
+        of records without a picture or with one in quarantine.
+
+    Raises:
+        DataError, StoreError: bad data; no features of the weights this model was trained on.
     """
-    FeatureStore(store, fingerprints=MoVAConfig.from_pretrained(model).fingerprints)  # refuses a store of other weights
-    samples = [sample for sample in read_samples(data, images) if sample.image is not None][:limit]
+    opened = FeatureStore(store, fingerprints=MoVAConfig.from_pretrained(model).fingerprints)
+    read = read_samples(data, images)
+    usable = usable_samples(read, opened.quarantined())
+    samples = usable[:limit]
     rows = [
         {"id": str(n), "image": str(Path(sample.image.path or "").resolve()), "question": sample.question}
         for n, sample in enumerate(samples)
@@ -49,7 +55,12 @@ def evaluate(
     replies = through_actors(
         AnswerServer,
         rows,
-        arguments={"model": model, "store": str(Path(store).resolve()), "max_new_tokens": max_new_tokens},
+        arguments={
+            "model": model,
+            "store": str(Path(store).resolve()),
+            "max_new_tokens": max_new_tokens,
+            "device": "cuda" if gpu else "cpu",
+        },
         total=len(rows),
         what="evaluate",
         unit="questions",
@@ -80,7 +91,7 @@ def evaluate(
             }
         )
     guesses = most_frequent(read_samples(train)) if train else None
-    return {"kinds": by_kind(answers, guesses), "answers": answers}
+    return {"kinds": by_kind(answers, guesses), "answers": answers, "skipped": len(read) - len(usable)}
 
 
 def most_frequent(samples: Sequence[Sample]) -> dict[str, str]:

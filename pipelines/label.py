@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from mova_core.config import MoVAConfig
-from mova_core.data import Sample, read_records, read_samples, write_records
+from mova_core.data import Sample, read_records, read_samples, usable_samples, write_records
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
 from mova_core.model import MoVAForConditionalGeneration, stack_features
@@ -76,6 +76,7 @@ class LabelSummary:
     """How often each expert was found useful."""
 
     samples: int
+    skipped: int
     experts: dict[str, int]
     per_sample: float  # mean number of experts
     output: str
@@ -96,20 +97,21 @@ def label(
 ) -> LabelSummary:
     """Writes the data file again with `routing` (expert names, lowest loss first) and `routing_losses` per record.
 
-    Needs an open Ray session. Records without a picture stay as they are.
+    Needs an open Ray session. Records without an answer, without a picture or with one in quarantine stay as they are.
 
     Raises:
         DataError, StoreError: bad data; features missing from the store.
     """
     config = MoVAConfig.from_pretrained(model)
-    FeatureStore(store, fingerprints=config.fingerprints)  # refuses a store of other weights before any actor starts
+    opened = FeatureStore(store, fingerprints=config.fingerprints)  # refuses other weights before any actor starts
     pool = config.experts
-    samples = [sample for sample in read_samples(data, images) if sample.image is not None]
-    rows = [{"id": str(n), "image": _path(s), "turns": json.dumps(s.turns)} for n, s in enumerate(samples)]
+    usable = [sample for sample in usable_samples(read_samples(data, images), opened.quarantined()) if sample.answer]
+    rows = [{"id": sample.where, "image": _path(sample), "turns": json.dumps(sample.turns)} for sample in usable]
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     measured = through_actors(
         ExpertLoss,
         rows,
-        arguments={"model": model, "store": str(Path(store).resolve())},
+        arguments={"model": model, "store": str(Path(store).resolve()), "device": "cuda" if gpu else "cpu"},
         total=len(rows),
         what="label",
         unit="samples",
@@ -119,12 +121,10 @@ def label(
         gpus=gpu,
     )
     losses = {row.pop("id"): row for row in measured}
-    records, number = [], 0
+    records = []
     counts = dict.fromkeys(pool, 0)
-    for _, record in read_records(data):
-        if record.get("image") is not None:
-            by_expert = losses[str(number)]
-            number += 1
+    for line, record in read_records(data):
+        if (by_expert := losses.get(f"{Path(data)}, line {line}")) is not None:
             chosen = label_experts(by_expert[WITHOUT], {name: by_expert[name] for name in pool}, max_experts)
             record |= {"routing": chosen, "routing_losses": {name: round(loss, 5) for name, loss in by_expert.items()}}
             for name in chosen:
@@ -132,7 +132,11 @@ def label(
         records.append(record)
     write_records(output, records)
     return LabelSummary(
-        samples=len(samples), experts=counts, per_sample=sum(counts.values()) / max(1, len(samples)), output=output
+        samples=len(usable),
+        skipped=len(records) - len(usable),
+        experts=counts,
+        per_sample=sum(counts.values()) / max(1, len(usable)),
+        output=output,
     )
 
 

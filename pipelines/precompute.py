@@ -19,6 +19,7 @@ from mova_core.data import DataError, read_samples
 from mova_core.experts import EXPERTS, load_expert
 from mova_core.features import FeatureStore
 from pipelines.actor_pool import through_actors
+from pipelines.errors import root_cause
 from pipelines.inspect_images import inspect_images
 from pipelines.progress import progress_bar
 
@@ -51,7 +52,7 @@ def find_images(source: str | Path, images: str | Path | None = None) -> list[Pa
     Raises:
         DataError: nothing there, no picture in it, or a broken record.
     """
-    source = Path(source)
+    source = Path(source).resolve()  # the same in every process: Ray's workers have their own current directory
     if source.is_dir():
         found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         if not found:
@@ -60,7 +61,9 @@ def find_images(source: str | Path, images: str | Path | None = None) -> list[Pa
             )
         return found
     samples = read_samples(source, images)
-    found = sorted({Path(sample.image.path) for sample in samples if sample.image is not None and sample.image.path})
+    found = sorted(
+        {Path(sample.image.path).resolve() for sample in samples if sample.image is not None and sample.image.path}
+    )
     if not found:
         raise DataError(f"no record of {source} names an image")
     return found
@@ -125,10 +128,16 @@ def _inspect(images: Sequence[Path], store: FeatureStore, summary: Summary, prog
                 readable.setdefault(row["key"], row["image"])
                 continue
             summary.quarantined.append({"path": row["image"], "reason": row["error"]})
-            if (row["image"], row["error"]) not in known:
+            if (
+                row["key"] is not None and (row["image"], row["error"]) not in known
+            ):  # a file that is away may come back
                 refused.append({"image": row["image"], "sha256": row["key"], "reason": row["error"], "expert": None})
     if refused:
         store.quarantine(refused)
+    if not readable:
+        raise PrecomputeError(
+            f"none of {len(images)} pictures can be read; the first: {summary.quarantined[0]['reason']}"
+        )
     return dict(sorted(readable.items()))
 
 
@@ -185,6 +194,7 @@ class _Run:
             "gpu": resources.get("GPU", 0.0),
         }  # one CPU for reading tasks
         self.changed = threading.Condition()
+        self.stopping = False
 
     def all(self, work: dict[str, list[dict[str, Any]]]) -> None:
         """Runs every expert's shards; an expert that fails does not stop the others."""
@@ -196,6 +206,9 @@ class _Run:
                 if (error := done.exception()) is not None:
                     failures[running[done]] = error
         finally:
+            with self.changed:
+                self.stopping = True  # an expert that still waits for room must not start any more
+                self.changed.notify_all()
             threads.shutdown(wait=False, cancel_futures=True)
         if failures:
             name, error = next(iter(failures.items()))
@@ -204,9 +217,7 @@ class _Run:
     def one(self, name: str, shards: list[dict[str, Any]]) -> None:
         """One expert's execution: shards in, references out."""
         pool = self.pools[name]
-        least = min(pool.min_size, len(shards))
-        held = {"cpu": pool.cpus * least, "gpu": pool.gpu * least}
-        self._take(held)
+        actors = self._take(pool, len(shards))
         try:
             references = through_actors(
                 ExpertServer,
@@ -218,12 +229,13 @@ class _Run:
                     "dtype": self.dtype,
                     "batch_size": pool.batch,
                     "store": str(self.store.path.resolve()),
+                    "device": "cuda" if pool.gpu else "cpu",
                 },
                 total=sum(len(shard["keys"]) for shard in shards),
                 what=name,
                 unit="images",
                 progress=self.progress,
-                sizes=(pool.min_size, pool.max_size),
+                sizes=(min(pool.min_size, actors), actors),
                 cpus=pool.cpus,
                 gpus=pool.gpu,
                 accelerator=pool.accelerator,
@@ -235,23 +247,27 @@ class _Run:
                     self.summary.quarantined.append({"path": row["image"], "reason": f"{name}: {row['error']}"})
             self.store.shelf(name).snapshot()
         finally:
-            self._give(held)
+            self._give(pool, actors)
 
-    def _take(self, held: dict[str, float]) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: all(self.free[kind] >= amount for kind, amount in held.items()))
-            for kind, amount in held.items():
-                self.free[kind] -= amount
+    def _take(self, pool: PoolSpec, shards: int) -> int:
+        """Waits until the least size fits beside the others, then takes as many actors as do, at most one per shard."""
+        least, most = min(pool.min_size, shards), min(pool.max_size, shards)
 
-    def _give(self, held: dict[str, float]) -> None:
+        def room() -> int:
+            each = {"cpu": pool.cpus, "gpu": pool.gpu}
+            return min([most, *(int(self.free[kind] / share + 1e-6) for kind, share in each.items() if share)])
+
         with self.changed:
-            for kind, amount in held.items():
-                self.free[kind] += amount
+            self.changed.wait_for(lambda: self.stopping or room() >= least)
+            if self.stopping:
+                raise PrecomputeError(f"{pool.expert} was not started: the run was stopped")
+            actors = room()
+            self.free["cpu"] -= actors * pool.cpus
+            self.free["gpu"] -= actors * pool.gpu
+        return actors
+
+    def _give(self, pool: PoolSpec, actors: int) -> None:
+        with self.changed:
+            self.free["cpu"] += actors * pool.cpus
+            self.free["gpu"] += actors * pool.gpu
             self.changed.notify_all()
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The exception a worker raised, out of the wrappers that Ray puts around it."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    return error

@@ -4,12 +4,13 @@ pretrain: MoV-Adapter and base encoder learn, the LLM is frozen.   sft: everythi
 router:   only the expert-routing LoRA learns, on routing labels.
 """
 
+import hashlib
 import json
 import random
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from mova_core.config import MoVAConfig
-from mova_core.data import DataError, Sample, read_samples
+from mova_core.data import DataError, Sample, read_samples, usable_samples
 from mova_core.features import FeatureStore
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import MoVAProcessor
@@ -59,7 +60,7 @@ class TrainConfig:
     loader_processes: int = 0  # per worker
     lora_rank: int = 64  # router stage
     shuffle_pool: bool = True  # router stage: model-pool augmentation
-    keep: tuple[str, ...] | None = None  # train on these record ids only
+    fingerprints: dict[str, str] = field(default_factory=dict)  # expert -> features to take where the store has several
 
 
 def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
@@ -72,8 +73,9 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
         StoreError: the store lacks features of this model's experts.
     """
     started = time.perf_counter()
-    samples = usable_samples(config)  # refuse bad input before any worker starts
-    open_store(config)
+    config = pinned(config)
+    samples = training_samples(config)  # refuse bad input before any worker starts
+    check_features(config, samples)
     storage = run_folder(config)
     storage.mkdir(parents=True, exist_ok=True)
     trainer = TorchTrainer(
@@ -83,7 +85,7 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
             num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
         ),
         run_config=ray.train.RunConfig(
-            name=config.stage,
+            name=f"{config.stage}-{identity(config)}",
             storage_path=str(storage),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=1),
@@ -91,10 +93,9 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
     )
     with follow_progress(storage / PROGRESS, config.stage, "steps", progress):
         result = trainer.fit()
-    if result.checkpoint is None:
-        raise DataError(
-            f"{config.data}: no step was run; give at least {config.batch_size} samples or a smaller --batch-size"
-        )
+    assert result.checkpoint is not None  # every run reports its last step
+    if Path(config.output, "config.json").exists():
+        shutil.rmtree(config.output)  # nothing of an older model may stay, its LoRA least of all
     with result.checkpoint.as_directory() as folder:
         shutil.copytree(folder, config.output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OPTIMIZER, STATE))
     shutil.rmtree(storage, ignore_errors=True)
@@ -113,34 +114,68 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(f"{config.output}.ray").resolve()
 
 
-def open_store(config: TrainConfig) -> FeatureStore:
-    """The store, pinned to the features that the model was trained on so far; a fresh model takes those that are there.
+def pinned(config: TrainConfig) -> TrainConfig:
+    """The same run with absolute paths and every fingerprint settled, so that it means the same in every process.
+
+    A model that was trained before keeps its features; a fresh one takes those that are there, or those that were chosen.
 
     Raises:
-        StoreError: no store, or it holds features of other weights.
+        StoreError: no store, it holds features of other weights, or of several and none was chosen.
     """
-    return FeatureStore(config.store, fingerprints=MoVAConfig.from_pretrained(config.model).fingerprints or None)
+    wanted = {**config.fingerprints, **MoVAConfig.from_pretrained(config.model).fingerprints}
+    names = ("model", "data", "store", "output", "images")
+    paths: dict[str, Any] = {
+        name: str(Path(path).resolve()) for name in names if (path := getattr(config, name)) is not None
+    }
+    return replace(config, **paths, fingerprints=dict(FeatureStore(config.store, fingerprints=wanted).fingerprints))
 
 
-def usable_samples(config: TrainConfig) -> list[Sample]:
-    """The records a stage can learn from: with a picture that is not in quarantine, and for the router with a label."""
-    bad = {str(Path(row["image"]).resolve()) for row in FeatureStore(config.store).quarantined()}
-    samples = [
-        sample
-        for sample in read_samples(config.data, config.images)
-        if sample.image is not None
-        and str(Path(sample.image.path or "").resolve()) not in bad
-        and (config.keep is None or sample.id in config.keep)
-    ]
+def identity(config: TrainConfig) -> str:
+    """Names a run by all that decides it: only a run of the same settings from the same model goes on from its checkpoints."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(config.model).glob("*.*"))
+    return hashlib.sha256(json.dumps([asdict(config), files], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def training_samples(config: TrainConfig) -> list[Sample]:
+    """The records a stage can learn from: with an answer and a picture that is not in quarantine, for the router with a label.
+
+    Raises:
+        DataError: too few of them, or one that names an expert which the model's pool does not have.
+    """
+    pool = MoVAConfig.from_pretrained(config.model).experts
+    usable = usable_samples(read_samples(config.data, config.images), FeatureStore(config.store).quarantined())
+    samples = [sample for sample in usable if sample.answer]
+    for sample in samples:
+        if unknown := sorted(set(sample.routing or ()) - set(pool)):
+            raise DataError(f"{sample.where}: `routing` names {', '.join(unknown)}; the model has {', '.join(pool)}")
     if config.stage == "router":
         samples = [sample for sample in samples if sample.routing is not None]
         if not samples:
             raise DataError(f"{config.data} holds no routing label: run `mova label` and give the file it writes")
+    if config.batch_size < config.workers:
+        raise DataError(f"--batch-size {config.batch_size} is smaller than --workers {config.workers}: raise it")
     if len(samples) < config.batch_size:
         raise DataError(
             f"{config.data} holds {len(samples)} usable samples, fewer than --batch-size {config.batch_size}"
         )
     return samples
+
+
+def check_features(config: TrainConfig, samples: list[Sample], probes: int = 64) -> None:
+    """Looks for the features of a few samples before any worker starts; the router stage reads none.
+
+    Raises:
+        MissingFeatures: some are not in the store.
+    """
+    if config.stage == "router":
+        return
+    pool = MoVAConfig.from_pretrained(config.model).experts
+    probed = random.Random(config.seed).sample(samples, min(probes, len(samples)))
+    store = FeatureStore(config.store, fingerprints=config.fingerprints)
+    store.fetch(
+        [sample.image for sample in probed if sample.image is not None],
+        [pool if sample.routing is None else sample.routing for sample in probed],
+    )
 
 
 class Batches(Dataset):
@@ -150,18 +185,21 @@ class Batches(Dataset):
         self, config: TrainConfig, samples: list[Sample], processor: MoVAProcessor, pool: list[dict[str, Any]]
     ):
         self.config, self.samples, self.processor, self.pool = config, samples, processor, pool
-        self.store = FeatureStore(config.store, fingerprints=None)
+        self.store = FeatureStore(config.store, fingerprints=config.fingerprints)
         self.rank, self.world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
         self.per_epoch = len(samples) // config.batch_size
         self.steps = max(1, round(self.per_epoch * config.epochs))
+        self.order: tuple[int, list[int]] = (-1, [])  # epoch, its order of the samples
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         epoch, at = divmod(step, self.per_epoch)
-        order = random.Random(f"{self.config.seed}/{epoch}").sample(range(len(self.samples)), len(self.samples))
-        mine = order[at * self.config.batch_size : (at + 1) * self.config.batch_size][self.rank :: self.world]
+        if self.order[0] != epoch:
+            everyone = range(len(self.samples))
+            self.order = epoch, random.Random(f"{self.config.seed}/{epoch}").sample(everyone, len(everyone))
+        mine = self.order[1][at * self.config.batch_size : (at + 1) * self.config.batch_size][self.rank :: self.world]
         chosen = [(self.samples[index], random.Random(f"{self.config.seed}/{epoch}/{index}")) for index in mine]
         return self.routing_batch(chosen) if self.config.stage == "router" else self.answer_batch(chosen)
 
@@ -214,11 +252,13 @@ def train_worker(settings: dict[str, Any]) -> None:
     with _start_folder(config) as folder:
         model = MoVAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         processor = MoVAProcessor.from_pretrained(config.model)
-        done, moments = _progress_of(folder)
+        before, moments = _progress_of(folder)
+    done = before.get("steps", 0)
     choose_parameters(model, config)
-    batches = Batches(config, usable_samples(config), processor, model.config.pool)
+    batches = Batches(config, training_samples(config), processor, model.config.pool)
     for expert in model.config.pool:
-        expert["fingerprint"] = batches.store.fingerprints.get(expert["name"])
+        shelf = batches.store.shelf(expert["name"])
+        expert.update(fingerprint=shelf.fingerprint, dtype=shelf.description["dtype"])
     device = ray.train.torch.get_device()
     wrapped = prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -246,6 +286,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(batches):
             metrics = {"steps": step + 1, "loss": sum(losses) / len(losses), "resumed_from": done}
             report(metrics, model, processor, optimizer, learning)
+    if done == len(batches):  # cut off between its last step and the copy to its output
+        report(before | {"resumed_from": done}, model, processor, optimizer, learning)
 
 
 def choose_parameters(model: MoVAForConditionalGeneration, config: TrainConfig) -> None:
@@ -318,11 +360,10 @@ class _start_folder:
             self.opened.__exit__(*error)
 
 
-def _progress_of(folder: str) -> tuple[int, dict[str, Tensor]]:
+def _progress_of(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint says of its run, and its optimizer's moments; nothing for a model that is no checkpoint."""
     state = Path(folder, STATE)
-    if not state.exists():
-        return 0, {}
-    return json.loads(state.read_text())["steps"], load_file(Path(folder, OPTIMIZER))
+    return (json.loads(state.read_text()), load_file(Path(folder, OPTIMIZER))) if state.exists() else ({}, {})
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

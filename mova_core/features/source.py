@@ -94,7 +94,7 @@ class LazyExperts(LocalExperts):
         size, device: as `load_expert` takes them.
         weights: name -> weights as `load_expert` takes them; an expert not named here gets its default.
         fingerprints: name -> the one that the expert must have, where it is known.
-        dtype: name of the dtype to compute in.
+        dtypes: name -> name of the dtype to compute in; float32 for an expert not named here.
         batch_size: images per forward pass.
     """
 
@@ -106,12 +106,12 @@ class LazyExperts(LocalExperts):
         weights: Mapping[str, Any] | None = None,
         fingerprints: Mapping[str, str] | None = None,
         device: str = "cpu",
-        dtype: str = "float32",
+        dtypes: Mapping[str, str] | None = None,
         batch_size: int = 8,
     ):
         super().__init__({}, batch_size)
         self.names = tuple(names)
-        self.size, self.device, self.dtype = size, device, dtype
+        self.size, self.device, self.dtypes = size, device, dict(dtypes or {})
         self.weights = dict(weights or {})
         self._expected = dict(fingerprints or {})
         self._lock = threading.Lock()
@@ -139,7 +139,11 @@ class LazyExperts(LocalExperts):
         from mova_core.experts import fingerprint, load_expert
 
         expert = load_expert(
-            name, self.weights.get(name), size=self.size, device=self.device, dtype=getattr(torch, self.dtype)
+            name,
+            self.weights.get(name),
+            size=self.size,
+            device=self.device,
+            dtype=getattr(torch, self.dtypes.get(name, "float32")),
         )
         description = expert.describe()
         expected = self._expected.get(name)

@@ -1,7 +1,9 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from cluster.planner import PlanError
 from mova_core.data import DataError
 from mova_core.experts import load_expert
-from mova_core.features import FeatureStore
+from mova_core.features import FeatureStore, StoreError
 from mova_core.images import ImageRef
 from pipelines.precompute import PrecomputeError, find_images, precompute
 
@@ -47,7 +49,13 @@ def test_pictures_are_found_by_folder_and_by_record(folder, tmp_path):
 @pytest.mark.ray
 def test_every_good_picture_is_stored_once(ray_cluster, folder, tmp_path):
     store = tmp_path / "store"
-    run = {"experts": TWO, "pools": ["sam=1..2,cpu=0.5,batch=4"], "size": "mini", "shard_mb": 0.02, "progress": False}
+    run: dict[str, Any] = {
+        "experts": TWO,
+        "pools": ["sam=1..2,cpu=0.5,batch=4"],
+        "size": "mini",
+        "shard_mb": 0.02,
+        "progress": False,
+    }
     first = precompute(find_images(folder), store, **run)
     assert first.computed == {"biomedclip": 8, "sam": 8}
     assert first.reused == {"biomedclip": 0, "sam": 0}
@@ -76,7 +84,7 @@ def test_new_weights_never_read_old_features(ray_cluster, folder, tmp_path):
     images = [folder / f"{index}.png" for index in range(3)]
     other = load_expert("biomedclip", size="mini")
     save_file({name: value + 0.01 for name, value in other.state_dict().items()}, tmp_path / "other.safetensors")
-    run = {"experts": ("biomedclip",), "size": "mini", "progress": False}
+    run: dict[str, Any] = {"experts": ("biomedclip",), "size": "mini", "progress": False}
     precompute(images, tmp_path / "store", **run)
     changed = precompute(images, tmp_path / "store", weights={"biomedclip": str(tmp_path / "other.safetensors")}, **run)
     assert changed.computed == {"biomedclip": 3} and changed.reused == {"biomedclip": 0}
@@ -89,6 +97,20 @@ def test_new_weights_never_read_old_features(ray_cluster, folder, tmp_path):
         for one in prints
     ]
     assert (rows[0][0]["biomedclip"].tokens - rows[1][0]["biomedclip"].tokens).abs().max() > 1e-3
+
+
+@pytest.mark.ray
+def test_what_fails_in_an_actor_is_told_in_its_own_words(ray_cluster, folder, tmp_path):
+    """The store's folder for one expert is replaced by a file while the run is on its way: the message survives Ray."""
+    store = FeatureStore(tmp_path / "store", create=True)
+    shelf = store.add_expert(load_expert("sam", size="mini").describe())
+    receipts = next(path for path in (tmp_path / "store" / "sam").rglob("receipts"))
+    shutil.rmtree(receipts)
+    receipts.write_text("in the way")
+    del shelf
+    with pytest.raises((PrecomputeError, StoreError)) as error:
+        precompute(find_images(folder), tmp_path / "store", experts=("sam",), size="mini", progress=False)
+    assert "UDF" not in str(error.value) and str(tmp_path / "store") in str(error.value)
 
 
 @pytest.mark.ray
@@ -134,13 +156,15 @@ def test_command_names_what_is_wrong(tmp_path):
     code, said = mova("precompute", str(tmp_path / "nothing.json"), *store)
     assert code == 1 and "no data file" in said and "nothing.json" in said and said.count("\n") == 0
     (tmp_path / "a").mkdir()
-    code, said = mova("precompute", str(tmp_path / "a"), *store, "--experts", "sam,dino")
-    assert code == 1 and "unknown expert 'dino'" in said and "dinov2" in said and said.count("\n") == 0
     code, said = mova("precompute", str(tmp_path / "a"), *store)
     assert code == 1 and "holds no picture" in said
-    code, said = mova("precompute", str(tmp_path / "a"), *store, "--pool", "sam=lots")
-    assert code == 1 and "NAME=SIZE" in said
-    code, said = mova("precompute")
-    assert code == 2
+    for arguments, names in (
+        (["--experts", "sam,dino"], ("unknown expert", "dino", "dinov2")),
+        (["--pool", "sam=lots"], ("NAME=SIZE",)),
+        (["--weights", "dino=weights.safetensors"], ("dino=weights", "dinov2")),
+    ):
+        code, said = mova("precompute", str(tmp_path / "a"), *store, *arguments)
+        assert code == 2 and all(name in said for name in names), said
+    assert mova("precompute")[0] == 2
     code, said = mova("store", "stat", str(tmp_path / "a"))
     assert code == 1 and "store" in said and said.count("\n") == 0
