@@ -122,6 +122,7 @@ def demo(config: DemoConfig, progress: bool = True, say: Callable[[str], None] =
                 shard_mb=1,
                 progress=progress,
             )
+            stages.results["precompute"] = {"seconds": features.seconds}
             computed, reused = sum(features.computed.values()), sum(features.reused.values())
             say(
                 f"precompute: {computed} features computed, {reused} reused, {len(features.quarantined)} pictures refused"
