@@ -241,6 +241,7 @@ def start_model(config: DemoConfig, train_file: Path, folder: Path, progress: bo
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
             tie_word_embeddings=True,
+            initializer_range=0.08,  # so that words it seldom sees stay apart, the routing letters among them
         )
     )
     loss = teach_language(llm, tokenizer, talk, orders, config.language_steps, config.seed, progress)

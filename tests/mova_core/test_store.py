@@ -499,12 +499,13 @@ def test_a_hundred_flipped_bytes_are_found_and_made_anew(store):
     shelf.snapshot()
     fill(shelf, [*keys, *KEYS], rows_per_shard=5)
     store.quarantine([{"image": "a.png", "sha256": None, "reason": "0 bytes", "expert": "clip"}])
+    spared = min(path.stem for path in (shelf.folder / "receipts").iterdir())  # so that something is left in every draw
     # An altered store.json or expert.json keeps the store from opening: tested elsewhere.
-    targets = [
+    targets = sorted(
         path
         for path in store.path.rglob("*")
-        if path.is_file() and path.parent.name not in ("store", shelf.fingerprint)
-    ]
+        if path.is_file() and path.parent.name not in ("store", shelf.fingerprint) and not path.name.startswith(spared)
+    )
     draw = random.Random(0)
     flipped = set()
     for path in draw.sample(targets, 100):
