@@ -16,6 +16,6 @@ def inspect_images(rows: pa.Table) -> pa.Table:
             key = image.key
             image.decode()
         except ImageError as error:
-            reason = str(error)
+            reason = str(error).removeprefix(f"{path}: ")  # the path stands beside it
         out.append({"image": path, "key": key, "error": reason})
     return pa.Table.from_pylist(out, schema=INSPECTED)
