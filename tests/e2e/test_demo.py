@@ -151,7 +151,10 @@ def test_training_goes_on_from_its_last_checkpoint(ran, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     first = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 150
-    while not list((tmp_path / "out.ray").glob("pretrain-*/checkpoint_*/trainer_state.json")):
+    while not any(  # a checkpoint counts once Ray Train's own list names it
+        "checkpoint_" in snapshot.read_text()
+        for snapshot in (tmp_path / "out.ray").glob("pretrain-*/checkpoint_manager_snapshot.json")
+    ):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     ours = psutil.Process(first.pid).children(recursive=True)
