@@ -56,7 +56,9 @@ class Dinov2(VisionExpert):
         super().__init__(arch)
         swiglu_hidden = (arch["width"] * 8 // 3 + 7) // 8 * 8
         mlp_hidden = arch.get("mlp_hidden", swiglu_hidden)
-        if mlp_hidden not in (swiglu_hidden, 4 * arch["width"]):
+        gelu = mlp_hidden == 4 * arch["width"]
+        ratio = 4 if gelu else round(mlp_hidden * 3 / 2 / arch["width"])  # transformers takes whole ratios only
+        if not gelu and mlp_hidden != (arch["width"] * ratio * 2 // 3 + 7) // 8 * 8:
             choice = f"{swiglu_hidden} (SwiGLU) or {4 * arch['width']} (GELU)"
             raise ValueError(f"dinov2 of width {arch['width']} needs mlp_hidden {choice}, not {mlp_hidden}")
         network = _network(
@@ -65,7 +67,8 @@ class Dinov2(VisionExpert):
             num_attention_heads=arch["heads"],
             patch_size=arch["patch_size"],
             image_size=arch.get("pos_grid", self.grid[0]) * arch["patch_size"],
-            use_swiglu_ffn=mlp_hidden == swiglu_hidden,
+            use_swiglu_ffn=not gelu,
+            mlp_ratio=ratio,
         )
         self.embeddings, self.encoder, self.layernorm = network.embeddings, network.encoder, network.layernorm
 
