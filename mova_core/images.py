@@ -9,6 +9,7 @@ Shapes: B images, S side of the square, h x w pixels.
 import contextlib
 import hashlib
 import io
+import math
 import os
 import struct
 import warnings
@@ -105,7 +106,7 @@ class ImageRef:
         Raises:
             ImageError: they cannot be read, or are no longer those of `key`.
         """
-        data = self._data if self._data is not None else _read_file(self._path or "")
+        data = self._encoded()
         key = hashlib.sha256(data).hexdigest()
         if self._key is None:
             self._key = key
@@ -113,6 +114,9 @@ class ImageRef:
             change = f"sha256 {self._key[:12]} -> {key[:12]}"
             raise ImageError(f"{_label(self)}: its content changed since it was listed ({change})")
         return data
+
+    def _encoded(self) -> bytes:
+        return self._data if self._data is not None else _read_file(self._path or "")
 
     def decode(self, compat: Compat = "fixed") -> Image.Image:
         """The RGB picture, as `load_image` gives it."""
@@ -152,7 +156,8 @@ def load_image(source: ImageSource, compat: Compat = "fixed", max_pixels: int = 
     if isinstance(source, Image.Image):
         image = source
     else:
-        data = ImageRef.of(source).read()
+        # Only who holds a reference relies on its key: hashing a large file takes a tenth of decoding it.
+        data = source.read() if isinstance(source, ImageRef) else ImageRef.of(source)._encoded()
         if not data:
             raise ImageError(f"{name}: 0 bytes")
         try:
@@ -231,26 +236,50 @@ def square_pixels(
 
 
 def _square_resized(image: Image.Image, side: int, colour: Colour) -> Image.Image:
-    """`pad_to_square` and bicubic resize to `side`, bit for bit, without ever holding the whole square.
+    """`pad_to_square` and bicubic resize to `side`, bit for bit, without ever holding or filtering most of the padding.
 
-    PIL resizes along the rows first, then along the columns: the first pass needs padding at the sides only, in strips.
+    PIL resizes along the rows first, then along the columns, so the first pass needs padding at the sides only.
     """
     width, height = image.size
     longer = max(width, height)
     if width == longer:
         rows = image.resize((side, height), Image.Resampling.BICUBIC)
     else:
-        rows = Image.new("RGB", (side, height))
-        step = max(1, STRIP_PIXELS // longer)
+        rows = Image.new("RGB", (side, height), colour)
+        (start, stop), (left, right) = _touched(width, longer, side)
+        step = max(1, STRIP_PIXELS // (stop - start))
         for top in range(0, height, step):
-            strip = Image.new("RGB", (longer, min(step, height - top)), colour)
-            strip.paste(image.crop((0, top, width, top + strip.height)), ((longer - width) // 2, 0))
-            rows.paste(strip.resize((side, strip.height), Image.Resampling.BICUBIC), (0, top))
-    if height < longer:
-        padded = Image.new("RGB", (side, longer), colour)
-        padded.paste(rows, (0, (longer - height) // 2))
-        rows = padded
-    return rows.resize((side, side), Image.Resampling.BICUBIC)
+            strip = Image.new("RGB", (stop - start, min(step, height - top)), colour)
+            strip.paste(image, ((longer - width) // 2 - start, -top))  # what does not fit is cut off
+            rows.paste(strip.resize((right - left, strip.height), Image.Resampling.BICUBIC), (left, top))
+    if height == longer:
+        return rows.resize((side, side), Image.Resampling.BICUBIC)
+    (start, stop), (top, bottom) = _touched(height, longer, side)
+    padded = Image.new("RGB", (side, stop - start), colour)
+    padded.paste(rows, (0, (longer - height) // 2 - start))
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(padded.resize((side, bottom - top), Image.Resampling.BICUBIC), (0, top))
+    return square
+
+
+def _touched(shorter: int, longer: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of `longer` pixels, resized to `side`, what the `shorter` in their middle reach: (start, stop) before and after.
+
+    Cut only where whole pixels meet whole pixels, else PIL's filters would not fall on the same places.
+    """
+    cuts = math.gcd(longer, side)
+    # With eight places to cut or more, PIL's integer filters were computed for every length to 12,000 (sides 672 and
+    # 1024) and every cut: all are those of the whole square.
+    if cuts < 8 or longer > 12_000:
+        return (0, longer), (0, side)
+    offset, reach = (
+        (longer - shorter) // 2,
+        4 * (longer // side + 2),
+    )  # over twice a bicubic filter's: none is cut short
+    first = max(0, (offset - reach) * cuts // longer)
+    last = min(cuts, -(-(offset + shorter + reach) * cuts // longer))
+    before, after = longer // cuts, side // cuts
+    return (first * before, last * before), (first * after, last * after)
 
 
 def _published_axes(name: str, square: Image.Image) -> Image.Image:

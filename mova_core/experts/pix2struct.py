@@ -125,11 +125,12 @@ def square_patches(image: Image.Image, side: int, patch: int) -> Tensor:
     longer, shorter, size = max(width, height), min(width, height), side * patch
     mean, deviation = _padded_statistics(image, longer)
     # The longer side last, whichever it is; torch 2.15 resizes a picture one pixel wide wrongly along its height.
-    axes = (2, 1, 0) if height > width else (2, 0, 1)
-    pixels = torch.empty(3, shorter, longer)
-    pixels.copy_(torch.from_numpy(np.array(image)).permute(*axes)).sub_(mean)
+    lying = image.transpose(Image.Transpose.TRANSPOSE) if height > width else image
+    pixels = np.empty((3, shorter, longer), dtype=np.float32)
+    for channel in range(3):
+        np.subtract(lying.getchannel(channel), np.float32(mean), out=pixels[channel], dtype=np.float32)
     padded = (torch.tensor(COLOUR) - mean).float().view(3, 1, 1).expand(3, longer, size).contiguous()
-    padded.narrow(1, (longer - shorter) // 2, shorter).copy_(_resize(pixels, (shorter, size)))
+    padded.narrow(1, (longer - shorter) // 2, shorter).copy_(_resize(torch.from_numpy(pixels), (shorter, size)))
     square = _resize(padded, (size, size)).div_(deviation)
     return _flatten(square.transpose(1, 2) if height > width else square, patch)
 
@@ -198,6 +199,8 @@ def _flatten(pixels_Chw: Tensor, patch: int) -> Tensor:
     out = torch.empty(rows, columns, 2 + patch * patch * channels)
     out[..., 0] = torch.arange(1, rows + 1)[:, None]
     out[..., 1] = torch.arange(1, columns + 1)
-    patches = pixels_Chw.view(channels, rows, patch, columns, patch).permute(1, 3, 2, 4, 0)
-    out[..., 2:].unflatten(-1, (patch, patch, channels)).copy_(patches)
+    # Channels first brought together, so that what is copied is whole runs of them.
+    pixels_hwC = pixels_Chw.permute(1, 2, 0).contiguous()
+    patches = pixels_hwC.view(rows, patch, columns, patch * channels).transpose(1, 2)
+    out[..., 2:].unflatten(-1, (patch, patch * channels)).copy_(patches)
     return out.flatten(0, 1)

@@ -208,13 +208,29 @@ class TestBadInput:
 
 
 class TestSquarePixels:
-    @pytest.mark.parametrize("size", [(640, 480), (48, 64), (20, 20), (1, 129), (257, 1), (3, 7), (168, 100)])
+    @pytest.mark.parametrize(
+        "size", [(640, 480), (480, 640), (48, 64), (20, 20), (1, 129), (257, 1), (3, 7), (168, 100)]
+    )
     @pytest.mark.parametrize("strip", [1, 2000, 16_000_000])
     def test_equal_to_padding_first(self, monkeypatch, size, strip):
         monkeypatch.setattr(images, "STRIP_PIXELS", strip)
         image = noise(*size)
         padded = pad_to_square(image, (122, 116, 104)).resize((168, 168), Image.Resampling.BICUBIC)
         assert np.array_equal(np.asarray(images._square_resized(image, 168, (122, 116, 104))), np.asarray(padded))
+
+    @pytest.mark.parametrize("side", [672, 1024])
+    @pytest.mark.parametrize("longer", [640, 800, 1024, 1920, 2016])
+    def test_most_of_the_padding_is_never_filtered(self, side, longer):
+        for shorter in (1, longer // 2 + 1, longer * 3 // 4):
+            (start, stop), (top, bottom) = images._touched(shorter, longer, side)
+            assert (
+                stop - start < min(longer, shorter + longer // 3) and (bottom - top) * longer == (stop - start) * side
+            )
+            for size in ((longer, shorter), (shorter, longer)):
+                image = noise(*size)
+                padded = pad_to_square(image, (122, 116, 104)).resize((side, side), Image.Resampling.BICUBIC)
+                ours = images._square_resized(image, side, (122, 116, 104))
+                assert np.array_equal(np.asarray(ours), np.asarray(padded)), size
 
     def test_very_long_pictures(self):
         for size in ((20_000, 1), (1, 6_000)):
