@@ -13,7 +13,8 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
@@ -129,14 +130,43 @@ class ImageRef:
         return f"ImageRef({_label(self)!r}, key={self._key[:12] if self._key else None!r})"
 
 
-ImageSource = Image.Image | bytes | str | os.PathLike[str] | np.ndarray | ImageRef
+class Picture:
+    """An image that several experts read: decoded once, and pixels made of it once for all that want the same.
+
+    It keeps what was made until it is dropped itself. Not to be shared between threads.
+
+    Args:
+        source: anything that `load_image` takes.
+    """
+
+    __slots__ = ("_decoded", "_made", "source")
+
+    def __init__(self, source: "ImageSource") -> None:
+        self.source = source
+        self._decoded: dict[str, Image.Image] = {}
+        self._made: dict[Hashable, Any] = {}
+
+    def decode(self, compat: Compat = "fixed") -> Image.Image:
+        """The RGB picture, as `load_image` gives it."""
+        if compat not in self._decoded:
+            self._decoded[compat] = load_image(self.source, compat)
+        return self._decoded[compat]
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gave when it was first called under this key."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+ImageSource = Image.Image | bytes | str | os.PathLike[str] | np.ndarray | ImageRef | Picture
 
 
 def load_image(source: ImageSource, compat: Compat = "fixed", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A validated RGB picture; of an animation the first frame.
 
     Args:
-        source: path, encoded bytes, reference, PIL image, or uint8 array (h, w, 3) or (h, w).
+        source: path, encoded bytes, reference, PIL image, `Picture`, or uint8 array (h, w, 3) or (h, w).
         compat: "fixed" applies EXIF orientation, composites transparency on white and scales 16-bit greys to 8;
             "published" is PIL's plain conversion to RGB.
         max_pixels: limit on width x height, held against the header before anything is decoded.
@@ -147,6 +177,8 @@ def load_image(source: ImageSource, compat: Compat = "fixed", max_pixels: int = 
     """
     if compat not in get_args(Compat):
         raise ValueError(f"compat must be one of {', '.join(get_args(Compat))}, not {compat!r}")
+    if isinstance(source, Picture):
+        return source.decode(compat)
     name = _label(source)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
@@ -217,9 +249,12 @@ def square_pixels(
     Raises:
         ImageError: an image that cannot be used; with "published" also a picture of one pixel.
     """
-    mean_3, std_3 = np.asarray(mean, dtype=np.float32), np.asarray(std, dtype=np.float32)
     pixels_B3SS = np.empty((len(images), 3, side, side), dtype=np.float32)
     for source, pixels_3SS in zip(images, pixels_B3SS, strict=True):
+        if isinstance(source, Picture):
+            make = partial(square_pixels, [source.decode(compat)], side, mean, std, compat)
+            pixels_3SS[:] = source.once((side, *mean, *std, compat), make)[0]
+            continue
         image = load_image(source, compat)
         if compat == "published" and max(image.size) in (1, 3):
             image = _published_axes(_label(source), pad_to_square(image, mean_colour(mean)))
@@ -228,8 +263,8 @@ def square_pixels(
             # In place and in float32: each of the 256 bytes over 255 rounds as the published float64 product does.
             values = np.asarray(square.getchannel(channel))
             np.divide(values, np.float32(255), out=pixels_3SS[channel], dtype=np.float32)
-            pixels_3SS[channel] -= mean_3[channel]
-            pixels_3SS[channel] /= std_3[channel]
+            pixels_3SS[channel] -= np.float32(mean[channel])
+            pixels_3SS[channel] /= np.float32(std[channel])
     import torch
 
     return torch.from_numpy(pixels_B3SS)
@@ -336,6 +371,8 @@ def _read_file(path: str) -> bytes:
 
 def _label(source: object) -> str:
     """What an error calls an image."""
+    if isinstance(source, Picture):
+        return _label(source.source)
     if isinstance(source, ImageRef):
         return source.path or f"image of {len(source.data or b''):,} bytes"
     if isinstance(source, (str, os.PathLike)):

@@ -83,6 +83,8 @@ class BiomedCLIP(VisionExpert):
     def _shrink(self, pixels_B3hw: Tensor) -> Tensor:
         # No antialiasing, as published: 672 -> 224 keeps every third pixel of every third row.
         size = (self.arch["image_size"], self.arch["image_size"])
+        if pixels_B3hw.shape[-2:] == size:
+            return pixels_B3hw  # as `preprocess` gives them
         return F.interpolate(pixels_B3hw.float(), size=size, mode="bilinear", align_corners=False)
 
     @classmethod

@@ -4,7 +4,7 @@ Zong et al. 2023, "DETRs with Collaborative Hybrid Assignments Training" (arXiv 
 picture, normalised as CLIP's, enlarged 1024 -> 1280 by repeating pixels, and its 80x80 map is shrunk to 37x37.
 
 Shapes: B images, H x W patches, S side of an attended square, T = S*S its tokens, G squares in all, D width, A heads,
-K = D/A head width, C channels.
+K = D/A head width, P = K/2 pairs in it, C channels.
 """
 
 import math
@@ -41,11 +41,20 @@ class Rotary(nn.Module):
         self.register_buffer("freqs_cos", angle_TK.cos())
         self.register_buffer("freqs_sin", angle_TK.sin())
 
-    def forward(self, x_GTAK: Tensor) -> Tensor:
-        """Turn the neighbouring channels (0, 1), (2, 3), ... of queries or keys."""
-        even, odd = x_GTAK.unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = self.freqs_cos[:, None, ::2], self.freqs_sin[:, None, ::2]
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    def turns(self) -> Tensor:
+        """(T, 1, K/2) complex64: what turns each pair of channels at each place."""
+        return torch.complex(self.freqs_cos[:, ::2].float(), self.freqs_sin[:, ::2].float()).unsqueeze(1)
+
+
+def turned(x_GTAK: Tensor, turns_T1P: Tensor) -> Tensor:
+    """Queries or keys with their neighbouring channels (0, 1), (2, 3), ... turned, in float32 within."""
+    pairs = x_GTAK.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # which fuses real arithmetic, but none of complex numbers
+        (even, odd), cos, sin = pairs.unbind(-1), turns_T1P.real, turns_T1P.imag
+        pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    else:
+        pairs = torch.view_as_real(torch.view_as_complex(pairs) * turns_T1P)
+    return pairs.flatten(-2).to(x_GTAK.dtype)
 
 
 class RotaryAttention(nn.Module):
@@ -59,16 +68,13 @@ class RotaryAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BHWD: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x_BHWD: Tensor, turns_T1P: Tensor) -> Tensor:
         _, H, W, _ = x_BHWD.shape
-        q, k, v = (self._heads(linear(x_BHWD), linear.bias) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = rotary(q).transpose(1, 2), rotary(k).transpose(1, 2), v.transpose(1, 2)
-        x_GTD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.proj(from_windows(x_GTD, self.window, H, W) if self.window else x_GTD.unflatten(1, (H, W)))
-
-    def _heads(self, x_BHWD: Tensor, bias_D: Tensor | None) -> Tensor:
-        x_GTD = to_windows(x_BHWD, self.window, bias_D) if self.window else x_BHWD.flatten(1, 2)
-        return x_GTD.unflatten(-1, (self.heads, -1))
+        side = self.window or H
+        x_GTD = to_windows(x_BHWD, side, None)
+        q, k, v = (linear(x_GTD).unflatten(-1, (self.heads, -1)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = turned(q, turns_T1P).transpose(1, 2), turned(k, turns_T1P).transpose(1, 2), v.transpose(1, 2)
+        return self.proj(from_windows(F.scaled_dot_product_attention(q, k, v), side, H, W))
 
 
 class SwiGLU(nn.Module):
@@ -96,8 +102,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = SwiGLU(width, mlp_hidden)
 
-    def forward(self, x_BHWD: Tensor, rotary: Rotary) -> Tensor:
-        x_BHWD = x_BHWD + self.attn(self.norm1(x_BHWD), rotary)
+    def forward(self, x_BHWD: Tensor, turns_T1P: Tensor) -> Tensor:
+        x_BHWD = x_BHWD + self.attn(self.norm1(x_BHWD), turns_T1P)
         return x_BHWD + self.mlp(self.norm2(x_BHWD))
 
 
@@ -169,8 +175,9 @@ class CoDETR(VisionExpert):
         dtype = self.pos_embed.dtype
         pixels = F.interpolate(batch["pixel_values"].to(dtype), size=(self.arch["image_size"],) * 2, mode="nearest")
         x_BHWD = self.patch_embed(pixels) + self._positions()
+        turns = {True: self.rope_win.turns(), False: self.rope_glb.turns()}
         for block in self.blocks:
-            x_BHWD = block(x_BHWD, self.rope_win if block.windowed else self.rope_glb)
+            x_BHWD = block(x_BHWD, turns[block.windowed])
         map_BCHW = self.neck(self.out_norm(x_BHWD).permute(0, 3, 1, 2))
         small = F.interpolate(map_BCHW.float(), size=self.grid, mode="bilinear", align_corners=False)
         return Features(small.to(dtype).flatten(2).transpose(1, 2), self.grid)

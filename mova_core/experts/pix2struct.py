@@ -7,6 +7,7 @@ Legend: B images, N patches, D width, P pixels along a patch, h x w pixels.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,16 @@ from torch import Tensor
 
 from mova_core.experts import register
 from mova_core.experts.expert import Compat, ExpertCard, Features, VisionExpert
-from mova_core.images import CLIP_MEAN, MAX_PIXELS, ImageError, ImageSource, load_image, mean_colour, pad_to_square
+from mova_core.images import (
+    CLIP_MEAN,
+    MAX_PIXELS,
+    ImageError,
+    ImageSource,
+    Picture,
+    load_image,
+    mean_colour,
+    pad_to_square,
+)
 
 COLOUR = mean_colour(CLIP_MEAN)
 TABLES = ("embeddings.row_embedder.weight", "embeddings.column_embedder.weight")
@@ -75,7 +85,13 @@ class Pix2Struct(VisionExpert):
         """
         side, patch = self.grid[0], self.arch["patch_size"]
         flatten = square_patches if compat == "fixed" else _published_square_patches
-        return {"flattened_patches": torch.stack([flatten(load_image(image, compat), side, patch) for image in images])}
+
+        def patches(image: ImageSource) -> Tensor:
+            if isinstance(image, Picture):
+                return image.once(("patches", side, patch, compat), partial(patches, image.decode(compat)))
+            return flatten(load_image(image, compat), side, patch)
+
+        return {"flattened_patches": torch.stack([patches(image) for image in images])}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
         """`flattened_patches` (B, N, 2 + 3*P*P) -> tokens (B, N, C). Rows numbered 0 are padding: not attended to.

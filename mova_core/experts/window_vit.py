@@ -76,11 +76,11 @@ def to_windows(x_BHWC: Tensor, side: int, padding_C: Tensor | None) -> Tensor:
     return x_BHWC.view(B, rows, side, columns, side, C).transpose(2, 3).reshape(-1, side * side, C)
 
 
-def from_windows(x_GTC: Tensor, side: int, H: int, W: int) -> Tensor:
-    """(G, S*S, C) -> (B, H, W, C), the inverse of `to_windows`: padding is cut off."""
+def from_windows(x_GATK: Tensor, side: int, H: int, W: int) -> Tensor:
+    """What each head of each window gives, (G, A, S*S, K) -> (B, H, W, A*K) in one copy: padding is cut off."""
     rows, columns = -(-H // side), -(-W // side)
-    x = x_GTC.view(-1, rows, columns, side, side, x_GTC.shape[-1]).transpose(2, 3)
-    return x.reshape(-1, rows * side, columns * side, x_GTC.shape[-1])[:, :H, :W]
+    x = x_GATK.unflatten(2, (side, side)).unflatten(0, (-1, rows, columns)).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(len(x), rows * side, columns * side, -1)[:, :H, :W]
 
 
 class RelativeAttention(nn.Module):
@@ -97,8 +97,7 @@ class RelativeAttention(nn.Module):
     def forward(self, x_BHWD: Tensor) -> Tensor:
         _, H, W, D = x_BHWD.shape
         S, A = self.side, self.heads
-        qkv = self.qkv(x_BHWD)
-        qkv = to_windows(qkv, S, self.qkv.bias) if self.windowed else qkv.view(-1, S * S, 3 * D)
+        qkv = to_windows(self.qkv(x_BHWD), S, self.qkv.bias)
         q_GATK, k_GATK, v_GATK = qkv.view(-1, S * S, 3, A, D // A).permute(2, 0, 3, 1, 4)
         # The row y sees the row y' through entry y - y' + S - 1 of its table: a sliding view of it, mirrored.
         rows_SKS, columns_SKS = (table.unfold(0, S, 1).flip(-1) for table in (self.rel_pos_h, self.rel_pos_w))
@@ -108,8 +107,8 @@ class RelativeAttention(nn.Module):
         # Made contiguous while small, so that their large sum is born in the shape that attention takes.
         bias_GATT = rows.contiguous().unsqueeze(-1) + columns.contiguous().unsqueeze(-2)
         bias_GATT = bias_GATT.view(-1, A, S * S, S * S)
-        x = F.scaled_dot_product_attention(q_GATK, k_GATK, v_GATK, attn_mask=bias_GATT).transpose(1, 2).flatten(2)
-        return self.proj(from_windows(x, S, H, W) if self.windowed else x.view(-1, H, W, D))
+        x_GATK = F.scaled_dot_product_attention(q_GATK, k_GATK, v_GATK, attn_mask=bias_GATT)
+        return self.proj(from_windows(x_GATK, S, H, W))
 
 
 class Block(nn.Module):
