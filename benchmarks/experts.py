@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from mova_core.experts import BASE, EXPERTS, VisionExpert, expert_card, load_expert
 from mova_core.experts.dinov2 import MEAN, STD
+from mova_core.experts.window_vit import RelativeAttention
 from mova_core.images import CLIP_MEAN, CLIP_STD, Picture, mean_colour, pad_to_square
 
 Batch = Mapping[str, Tensor]
@@ -238,6 +239,7 @@ def build(name: str, args: argparse.Namespace, dtype: str) -> VisionExpert:
         arch["depth"] = args.depth + (name in ("clip", "dinov2"))  # of which the last is not computed
         if "global_blocks" in getattr(card, args.size):
             arch["global_blocks"] = (args.depth - 1,)
+    RelativeAttention.folded = {"auto": None, "bias": False, "folded": True}[args.positions]
     expert = load_expert(name, size=args.size, arch=arch, device=args.device, dtype=getattr(torch, dtype))
     if args.compile != "no":
         expert.compile(dynamic=False, mode=None if args.compile == "default" else args.compile)
@@ -254,7 +256,8 @@ def inputs(expert: VisionExpert, batch: int) -> dict[str, Tensor]:
 @torch.inference_mode()
 def flops(expert: VisionExpert) -> int:
     """Of one picture; attention counted by its two matrix products, whichever kernel runs them."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    positions = patch.object(RelativeAttention, "folded", False)  # folding is no work that was asked for
+    with positions, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         expert.forward(inputs(expert, 1))
     return counter.get_total_flops()
 
@@ -519,6 +522,12 @@ def main() -> None:
         choices=("no", "default", "reduce-overhead", "max-autotune"),
         default="no",
         help="torch.compile of ours with static shapes; reduce-overhead uses CUDA graphs; default: no",
+    )
+    parser.add_argument(
+        "--positions",
+        choices=("auto", "bias", "folded"),
+        default="auto",
+        help="how SAM and Vary add relative positions; auto: folded on a GPU; default: auto",
     )
     parser.add_argument(
         "--no-memory", action="store_true", help="leave out peak memory, measured in a process of its own"

@@ -4,6 +4,7 @@ import importlib
 import os
 import zlib
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -87,7 +88,8 @@ def load_expert(
             for mini, or an arch of your own, a fixed random network, the same in every process.
         size: "full", the published numbers, or "mini".
         arch: overrides on top of the size's arch.
-        device, dtype: where and in what the parameters are kept.
+        device, dtype: where and in what the parameters are kept. A file is mapped and goes there tensor by tensor; on
+            the CPU, in the file's own dtype, the parameters stay mapped.
 
     Raises:
         ValueError: unknown name, size or arch word.
@@ -104,9 +106,12 @@ def load_expert(
     else:
         state = expert_type.from_public(_read(name, weights), full_arch)
     _check_fit(expert, state, weights if isinstance(weights, (str, os.PathLike)) else "this state dict")
-    if isinstance(weights, Mapping):
-        state = {key: tensor.detach().clone() for key, tensor in state.items()}  # the caller's stay the caller's
-    expert.load_state_dict({key: state[key] for key in expert.state_dict()}, assign=True)
+    placed = {}
+    for key in expert.state_dict():  # one by one, so that beside a mapped file the host never holds a second copy
+        tensor = state.pop(key).detach()
+        kept_in = dtype if tensor.is_floating_point() else tensor.dtype
+        placed[key] = tensor.to(device, kept_in, copy=isinstance(weights, Mapping))  # the caller's stay the caller's
+    expert.load_state_dict(placed, assign=True)
     return expert.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -120,7 +125,25 @@ def _arch(card: ExpertCard, size: str, overrides: Mapping[str, Any]) -> dict[str
         raise ValueError(f"{card.name}: unknown arch word {', '.join(sorted(unknown))}; there are {listed}")
     if "width" in overrides and base.get("channels") == base.get("width"):
         base["channels"] = overrides["width"]  # features as wide as the network stay so
-    return base | dict(overrides)
+    full_arch = base | dict(overrides)
+    _check_arch(card, full_arch)
+    return full_arch
+
+
+def _check_arch(card: ExpertCard, arch: Mapping[str, Any]) -> None:
+    """Raises ValueError for numbers that no network of this expert can have."""
+    for word, value in arch.items():
+        if word in ARCH_WORDS - {"global_blocks"} and not (isinstance(value, Integral) and value >= 1):
+            raise ValueError(f"{card.name}: {word} must be a whole number from 1, not {value!r}")
+    width, heads, channels = (arch.get(word, 1) for word in ("width", "heads", "channels"))
+    if width % heads:
+        raise ValueError(f"{card.name}: width {width} is not a multiple of heads {heads}")
+    if card.full.get("channels") == card.full.get("width") and channels != width:
+        raise ValueError(
+            f"{card.name}: its features are as wide as its network: channels must be {width}, not {channels}"
+        )
+    if arch.get("image_size", 1) < arch.get("patch_size", 1):
+        raise ValueError(f"{card.name}: image_size {arch['image_size']} is less than a patch of {arch['patch_size']}")
 
 
 def _read(name: str, weights: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:

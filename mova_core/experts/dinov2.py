@@ -104,17 +104,18 @@ class Dinov2(VisionExpert):
         state = {
             name.removeprefix(PREFIX): tensor for name, tensor in state_dict.items() if not name.startswith(OTHER_PARTS)
         }
-        state, installed = cls.to_public(state, arch), _installed_names()
+        installed = _installed_names()
         for published, newer in RENAMED.items():
-            if newer in installed:
-                state = {name.replace(f".{published}.", f".{newer}."): tensor for name, tensor in state.items()}
+            old, new = (published, newer) if newer in installed else (newer, published)
+            state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
         if POSITIONS in state and "pos_grid" not in arch:
             side = arch["image_size"] // arch["patch_size"]
             state[POSITIONS] = _resize_positions(state[POSITIONS], side, side)
-        if GATE in installed:
-            for name in [name for name in state if f".{FUSED}." in name]:
-                gate, up = state.pop(name).chunk(2)
-                state |= {name.replace(FUSED, GATE): gate, name.replace(FUSED, UP): up}
+        if GATE not in installed:
+            return _fused(state)
+        for name in [name for name in state if f".{FUSED}." in name]:
+            gate, up = state.pop(name).chunk(2)
+            state |= {name.replace(FUSED, GATE): gate, name.replace(FUSED, UP): up}
         return state
 
     @classmethod
@@ -123,10 +124,14 @@ class Dinov2(VisionExpert):
         state = dict(state_dict)
         for published, newer in RENAMED.items():
             state = {name.replace(f".{newer}.", f".{published}."): tensor for name, tensor in state.items()}
-        for gate in [name for name in state if f".{GATE}." in name and name.replace(GATE, UP) in state]:
-            fused = torch.cat([state.pop(gate), state.pop(gate.replace(GATE, UP))])
-            state[gate.replace(GATE, FUSED)] = fused
-        return state
+        return _fused(state)
+
+
+def _fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gate and up of every layer in one matrix, which costs their copy."""
+    for gate in [name for name in state if f".{GATE}." in name and name.replace(GATE, UP) in state]:
+        state[gate.replace(GATE, FUSED)] = torch.cat([state.pop(gate), state.pop(gate.replace(GATE, UP))])
+    return state
 
 
 def _resize_positions(table_1ND: Tensor, height: int, width: int) -> Tensor:

@@ -5,7 +5,7 @@ per column distance (decomposed relative positions). Sources: Li et al. 2022, "E
 Backbones for Object Detection" (arXiv 2203.16527); Kirillov et al. 2023, "Segment Anything" (arXiv 2304.02643).
 
 Shapes: B images, H x W patches, S side of an attended square (a window, or the whole map), T = S*S its tokens,
-G squares in all, D width, A heads, K = D/A head width, C channels. Maps are channels-last until the convolutions.
+G squares in all, D width, A heads, K = D/A head width, R = 2*S terms of rows and columns, C channels. Maps are channels-last until the convolutions.
 """
 
 from collections import OrderedDict
@@ -23,11 +23,9 @@ NORM_EPS = 1e-6
 
 
 def check_arch(arch: Mapping[str, Any]) -> None:
-    """Raises ValueError for numbers that no network can have."""
+    """Raises ValueError for a picture that is not whole patches."""
     if arch["image_size"] % arch["patch_size"]:
         raise ValueError(f"image_size {arch['image_size']} is not a multiple of patch_size {arch['patch_size']}")
-    if arch["width"] % arch["heads"]:
-        raise ValueError(f"width {arch['width']} is not a multiple of heads {arch['heads']}")
 
 
 class PatchEmbed(nn.Module):
@@ -84,11 +82,19 @@ def from_windows(x_GATK: Tensor, side: int, H: int, W: int) -> Tensor:
 
 
 class RelativeAttention(nn.Module):
-    """Attention with decomposed relative positions over the S x S windows of a map, or over a whole S x S map."""
+    """Attention with decomposed relative positions over the S x S windows of a map, or over a whole S x S map.
 
-    def __init__(self, width: int, heads: int, side: int, windowed: bool):
+    The terms of rows and columns reach the scores in one of two exact ways. As a bias (T, T) per head, which is T*T
+    numbers to write and read; or `folded` into the product: queries grow by their 2*S terms, keys by the one-hot row
+    and column that pick from them, so that any flash kernel does it. A GPU folds, where memory is what attention
+    waits for; a CPU, where arithmetic is, adds.
+    """
+
+    folded: bool | None = None  # None: on a GPU
+
+    def __init__(self, width: int, heads: int, side: int):
         super().__init__()
-        self.heads, self.side, self.windowed = heads, side, windowed
+        self.heads, self.side = heads, side
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
@@ -104,20 +110,30 @@ class RelativeAttention(nn.Module):
         q_GASSK = q_GATK.unflatten(2, (S, S))
         rows = torch.einsum("gayxk,ykz->gayxz", q_GASSK, rows_SKS)  # of the unscaled q, as published
         columns = torch.einsum("gayxk,xkz->gayxz", q_GASSK, columns_SKS)
-        # Made contiguous while small, so that their large sum is born in the shape that attention takes.
-        bias_GATT = rows.contiguous().unsqueeze(-1) + columns.contiguous().unsqueeze(-2)
-        bias_GATT = bias_GATT.view(-1, A, S * S, S * S)
-        x_GATK = F.scaled_dot_product_attention(q_GATK, k_GATK, v_GATK, attn_mask=bias_GATT)
+        if x_BHWD.is_cuda if self.folded is None else self.folded:
+            K = D // A
+            # Attention divides all scores by the root of K, these too.
+            q = torch.cat((q_GASSK, rows * K**0.5, columns * K**0.5), dim=-1).flatten(2, 3)
+            one_S = torch.eye(S, dtype=k_GATK.dtype, device=k_GATK.device)
+            picks_SSR = torch.cat((one_S[:, None].expand(S, S, S), one_S[None].expand(S, S, S)), dim=-1)
+            k = torch.cat((k_GATK, picks_SSR.flatten(0, 1).expand(*k_GATK.shape[:2], -1, -1)), dim=-1)
+            v = F.pad(v_GATK, (0, 2 * S))  # kernels want all three of one width
+            x_GATK = F.scaled_dot_product_attention(q, k, v, scale=K**-0.5)[..., :K]
+        else:
+            # Made contiguous while small, so that their large sum is born in the shape that attention takes.
+            bias_GATT = rows.contiguous().unsqueeze(-1) + columns.contiguous().unsqueeze(-2)
+            bias_GATT = bias_GATT.view(-1, A, S * S, S * S)
+            x_GATK = F.scaled_dot_product_attention(q_GATK, k_GATK, v_GATK, attn_mask=bias_GATT)
         return self.proj(from_windows(x_GATK, S, H, W))
 
 
 class Block(nn.Module):
     """A pre-norm transformer block on a map (B, H, W, D)."""
 
-    def __init__(self, width: int, heads: int, mlp_hidden: int, side: int, windowed: bool):
+    def __init__(self, width: int, heads: int, mlp_hidden: int, side: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = RelativeAttention(width, heads, side, windowed)
+        self.attn = RelativeAttention(width, heads, side)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = nn.Sequential(
             OrderedDict(lin1=nn.Linear(width, mlp_hidden), act=nn.GELU(), lin2=nn.Linear(mlp_hidden, width))
@@ -145,9 +161,8 @@ class WindowViT(VisionExpert):
         self.pos_embed = nn.Parameter(torch.zeros(1, side, side, width))
         self.blocks = nn.ModuleList()
         for index in range(arch["depth"]):
-            windowed = index not in arch["global_blocks"]
-            reach = arch["window_size"] if windowed else side
-            self.blocks.append(Block(width, arch["heads"], arch["mlp_hidden"], reach, windowed))
+            reach = side if index in arch["global_blocks"] else arch["window_size"]
+            self.blocks.append(Block(width, arch["heads"], arch["mlp_hidden"], reach))
         self.neck = neck(width, neck_channels)
 
     @property

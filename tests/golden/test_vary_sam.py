@@ -10,6 +10,7 @@ from mova_core.experts import load_expert
 from mova_core.experts.codetr import CoDETR
 from mova_core.experts.sam import SAM
 from mova_core.experts.vary import Vary
+from mova_core.experts.window_vit import RelativeAttention
 
 CASES = {"vary": "vary_sam/vary_b", "sam": "vary_sam/sam_h"}
 FULL = {"vary": "vary_sam/full_size_vary_b", "sam": "vary_sam/full_size_sam_h"}
@@ -39,8 +40,10 @@ def shapes_of(tensors):
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("folded", [False, True], ids=["as a bias", "folded"])
 @pytest.mark.parametrize("name", CASES)
-def test_features_and_every_block(golden, name):
+def test_features_and_every_block(golden, monkeypatch, name, folded):
+    monkeypatch.setattr(RelativeAttention, "folded", folded)
     tensors, facts = golden(CASES[name])
     expert = load_expert(name, weights=weights_of(tensors), arch=arch_of(facts["config"]))
     seen = {}

@@ -24,8 +24,10 @@ from mova_core.experts import (
     load_expert,
     register,
 )
+from mova_core.images import Picture
 
 POOL = (BASE, *EXPERTS)
+EXTREMES = {size: Picture(Image.new("RGB", size, (255, 0, 0))) for size in ((1, 1), (1, 20_000), (20_000, 1))}
 
 
 def pictures() -> list[Image.Image]:
@@ -145,6 +147,29 @@ class TestContract:
         ):
             assert part in message
 
+    @pytest.mark.parametrize("size", EXTREMES, ids=lambda size: "{}x{}".format(*size))
+    def test_extreme_pictures(self, expert, size):
+        tokens = features(expert, [EXTREMES[size]]).tokens
+        assert bool(torch.isfinite(tokens).all())
+
+    def test_weights_of_another_arch(self, expert):
+        word = {"width": expert.arch["width"] * 2}
+        with pytest.raises(WeightsError, match="of another shape") as caught:
+            load_expert(expert.card.name, weights=expert.state_dict(), size="mini", arch=word)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(WeightsError, match="missing"):
+            deeper = {"depth": expert.arch["depth"] + 1}
+            load_expert(expert.card.name, weights=expert.state_dict(), size="mini", arch=deeper)
+
+    def test_a_picture_shared_between_experts(self, expert):
+        """Another expert's reading of the same decoded pictures changes nothing."""
+        shared = [Picture(image) for image in pictures()]
+        for other in ("clip", "vary", "deplot"):
+            load_expert(other, size="mini").preprocess(shared)
+        for compat in ("fixed", "published"):
+            alone, together = expert.preprocess(pictures(), compat), expert.preprocess(shared, compat)
+            assert all(torch.equal(together[name], tensor) for name, tensor in alone.items())
+
     def test_full_size_on_the_meta_device(self, expert):
         with torch.device("meta"):
             full = expert_class(expert.card.name)(expert.card.full)
@@ -185,6 +210,28 @@ class TestRegistry:
             load_expert("clip", size="huge")
         with pytest.raises(ValueError, match="unknown arch word widht"):
             load_expert("clip", size="mini", arch={"widht": 3})
+
+    @pytest.mark.parametrize("name", POOL)
+    @pytest.mark.parametrize(
+        "arch, problem",
+        [
+            ({"patch_size": 0}, "patch_size must be a whole number from 1, not 0"),
+            ({"width": -64}, "width must be a whole number from 1, not -64"),
+            ({"heads": "2"}, "heads must be a whole number from 1, not '2'"),
+            ({"depth": 1.5}, "depth must be a whole number from 1, not 1.5"),
+            ({"width": 100, "heads": 3}, "width 100 is not a multiple of heads 3"),
+            ({"image_size": 3}, "image_size 3 is less than a patch of"),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_an_arch_that_no_network_can_have(self, name, arch, problem):
+        with pytest.raises(ValueError, match=f"{name}: {problem}"):
+            load_expert(name, size="mini", arch=arch)
+
+    def test_channels_follow_the_width_where_nothing_lies_between(self):
+        for name in ("clip", "dinov2", "pix2struct", "deplot", "biomedclip"):
+            with pytest.raises(ValueError, match=f"{name}: its features are as wide as its network: channels must be"):
+                load_expert(name, size="mini", arch={"channels": 5})
 
     def test_position_tables_of_another_length(self):
         """Pix2Struct's numbers of rows and columns: only what the grid reads must be there."""
@@ -319,11 +366,59 @@ class TestWeightFiles:
         (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
         self.check(small, "someone/deplot")
 
+    @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+    def test_peak_memory_is_the_mapped_file_and_the_result(self, tmp_path):
+        """Of one file and of shards, in a process of its own: a whole copy in between would come to 100 MB more."""
+        arch = {"width": 768, "depth": 4, "mlp_hidden": 2048, "heads": 8}
+        state = load_expert("deplot", size="mini", arch=arch).state_dict()
+        for shards in (1, 2):
+            folder = tmp_path / str(shards)
+            folder.mkdir()
+            where = {name: f"part-{index % shards}.safetensors" for index, name in enumerate(sorted(state))}
+            for file in set(where.values()):
+                save_file({name: state[name] for name in state if where[name] == file}, folder / file)
+            if shards > 1:
+                (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        code = f"""
+import torch
+from pathlib import Path
+from mova_core.experts import load_expert
+
+def kilobytes(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+load_expert("deplot", size="mini")  # what a first load imports
+for shards in (1, 2):
+    for dtype in (torch.float32, torch.bfloat16):
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+        before, anonymous = kilobytes("VmRSS"), kilobytes("RssAnon")
+        expert = load_expert("deplot", f"{tmp_path}/{{shards}}", size="mini", arch={arch!r}, dtype=dtype)
+        print(kilobytes("VmHWM") - before, kilobytes("RssAnon") - anonymous)
+        del expert
+"""
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        size = sum(tensor.nbytes for tensor in state.values()) / 1024
+        slack = max(tensor.nbytes for tensor in state.values()) / 1024 + 16_000
+        assert size > 3 * slack
+        for index, line in enumerate(out.splitlines()):
+            peak, kept = map(int, line.split())
+            half = index % 2
+            # In the file's own dtype nothing is read yet; in half of it, the result comes beside the mapped file.
+            assert peak < half * (size + size / 2) + slack and kept < half * size / 2 + slack
+
     def test_the_callers_tensors_stay_the_callers(self, small):
         state = dict(small.state_dict())
         loaded: Any = load_expert("deplot", weights=state, size="mini")
         loaded.layernorm.weight.add_(1)
         assert bool((state["layernorm.weight"] == 1).all())
+
+    def test_the_file_stays_as_it_is(self, tmp_path, small):
+        """Parameters on the CPU are the mapped file's own pages, until they are written to."""
+        save_file(small.state_dict(), tmp_path / "model.safetensors")
+        loaded: Any = load_expert("deplot", weights=tmp_path, size="mini")
+        loaded.layernorm.weight.add_(1)
+        self.check(small, tmp_path)
 
 
 class TestBaseEncoderTrains:

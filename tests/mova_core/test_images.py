@@ -3,7 +3,9 @@
 import hashlib
 import io
 import pickle
+import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -192,6 +194,35 @@ class TestBadInput:
             load_image(data)
         assert time.perf_counter() - start < 0.1
 
+    def test_a_header_that_claims_too_much(self):
+        """30,000 x 30,000, told by 41 bytes."""
+        header = struct.pack(">4sIIBBBBB", b"IHDR", 30_000, 30_000, 8, 2, 0, 0, 0)
+        data = (
+            b"\x89PNG\r\n\x1a\n"
+            + struct.pack(">I", 13)
+            + header
+            + struct.pack(">I", zlib.crc32(header))
+            + b"\0\0\0\0IDAT"
+        )
+        for compat in ("fixed", "published"):
+            with pytest.raises(ImageError, match="over the limit of 100,000,000 pixels"):
+                load_image(data, compat)
+
+    def test_cmyk_of_a_printer(self, picture):
+        """Adobe's JPEG keeps inverted inks, which Pillow turns; a file of half its length is refused."""
+        data = encoded(picture.resize((200, 150)).convert("CMYK"), "JPEG", quality=95)
+        assert load_image(data).size == (200, 150)
+        assert colours(load_image(encoded(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG")))[0][0] > 240
+        with pytest.raises(ImageError, match="broken image"):
+            load_image(data[: len(data) // 2])
+
+    def test_a_truncated_animation(self):
+        frames = [noise(64, 64, seed) for seed in range(3)]
+        data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+        assert load_image(data[: len(data) - 50]).size == (64, 64)  # the first frame is whole
+        with pytest.raises(ImageError, match=r"broken image|not an image"):
+            load_image(data[:1000])
+
     def test_limits(self, picture):
         with pytest.raises(ImageError, match="40x30 is over the limit of 1,000 pixels"):
             load_image(picture, max_pixels=1000)
@@ -231,6 +262,17 @@ class TestSquarePixels:
                 padded = pad_to_square(image, (122, 116, 104)).resize((side, side), Image.Resampling.BICUBIC)
                 ours = images._square_resized(image, side, (122, 116, 104))
                 assert np.array_equal(np.asarray(ours), np.asarray(padded)), size
+
+    def test_a_picture_makes_the_same_pixels_once(self, picture):
+        shared = images.Picture(encoded(picture))
+        assert shared.decode() is shared.decode()
+        first, again = clip_pixels([shared], 32), clip_pixels([shared, shared], 32)
+        assert torch.equal(first, clip_pixels([picture], 32)) and torch.equal(again, torch.cat([first, first]))
+        made = shared.once("key", lambda: "made")
+        assert made == "made" == shared.once("key", lambda: "never called")
+        assert not torch.equal(images.square_pixels([shared], 32, (0, 0, 0), (1, 1, 1)), first)
+        with pytest.raises(ImageError, match="image of 3 bytes"):
+            clip_pixels([images.Picture(b"abc")], 32)
 
     def test_very_long_pictures(self):
         for size in ((20_000, 1), (1, 6_000)):
