@@ -10,6 +10,7 @@ With --preprocess: pictures per second and core (CPU time, one thread) of each e
 """
 
 import argparse
+import importlib
 import io
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,10 +36,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from mova_core.experts import BASE, EXPERTS, VisionExpert, expert_card, load_expert
+from mova_core.experts import BASE, EXPERTS, VisionExpert, expert_card, expert_class, load_expert
 from mova_core.experts.dinov2 import MEAN, STD
 from mova_core.experts.window_vit import RelativeAttention
-from mova_core.images import CLIP_MEAN, CLIP_STD, Picture, mean_colour, pad_to_square
+from mova_core.images import CLIP_MEAN, CLIP_STD, ImageSource, Picture, mean_colour, pad_to_square
 
 Batch = Mapping[str, Tensor]
 POOL = (BASE, *EXPERTS)
@@ -54,7 +56,9 @@ def plain(expert: VisionExpert, attention: str = "sdpa") -> Callable[[Batch], Te
 def _plain_clip(expert: VisionExpert, attention: str, ready: Callable[[nn.Module], nn.Module]) -> Callable:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    module = ready(CLIPVisionModel(CLIPVisionConfig(**_config(expert, "clip"), attn_implementation=attention)))
+    module = ready(
+        CLIPVisionModel(CLIPVisionConfig(**_config(expert, attention), intermediate_size=expert.arch["mlp_hidden"]))
+    )
     module.load_state_dict(expert.state_dict(), strict=False)
     return lambda batch: module(batch["pixel_values"], output_hidden_states=True).hidden_states[-1][:, 1:]
 
@@ -62,7 +66,7 @@ def _plain_clip(expert: VisionExpert, attention: str, ready: Callable[[nn.Module
 def _plain_dinov2(expert: VisionExpert, attention: str, ready: Callable[[nn.Module], nn.Module]) -> Callable:
     from transformers import Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(**_config(expert, "dinov2"), use_swiglu_ffn=True, attn_implementation=attention)
+    config = Dinov2Config(**_config(expert, attention), use_swiglu_ffn=True)
     module, size = ready(Dinov2Model(config)), (expert.arch["image_size"],) * 2
     module.load_state_dict(expert.state_dict(), strict=False)
 
@@ -85,7 +89,7 @@ def _plain_pix2struct(expert: VisionExpert, attention: str, ready: Callable[[nn.
         num_attention_heads=arch["heads"],
         patch_embed_hidden_size=3 * arch["patch_size"] ** 2,
         seq_len=len(expert.state_dict()["embeddings.row_embedder.weight"]),
-        attn_implementation=attention,
+        **dict[str, Any](attn_implementation=attention),
     )
     module = ready(Pix2StructVisionModel(config))
     module.load_state_dict(expert.state_dict())
@@ -131,11 +135,11 @@ def _plain_sam(expert: VisionExpert, attention: str, ready: Callable[[nn.Module]
         window_size=arch["window_size"],
         global_attn_indexes=list(arch["global_blocks"]),
         output_channels=ours["neck.0.weight"].shape[0],
-        attn_implementation=attention,
+        **dict[str, Any](attn_implementation=attention),
     )
     module = ready(SamVisionEncoder(config))
     theirs: dict[str, Any] = {name: name for name in module.state_dict()}  # names in place of tensors: a renaming
-    module.load_state_dict({name: ours[our] for our, name in SAM.from_public(theirs, arch).items()})
+    module.load_state_dict({str(name): ours[our] for our, name in SAM.from_public(theirs, arch).items()})
 
     def run(batch: Batch) -> Tensor:
         features_BCHW = module(batch["pixel_values"]).last_hidden_state
@@ -219,16 +223,16 @@ _PLAIN: dict[str, Callable] = {
 }
 
 
-def _config(expert: VisionExpert, name: str) -> dict[str, Any]:
-    arch = expert.arch
-    config = {
-        "hidden_size": arch["width"],
-        "num_hidden_layers": arch["depth"] - 1,
-        "num_attention_heads": arch["heads"],
-        "image_size": arch["image_size"],
-        "patch_size": arch["patch_size"],
+def _config(expert: VisionExpert, attention: str) -> dict[str, Any]:
+    """What the configurations of CLIP and DINOv2 share; their last layer is spared."""
+    return {
+        "hidden_size": expert.arch["width"],
+        "num_hidden_layers": expert.arch["depth"] - 1,
+        "num_attention_heads": expert.arch["heads"],
+        "image_size": expert.arch["image_size"],
+        "patch_size": expert.arch["patch_size"],
+        "attn_implementation": attention,
     }
-    return config | ({"intermediate_size": arch["mlp_hidden"]} if name == "clip" else {"mlp_ratio": 4})
 
 
 def build(name: str, args: argparse.Namespace, dtype: str) -> VisionExpert:
@@ -289,9 +293,9 @@ def measure(name: str, dtype: str, args: argparse.Namespace) -> Iterator[dict[st
     for batch in args.batch:
         pixels = inputs(expert, batch)
         runs = {
-            "ours": lambda pixels=pixels: expert(pixels),
-            "plain": lambda pixels=pixels: other(pixels),
-            "matrix": lambda: square @ square,
+            "ours": partial(expert, pixels),
+            "plain": partial(other, pixels),
+            "matrix": partial(torch.matmul, square, square),
         }
         ours, theirs = expert(pixels).tokens.float(), other(pixels).float()
         runs["matrix"]()
@@ -317,7 +321,7 @@ def peaks(jobs: Sequence[tuple[str, str]], args: argparse.Namespace) -> list[dic
     """Peak bytes of a forward pass beyond weights and inputs, per job and batch size; empty where it is not known."""
     return [
         {
-            key: _peak(lambda run=run, pixels=pixels: run(pixels), args.device)
+            key: _peak(partial(run, pixels), args.device)
             for key, run in (("peak_bytes", expert), ("plain_peak_bytes", other))
         }
         for name, dtype in jobs
@@ -376,11 +380,10 @@ def published_square(picture: Image.Image, side: int, mean: Sequence[float], std
 def published_preprocessing() -> dict[str, Callable[[Image.Image], Tensor]]:
     """Per expert at full size: a decoded picture to what its tower reads."""
     try:
-        from transformers.models.pix2struct.image_processing_pil_pix2struct import Pix2StructImageProcessorPil
-    except ImportError:
-        from transformers import Pix2StructImageProcessor as Pix2StructImageProcessorPil
-
-    processor = Pix2StructImageProcessorPil(max_patches=2025, patch_size={"height": 16, "width": 16})
+        module = importlib.import_module("transformers.models.pix2struct.image_processing_pil_pix2struct")
+        processor = module.Pix2StructImageProcessorPil(max_patches=2025)
+    except ImportError:  # versions without a second one, by torchvision
+        processor = importlib.import_module("transformers").Pix2StructImageProcessor(max_patches=2025)
 
     def high(picture: Image.Image) -> Tensor:
         return published_square(picture, 1024, CLIP_MEAN, CLIP_STD)
@@ -411,57 +414,57 @@ def preprocessing(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Per picture and expert, and for all eight together: pictures per second and core, both ways."""
     torch.set_num_threads(1)
     published = published_preprocessing()
-    shared = ("clip", "dinov2", "sam", "pix2struct")  # the four tensors that the published path makes of a picture
     experts = {}
     for name in args.experts:
         arch = dict(expert_card(name).full, depth=1 + (name in ("clip", "dinov2")))
         with torch.device("meta"):  # preprocessing needs no network
-            experts[name] = type(load_expert(name, size="mini"))(arch)
+            experts[name] = expert_class(name)(arch)
     for width, height in args.pictures:
         buffer = io.BytesIO()
         photograph(width, height).save(buffer, "JPEG", quality=85)
         encoded = buffer.getvalue()
         picture = Image.open(io.BytesIO(encoded)).convert("RGB")
 
-        def decode(encoded: bytes = encoded) -> Image.Image:
-            return Image.open(io.BytesIO(encoded)).convert("RGB")
-
         for name, expert in experts.items():
             make = published[name]
-            found, difference = (
-                rates(
-                    {
-                        "ours": lambda expert=expert, encoded=encoded: expert.preprocess([encoded]),
-                        "published": lambda make=make, decode=decode: make(decode()),
-                        "ours_decoded": lambda expert=expert, picture=picture: expert.preprocess([picture]),
-                        "published_decoded": lambda make=make, picture=picture: make(picture),
-                    },
-                    args.repeat,
-                ),
-                float((next(iter(expert.preprocess([picture]).values()))[0] - make(picture)).abs().max()),
-            )
-            yield {"expert": name, "picture": f"{width}x{height}", **found, "difference": difference}
-        if len(experts) == len(POOL):
-
-            def ours(source: Any) -> None:
-                once = Picture(source)
-                for expert in experts.values():
-                    expert.preprocess([once])
-
-            def theirs(picture: Image.Image) -> None:
-                for name in shared:
-                    published[name](picture)
-
             found = rates(
                 {
-                    "ours": lambda encoded=encoded: ours(encoded),
-                    "published": lambda decode=decode: theirs(decode()),
-                    "ours_decoded": lambda picture=picture: ours(picture),
-                    "published_decoded": lambda picture=picture: theirs(picture),
+                    "ours": partial(expert.preprocess, [encoded]),
+                    "published": partial(_decoded_first, make, encoded),
+                    "ours_decoded": partial(expert.preprocess, [picture]),
+                    "published_decoded": partial(make, picture),
+                },
+                args.repeat,
+            )
+            [ours] = next(iter(expert.preprocess([picture]).values()))
+            difference = float((ours - make(picture)).abs().max())
+            yield {"expert": name, "picture": f"{width}x{height}", **found, "difference": difference}
+        if len(experts) == len(POOL):
+            found = rates(
+                {
+                    "ours": partial(_all_of_ours, list(experts.values()), encoded),
+                    "published": partial(_decoded_first, partial(_all_published, published), encoded),
+                    "ours_decoded": partial(_all_of_ours, list(experts.values()), picture),
+                    "published_decoded": partial(_all_published, published, picture),
                 },
                 args.repeat,
             )
             yield {"expert": "all eight", "picture": f"{width}x{height}", **found}
+
+
+def _decoded_first(make: Callable[[Image.Image], Any], encoded: bytes) -> Any:
+    return make(Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
+def _all_of_ours(experts: Sequence[VisionExpert], source: ImageSource) -> None:
+    shared = Picture(source)
+    for expert in experts:
+        expert.preprocess([shared])
+
+
+def _all_published(published: Mapping[str, Callable[[Image.Image], Tensor]], picture: Image.Image) -> None:
+    for name in ("clip", "dinov2", "sam", "pix2struct"):  # the four tensors that the published path makes of a picture
+        published[name](picture)
 
 
 def rates(runs: Mapping[str, Callable[[], Any]], repeat: int) -> dict[str, float]:

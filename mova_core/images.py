@@ -303,9 +303,9 @@ def _touched(shorter: int, longer: int, side: int) -> tuple[tuple[int, int], tup
     Cut only where whole pixels meet whole pixels, else PIL's filters would not fall on the same places.
     """
     cuts = math.gcd(longer, side)
-    # With eight places to cut or more, PIL's integer filters were computed for every length to 12,000 (sides 672 and
-    # 1024) and every cut: all are those of the whole square.
-    if cuts < 8 or longer > 12_000:
+    # PIL's integer filters were computed for every cut of every length to 12,000, and of every thousandth to 30,000, at
+    # sides 128, 168, 672 and 1024: all that are cut at one of eight places or more are those of the whole square.
+    if cuts < 8:
         return (0, longer), (0, side)
     offset, reach = (
         (longer - shorter) // 2,

@@ -4,7 +4,6 @@ import importlib
 import os
 import zlib
 from collections.abc import Mapping
-from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -133,7 +132,7 @@ def _arch(card: ExpertCard, size: str, overrides: Mapping[str, Any]) -> dict[str
 def _check_arch(card: ExpertCard, arch: Mapping[str, Any]) -> None:
     """Raises ValueError for numbers that no network of this expert can have."""
     for word, value in arch.items():
-        if word in ARCH_WORDS - {"global_blocks"} and not (isinstance(value, Integral) and value >= 1):
+        if word in ARCH_WORDS - {"global_blocks"} and not (isinstance(value, int) and value >= 1):
             raise ValueError(f"{card.name}: {word} must be a whole number from 1, not {value!r}")
     width, heads, channels = (arch.get(word, 1) for word in ("width", "heads", "channels"))
     if width % heads:

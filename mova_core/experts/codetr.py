@@ -96,7 +96,6 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_hidden: int, window: int | None):
         super().__init__()
-        self.windowed = window is not None
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attn = RotaryAttention(width, heads, window)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
@@ -175,9 +174,9 @@ class CoDETR(VisionExpert):
         dtype = self.pos_embed.dtype
         pixels = F.interpolate(batch["pixel_values"].to(dtype), size=(self.arch["image_size"],) * 2, mode="nearest")
         x_BHWD = self.patch_embed(pixels) + self._positions()
-        turns = {True: self.rope_win.turns(), False: self.rope_glb.turns()}
-        for block in self.blocks:
-            x_BHWD = block(x_BHWD, turns[block.windowed])
+        in_windows, over_all = self.rope_win.turns(), self.rope_glb.turns()
+        for index, block in enumerate(self.blocks):
+            x_BHWD = block(x_BHWD, over_all if index in self.arch["global_blocks"] else in_windows)
         map_BCHW = self.neck(self.out_norm(x_BHWD).permute(0, 3, 1, 2))
         small = F.interpolate(map_BCHW.float(), size=self.grid, mode="bilinear", align_corners=False)
         return Features(small.to(dtype).flatten(2).transpose(1, 2), self.grid)

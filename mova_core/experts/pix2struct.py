@@ -144,7 +144,8 @@ def square_patches(image: Image.Image, side: int, patch: int) -> Tensor:
     lying = image.transpose(Image.Transpose.TRANSPOSE) if height > width else image
     pixels = np.empty((3, shorter, longer), dtype=np.float32)
     for channel in range(3):
-        np.subtract(lying.getchannel(channel), np.float32(mean), out=pixels[channel], dtype=np.float32)
+        values = np.asarray(lying.getchannel(channel))
+        np.subtract(values, np.float32(mean), out=pixels[channel], dtype=np.float32)
     padded = (torch.tensor(COLOUR) - mean).float().view(3, 1, 1).expand(3, longer, size).contiguous()
     padded.narrow(1, (longer - shorter) // 2, shorter).copy_(_resize(torch.from_numpy(pixels), (shorter, size)))
     square = _resize(padded, (size, size)).div_(deviation)

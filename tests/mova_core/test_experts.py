@@ -1,8 +1,10 @@
 """The contract that every expert of the pool keeps, and how weights come in."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -432,3 +434,43 @@ class TestBaseEncoderTrains:
         base = load_expert(BASE, size="mini")
         with pytest.raises(ValueError, match="clip reads 168-pixel squares"):
             base({"pixel_values": torch.zeros(1, 3, 84, 84)})
+
+
+class TestBesideThePlainModules:
+    """What transformers and timm ship, with the same weights, gives the same features; Co-DETR is written out."""
+
+    @pytest.fixture(scope="class")
+    def benchmark(self) -> Any:
+        path = Path(__file__).resolve().parents[2] / "benchmarks" / "experts.py"
+        spec = importlib.util.spec_from_file_location("experts_benchmark", path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_same_features(self, benchmark, expert, attention):
+        batch = expert.preprocess(pictures())
+        with torch.no_grad():
+            plain = benchmark.plain(expert, attention)(batch)
+        torch.testing.assert_close(features(expert).tokens, plain, atol=5e-5, rtol=0)
+
+    def test_same_pixels(self, benchmark):
+        image = benchmark.photograph(96, 64)
+        for name, published in benchmark.published_preprocessing().items():
+            card = expert_card(name)
+            with torch.device("meta"):  # preprocessing needs no network
+                full = expert_class(name)({**card.full, "depth": 2})
+            [made] = next(iter(full.preprocess([image]).values()))
+            torch.testing.assert_close(made, published(image), atol=5e-5, rtol=0)
+
+    @pytest.mark.parametrize("name", ["sam", "codetr"])
+    def test_compiled_in_one_graph(self, name, monkeypatch):
+        """As on a GPU: traced without a break at static shapes, and the traced arithmetic gives the same."""
+        monkeypatch.setattr("mova_core.experts.window_vit.RelativeAttention.folded", True)
+        expert = load_expert(name, size="mini")
+        batch = expert.preprocess(pictures())
+        exact = features(expert).tokens
+        expert.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        with torch.no_grad():
+            torch.testing.assert_close(expert(batch).tokens, exact, atol=5e-5, rtol=0)
