@@ -278,22 +278,25 @@ def _square_resized(image: Image.Image, side: int, colour: Colour) -> Image.Imag
     width, height = image.size
     longer = max(width, height)
     if width == longer:
-        rows = image.resize((side, height), Image.Resampling.BICUBIC)
+        (start, stop), (top, bottom) = _touched(height, longer, side)
+        rows = Image.new("RGB", (side, stop - start), colour)
+        rows.paste(image.resize((side, height), Image.Resampling.BICUBIC), (0, (longer - height) // 2 - start))
+        corner = (0, top)
+        middle = rows.resize((side, bottom - top), Image.Resampling.BICUBIC)
     else:
-        rows = Image.new("RGB", (side, height), colour)
         (start, stop), (left, right) = _touched(width, longer, side)
+        rows = Image.new("RGB", (right - left, height))
         step = max(1, STRIP_PIXELS // (stop - start))
         for top in range(0, height, step):
             strip = Image.new("RGB", (stop - start, min(step, height - top)), colour)
             strip.paste(image, ((longer - width) // 2 - start, -top))  # what does not fit is cut off
-            rows.paste(strip.resize((right - left, strip.height), Image.Resampling.BICUBIC), (left, top))
-    if height == longer:
-        return rows.resize((side, side), Image.Resampling.BICUBIC)
-    (start, stop), (top, bottom) = _touched(height, longer, side)
-    padded = Image.new("RGB", (side, stop - start), colour)
-    padded.paste(rows, (0, (longer - height) // 2 - start))
+            rows.paste(strip.resize((right - left, strip.height), Image.Resampling.BICUBIC), (0, top))
+        corner = (left, 0)
+        middle = rows.resize((right - left, side), Image.Resampling.BICUBIC)
+    if middle.size == (side, side):
+        return middle
     square = Image.new("RGB", (side, side), colour)
-    square.paste(padded.resize((side, bottom - top), Image.Resampling.BICUBIC), (0, top))
+    square.paste(middle, corner)
     return square
 
 

@@ -81,10 +81,14 @@ class BiomedCLIP(VisionExpert):
         return Features(self.trunk.forward_features(pixels)[:, 1:], self.grid)
 
     def _shrink(self, pixels_B3hw: Tensor) -> Tensor:
-        # No antialiasing, as published: 672 -> 224 keeps every third pixel of every third row.
+        # No antialiasing, as published: where one side is an odd multiple of the other, 672 -> 224, it keeps the middle
+        # pixel of each group.
         size = (self.arch["image_size"], self.arch["image_size"])
         if pixels_B3hw.shape[-2:] == size:
             return pixels_B3hw  # as `preprocess` gives them
+        times, rest = divmod(pixels_B3hw.shape[-1], self.arch["image_size"])
+        if not rest and times % 2 and pixels_B3hw.shape[-2] == pixels_B3hw.shape[-1]:
+            return pixels_B3hw[..., times // 2 :: times, times // 2 :: times].float().contiguous()
         return F.interpolate(pixels_B3hw.float(), size=size, mode="bilinear", align_corners=False)
 
     @classmethod

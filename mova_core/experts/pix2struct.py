@@ -146,8 +146,10 @@ def square_patches(image: Image.Image, side: int, patch: int) -> Tensor:
     for channel in range(3):
         values = np.asarray(lying.getchannel(channel))
         np.subtract(values, np.float32(mean), out=pixels[channel], dtype=np.float32)
-    padded = (torch.tensor(COLOUR) - mean).float().view(3, 1, 1).expand(3, longer, size).contiguous()
-    padded.narrow(1, (longer - shorter) // 2, shorter).copy_(_resize(torch.from_numpy(pixels), (shorter, size)))
+    padded, offset = torch.empty(3, longer, size), (longer - shorter) // 2
+    colour = (torch.tensor(COLOUR) - mean).float().view(3, 1, 1)
+    padded[:, :offset], padded[:, offset + shorter :] = colour, colour
+    padded[:, offset : offset + shorter] = _resize(torch.from_numpy(pixels), (shorter, size))
     square = _resize(padded, (size, size)).div_(deviation)
     return _flatten(square.transpose(1, 2) if height > width else square, patch)
 

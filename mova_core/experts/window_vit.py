@@ -84,10 +84,8 @@ def from_windows(x_GATK: Tensor, side: int, H: int, W: int) -> Tensor:
 class RelativeAttention(nn.Module):
     """Attention with decomposed relative positions over the S x S windows of a map, or over a whole S x S map.
 
-    The terms of rows and columns reach the scores in one of two exact ways. As a bias (T, T) per head, which is T*T
-    numbers to write and read; or `folded` into the product: queries grow by their 2*S terms, keys by the one-hot row
-    and column that pick from them, so that any flash kernel does it. A GPU folds, where memory is what attention
-    waits for; a CPU, where arithmetic is, adds.
+    The terms of rows and columns reach the scores in one of two exact ways, `biased` and `folded`. A GPU folds, where
+    attention waits for memory; a CPU, where it waits for arithmetic, adds.
     """
 
     folded: bool | None = None  # None: on a GPU
@@ -108,23 +106,34 @@ class RelativeAttention(nn.Module):
         # The row y sees the row y' through entry y - y' + S - 1 of its table: a sliding view of it, mirrored.
         rows_SKS, columns_SKS = (table.unfold(0, S, 1).flip(-1) for table in (self.rel_pos_h, self.rel_pos_w))
         q_GASSK = q_GATK.unflatten(2, (S, S))
-        rows = torch.einsum("gayxk,ykz->gayxz", q_GASSK, rows_SKS)  # of the unscaled q, as published
-        columns = torch.einsum("gayxk,xkz->gayxz", q_GASSK, columns_SKS)
-        if x_BHWD.is_cuda if self.folded is None else self.folded:
-            K = D // A
-            # Attention divides all scores by the root of K, these too.
-            q = torch.cat((q_GASSK, rows * K**0.5, columns * K**0.5), dim=-1).flatten(2, 3)
-            one_S = torch.eye(S, dtype=k_GATK.dtype, device=k_GATK.device)
-            picks_SSR = torch.cat((one_S[:, None].expand(S, S, S), one_S[None].expand(S, S, S)), dim=-1)
-            k = torch.cat((k_GATK, picks_SSR.flatten(0, 1).expand(*k_GATK.shape[:2], -1, -1)), dim=-1)
-            v = F.pad(v_GATK, (0, 2 * S))  # kernels want all three of one width
-            x_GATK = F.scaled_dot_product_attention(q, k, v, scale=K**-0.5)[..., :K]
-        else:
-            # Made contiguous while small, so that their large sum is born in the shape that attention takes.
-            bias_GATT = rows.contiguous().unsqueeze(-1) + columns.contiguous().unsqueeze(-2)
-            bias_GATT = bias_GATT.view(-1, A, S * S, S * S)
-            x_GATK = F.scaled_dot_product_attention(q_GATK, k_GATK, v_GATK, attn_mask=bias_GATT)
+        rows_GASSS = torch.einsum("gayxk,ykz->gayxz", q_GASSK, rows_SKS)  # of the unscaled q, as published
+        columns_GASSS = torch.einsum("gayxk,xkz->gayxz", q_GASSK, columns_SKS)
+        fold = x_BHWD.is_cuda if self.folded is None else self.folded
+        attend = folded_attention if fold else biased_attention
+        x_GATK = attend(q_GATK, k_GATK, v_GATK, rows_GASSS, columns_GASSS)
         return self.proj(from_windows(x_GATK, S, H, W))
+
+
+def biased_attention(q_GATK: Tensor, k_GATK: Tensor, v_GATK: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Attention with the terms of rows and columns (G, A, S, S, S) summed to a bias: T*T numbers per head."""
+    # Made contiguous while small, so that their large sum is born in the shape that attention takes.
+    bias = rows.contiguous().unsqueeze(-1) + columns.contiguous().unsqueeze(-2)
+    return F.scaled_dot_product_attention(q_GATK, k_GATK, v_GATK, attn_mask=bias.flatten(4).flatten(2, 3))
+
+
+def folded_attention(q_GATK: Tensor, k_GATK: Tensor, v_GATK: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The same without a bias: queries grow by their R terms, keys by the one-hot row and column that pick from them.
+
+    Any flash kernel then does it, with (K + R) / K of the arithmetic and without the T*T numbers.
+    """
+    S, K = rows.shape[-1], q_GATK.shape[-1]
+    scale = K**-0.5  # divides all scores, so the terms are multiplied by its inverse
+    q = torch.cat((q_GATK, (rows / scale).flatten(2, 3), (columns / scale).flatten(2, 3)), dim=-1)
+    one_SS = torch.eye(S, dtype=k_GATK.dtype, device=k_GATK.device)
+    picks_SSR = torch.cat((one_SS[:, None].expand(S, S, S), one_SS.expand(S, S, S)), dim=-1)
+    k = torch.cat((k_GATK, picks_SSR.flatten(0, 1).expand(*k_GATK.shape[:2], -1, -1)), dim=-1)
+    v = F.pad(v_GATK, (0, 2 * S))  # kernels want all three of one width
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :K]
 
 
 class Block(nn.Module):
