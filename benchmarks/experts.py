@@ -1,7 +1,7 @@
 """Every vision expert beside the plain module that transformers or timm ship, on the same weights, in the same run.
 
 The two and a large square matrix product take turns, so that a busy machine slows all three: ratios and shares are
-medians over the rounds. FLOPs are those of matrix products, attention and convolutions, two per multiply-add, as torch's
+medians over the rounds. With --threads 1 on a CPU it is CPU time that counts, else wall time. FLOPs are those of matrix products, attention and convolutions, two per multiply-add, as torch's
 counter gives them for our module at batch 1 (norms, activations and softmax are not counted). The plain CLIP and DINOv2
 are spared the last layer that MoVA does not read, as ours are; Co-DETR, which nobody ships, is written out here.
 
@@ -269,13 +269,14 @@ def flops(expert: VisionExpert) -> int:
 def seconds(run: Callable[[], Any], device: str) -> float:
     """Of one call: the mean over as many as fill some tens of milliseconds, so that none starts on a cold cache."""
     calls = 1
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     while True:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             run()
         if device == "cuda":
             torch.cuda.synchronize()
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
         if elapsed > 0.03:
             return elapsed / calls
         calls *= 4
@@ -299,7 +300,10 @@ def measure(name: str, dtype: str, args: argparse.Namespace) -> Iterator[dict[st
         }
         ours, theirs = expert(pixels).tokens.float(), other(pixels).float()
         runs["matrix"]()
-        rounds = [{case: seconds(run, args.device) for case, run in runs.items()} for _ in range(args.repeat)]
+        rounds = []
+        for turn in range(args.repeat):  # back and forth, as each leaves caches and clocks to the next
+            order = list(runs) if turn % 2 == 0 else list(reversed(runs))
+            rounds.append({case: seconds(runs[case], args.device) for case in order})
         ceiling = 2 * side**3
         yield {
             "expert": name,
@@ -510,7 +514,7 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice (default)")
-    parser.add_argument("--repeat", type=int, default=7, help="rounds; medians count; default: 7")
+    parser.add_argument("--repeat", type=int, default=6, help="rounds; medians count; default: 6")
     parser.add_argument(
         "--matrix",
         type=int,
