@@ -48,7 +48,7 @@ class Rotary(nn.Module):
 
 def turned(x_GTAK: Tensor, turns_T1P: Tensor) -> Tensor:
     """Queries or keys with their neighbouring channels (0, 1), (2, 3), ... turned, in float32 within."""
-    pairs = x_GTAK.float().unflatten(-1, (-1, 2))
+    pairs = x_GTAK.float().view(*x_GTAK.shape[:-1], -1, 2)
     if torch.compiler.is_compiling():  # which fuses real arithmetic, but none of complex numbers
         (even, odd), cos, sin = pairs.unbind(-1), turns_T1P.real, turns_T1P.imag
         pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
@@ -72,7 +72,8 @@ class RotaryAttention(nn.Module):
         _, H, W, _ = x_BHWD.shape
         side = self.window or H
         x_GTD = to_windows(x_BHWD, side, None)
-        q, k, v = (linear(x_GTD).unflatten(-1, (self.heads, -1)) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        heads = (*x_GTD.shape[:2], self.heads, -1)
+        q, k, v = (linear(x_GTD).view(heads) for linear in (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = turned(q, turns_T1P).transpose(1, 2), turned(k, turns_T1P).transpose(1, 2), v.transpose(1, 2)
         return self.proj(from_windows(F.scaled_dot_product_attention(q, k, v), side, H, W))
 

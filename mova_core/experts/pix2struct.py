@@ -85,13 +85,14 @@ class Pix2Struct(VisionExpert):
         """
         side, patch = self.grid[0], self.arch["patch_size"]
         flatten = square_patches if compat == "fixed" else _published_square_patches
-
-        def patches(image: ImageSource) -> Tensor:
+        patches = torch.empty(len(images), side * side, 2 + 3 * patch * patch)
+        for image, out in zip(images, patches, strict=True):
             if isinstance(image, Picture):
-                return image.once(("patches", side, patch, compat), partial(patches, image.decode(compat)))
-            return flatten(load_image(image, compat), side, patch)
-
-        return {"flattened_patches": torch.stack([patches(image) for image in images])}
+                key = ("patches", side, patch, compat)
+                out.copy_(image.once(key, partial(flatten, image.decode(compat), side, patch)))
+            else:
+                flatten(load_image(image, compat), side, patch, out)
+        return {"flattened_patches": patches}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
         """`flattened_patches` (B, N, 2 + 3*P*P) -> tokens (B, N, C). Rows numbered 0 are padding: not attended to.
@@ -128,14 +129,14 @@ def _positions(arch: Mapping[str, Any]) -> int:
     return max(arch["pos_grid"], arch["image_size"] // arch["patch_size"] + 1)
 
 
-def square_patches(image: Image.Image, side: int, patch: int) -> Tensor:
+def square_patches(image: Image.Image, side: int, patch: int, out: Tensor | None = None) -> Tensor:
     """Patches of an RGB picture padded to a square with CLIP's mean colour: always side x side of them.
 
     The numbers of `published_patches` on the padded picture to about 1e-6, but from the picture alone: mean and
     deviation come from its histogram, and only the narrow result of the resize along the longer side is padded.
 
     Returns:
-        (side*side, 2 + 3*patch*patch) float32.
+        (side*side, 2 + 3*patch*patch) float32; `out`, where it is given.
     """
     width, height = image.size
     longer, shorter, size = max(width, height), min(width, height), side * patch
@@ -151,7 +152,7 @@ def square_patches(image: Image.Image, side: int, patch: int) -> Tensor:
     padded[:, :offset], padded[:, offset + shorter :] = colour, colour
     padded[:, offset : offset + shorter] = _resize(torch.from_numpy(pixels), (shorter, size))
     square = _resize(padded, (size, size)).div_(deviation)
-    return _flatten(square.transpose(1, 2) if height > width else square, patch)
+    return _flatten(square.transpose(1, 2) if height > width else square, patch, out)
 
 
 def published_patches(array: np.ndarray, max_patches: int, patch: int) -> Tensor:
@@ -183,10 +184,11 @@ def published_grid(height: int, width: int, max_patches: int, patch: int) -> tup
     return max(min(rows, max_patches), 1), max(min(columns, max_patches), 1)
 
 
-def _published_square_patches(image: Image.Image, side: int, patch: int) -> Tensor:
+def _published_square_patches(image: Image.Image, side: int, patch: int, out: Tensor | None = None) -> Tensor:
     if max(image.size) == 1 or max(image.size) ** 2 > MAX_PIXELS:
         raise ImageError(f"PIL image {image.size}: the published path cannot read this size; the default one can")
-    return published_patches(np.asarray(pad_to_square(image, COLOUR)), side * side, patch)
+    patches = published_patches(np.asarray(pad_to_square(image, COLOUR)), side * side, patch)
+    return patches if out is None else out.copy_(patches)
 
 
 def _float32_sum(values: np.ndarray) -> float:
@@ -211,15 +213,17 @@ def _resize(pixels_Chw: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(pixels_Chw[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-def _flatten(pixels_Chw: Tensor, patch: int) -> Tensor:
+def _flatten(pixels_Chw: Tensor, patch: int, out: Tensor | None = None) -> Tensor:
     """(C, h, w) -> (h/P * w/P, 2 + P*P*C): row and column from 1, then the patch row by row, channels innermost."""
     channels, height, width = pixels_Chw.shape
     rows, columns = height // patch, width // patch
-    out = torch.empty(rows, columns, 2 + patch * patch * channels)
-    out[..., 0] = torch.arange(1, rows + 1)[:, None]
-    out[..., 1] = torch.arange(1, columns + 1)
+    if out is None:
+        out = torch.empty(rows * columns, 2 + patch * patch * channels)
+    grid = out.view(rows, columns, -1)
+    grid[..., 0] = torch.arange(1, rows + 1)[:, None]
+    grid[..., 1] = torch.arange(1, columns + 1)
     # Channels first brought together, so that what is copied is whole runs of them.
     pixels_hwC = pixels_Chw.permute(1, 2, 0).contiguous()
     patches = pixels_hwC.view(rows, patch, columns, patch * channels).transpose(1, 2)
-    out[..., 2:].unflatten(-1, (patch, patch * channels)).copy_(patches)
-    return out.flatten(0, 1)
+    grid[..., 2:].unflatten(-1, (patch, patch * channels)).copy_(patches)
+    return out

@@ -67,18 +67,20 @@ def to_windows(x_BHWC: Tensor, side: int, padding_C: Tensor | None) -> Tensor:
     rows, columns = -(-H // side), -(-W // side)
     if (rows * side, columns * side) != (H, W):
         if padding_C is None:
-            padding_C = x_BHWC.new_zeros(C)
-        padded = padding_C.expand(B, rows * side, columns * side, C).clone()
-        padded[:, :H, :W] = x_BHWC
-        x_BHWC = padded
+            x_BHWC = F.pad(x_BHWC, (0, 0, 0, columns * side - W, 0, rows * side - H))
+        else:
+            padded = padding_C.expand(B, rows * side, columns * side, C).clone()
+            padded[:, :H, :W] = x_BHWC
+            x_BHWC = padded
     return x_BHWC.view(B, rows, side, columns, side, C).transpose(2, 3).reshape(-1, side * side, C)
 
 
 def from_windows(x_GATK: Tensor, side: int, H: int, W: int) -> Tensor:
     """What each head of each window gives, (G, A, S*S, K) -> (B, H, W, A*K) in one copy: padding is cut off."""
     rows, columns = -(-H // side), -(-W // side)
-    x = x_GATK.unflatten(2, (side, side)).unflatten(0, (-1, rows, columns)).permute(0, 1, 4, 2, 5, 3, 6)
-    return x.reshape(len(x), rows * side, columns * side, -1)[:, :H, :W]
+    _, A, _, K = x_GATK.shape
+    x = x_GATK.view(-1, rows, columns, A, side, side, K).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(-1, rows * side, columns * side, A * K)[:, :H, :W]
 
 
 class RelativeAttention(nn.Module):
