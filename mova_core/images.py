@@ -188,7 +188,7 @@ def load_image(source: ImageSource, compat: Compat = "fixed", max_pixels: int = 
     if isinstance(source, Image.Image):
         image = source
     else:
-        # Only who holds a reference relies on its key: hashing a large file takes a tenth of decoding it.
+        # Only who holds a reference relies on its key; nobody asked for the hash of other sources.
         data = source.read() if isinstance(source, ImageRef) else ImageRef.of(source)._encoded()
         if not data:
             raise ImageError(f"{name}: 0 bytes")
@@ -277,6 +277,8 @@ def _square_resized(image: Image.Image, side: int, colour: Colour) -> Image.Imag
     """
     width, height = image.size
     longer = max(width, height)
+    if width == height:
+        return image.resize((side, side), Image.Resampling.BICUBIC)
     if width == longer:
         (start, stop), (top, bottom) = _touched(height, longer, side)
         rows = Image.new("RGB", (side, stop - start), colour)
@@ -310,10 +312,8 @@ def _touched(shorter: int, longer: int, side: int) -> tuple[tuple[int, int], tup
     # sides 128, 168, 672 and 1024: all that are cut at one of eight places or more are those of the whole square.
     if cuts < 8:
         return (0, longer), (0, side)
-    offset, reach = (
-        (longer - shorter) // 2,
-        4 * (longer // side + 2),
-    )  # over twice a bicubic filter's: none is cut short
+    offset = (longer - shorter) // 2
+    reach = 4 * (longer // side + 2)  # over twice a bicubic filter's: none is cut short
     first = max(0, (offset - reach) * cuts // longer)
     last = min(cuts, -(-(offset + shorter + reach) * cuts // longer))
     before, after = longer // cuts, side // cuts
