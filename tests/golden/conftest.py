@@ -151,5 +151,6 @@ def tiny_mova(golden: Golden, tower: Tower) -> Any:
         if name.startswith("sd."):
             name = f"language_model.{name.removeprefix('sd.')}"
             state[name.replace("language_model.model.mm_projector.", "adapter.")] = tensor
+    state["language_model.lm_head.weight"] = tensors["e2e.seed58.lm_head.weight"]  # as the case's logits were made
     model.load_state_dict(state)
     return model.eval()
