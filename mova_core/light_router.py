@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from mova_core.routing import MAX_EXPERTS
-from transformers import initialization as init
 
 
 class LightRouter(nn.Module):
@@ -40,9 +40,7 @@ class LightRouter(nn.Module):
 
     def forward(self, text_BT: Tensor, base_BC: Tensor) -> Tensor:
         """Logits (B, E) in float32 from `MoVAdapter.encode_text` and the mean over base tokens."""
-        parts = [
-            norm(part.to(norm.weight.dtype)) for norm, part in zip(self.norms, (text_BT, base_BC), strict=True)
-        ]
+        parts = [norm(part.to(norm.weight.dtype)) for norm, part in zip(self.norms, (text_BT, base_BC), strict=True)]
         return self.out(F.gelu(self.hidden(torch.cat(parts, dim=1)))).float()
 
     def loss(self, text_BT: Tensor, base_BC: Tensor, routing_BE: Tensor) -> Tensor:

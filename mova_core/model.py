@@ -36,7 +36,7 @@ from mova_core.processing import IGNORE
 ROUTING_LORA = "expert_routing_lora"  # the peft adapter's name, and its folder in a checkpoint
 
 
-class Pictures(TypedDict, total=False):
+class PictureInputs(TypedDict, total=False):
     """What `forward` and `generate` take for the M pictures of a batch, in reading order; `MoVAProcessor` makes the first three."""
 
     pixel_values: Tensor  # (M, 3, S, S) float
@@ -153,7 +153,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return embeds
         return embeds.masked_scatter(places.unsqueeze(-1), torch.cat(shown).to(embeds.dtype))
 
-    def fuse(self, input_ids: Tensor, pictures: Pictures) -> Tensor:
+    def fuse(self, input_ids: Tensor, pictures: PictureInputs) -> Tensor:
         """Embeddings (B, L, D) of text and pictures; see `embed` and `encode_image` for what may be wrong with them."""
         if (pixels := pictures.get("pixel_values")) is None:
             return self.embed(input_ids)
@@ -239,7 +239,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, labels: (B, L) int64 as `MoVAProcessor` makes them.
             inputs_embeds: (B, L, D) instead of ids and pictures.
-            kwargs: `Pictures`; all else goes to the LLM's forward.
+            kwargs: `PictureInputs`; all else goes to the LLM's forward.
         """
         inputs_embeds = self._embeds(input_ids, inputs_embeds, kwargs)
         return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
@@ -256,14 +256,16 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, inputs_embeds: as `forward` takes them.
-            kwargs: `Pictures`; all else (`max_new_tokens`, `streamer`, ...) goes to the LLM's `generate`.
+            kwargs: `PictureInputs`; all else (`max_new_tokens`, `streamer`, ...) goes to the LLM's `generate`.
         """
         inputs_embeds = self._embeds(input_ids, inputs_embeds, kwargs)
         return self.language_model.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
     def _embeds(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        """What the LLM reads; takes `Pictures` out of `kwargs`."""
-        pictures = cast(Pictures, {name: kwargs.pop(name) for name in Pictures.__annotations__ if name in kwargs})
+        """What the LLM reads; takes `PictureInputs` out of `kwargs`."""
+        pictures = cast(
+            PictureInputs, {name: kwargs.pop(name) for name in PictureInputs.__annotations__ if name in kwargs}
+        )
         if inputs_embeds is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
@@ -344,7 +346,9 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> "MoVAForConditionalGeneration":
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
-        where = {name: kwargs[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in kwargs}
+        where = {
+            name: kwargs[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in kwargs
+        }
         names = ["adapter_config.json", "adapter_model.safetensors"]  # of a local folder or on the hub
         found = [
             cached_file(

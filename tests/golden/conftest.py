@@ -118,9 +118,10 @@ def tower(golden: Golden) -> Tower:
 @pytest.fixture(scope="session")
 def tiny_mova(golden: Golden, tower: Tower) -> Any:
     """The published code's tiny model as one of ours, in eval mode."""
+    from transformers import LlamaConfig
+
     from mova_core.adapter import AdapterConfig
     from mova_core.model import MoVAConfig, MoVAForConditionalGeneration
-    from transformers import LlamaConfig
 
     tensors, facts = golden("prepare_inputs")
     published, experts = dict(facts["config"]), {name: tower.expert(name) for name in (BASE, *EXPERTS)}
@@ -134,7 +135,10 @@ def tiny_mova(golden: Golden, tower: Tower) -> Any:
         text_encoder=json.loads((golden.dir / "shared_text_encoder" / "config.json").read_text()),
     )
     published["rope_parameters"] = {"rope_type": "default", "rope_theta": published.pop("rope_theta")}
-    cards = [{"name": name, "channels": experts[name].channels, "description": expert_card(name).description} for name in EXPERTS]
+    cards = [
+        {"name": name, "channels": experts[name].channels, "description": expert_card(name).description}
+        for name in EXPERTS
+    ]
     config = MoVAConfig(
         text_config=LlamaConfig(**{key: value for key, value in published.items() if hasattr(LlamaConfig(), key)}),
         base_arch=experts[BASE].arch,

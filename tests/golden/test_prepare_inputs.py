@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mova_core.experts import EXPERTS, Features
+from mova_core.experts import EXPERTS
 
 TOLERANCE = 5e-5
 PUBLISHED_IMAGE = -200
