@@ -61,9 +61,7 @@ def find_images(source: str | Path, images: str | Path | None = None) -> list[Pa
             )
         return found
     samples = read_samples(source, images)
-    found = sorted(
-        {Path(sample.image.path).resolve() for sample in samples if sample.image is not None and sample.image.path}
-    )
+    found = sorted({Path(image.path).resolve() for sample in samples for image in sample.images if image.path})
     if not found:
         raise DataError(f"no record of {source} names an image")
     return found
