@@ -320,7 +320,11 @@ class Answerer:
         if not distinct:
             return {}
         ids = {name: value.to(self.model.device) for name, value in self.processor.gate_text(distinct).items()}
-        return dict(zip(distinct, self.model.adapter.encode_text(ids["text_input_ids"], ids["text_attention_mask"]), strict=True))
+        return dict(
+            zip(
+                distinct, self.model.adapter.encode_text(ids["text_input_ids"], ids["text_attention_mask"]), strict=True
+            )
+        )
 
     def _fuse(
         self,

@@ -64,7 +64,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ("CLIPEncoderLayer", "BertLayer", "MoVAdapterBlock")  # post_init adds the LLM's
+    _no_split_modules = ("Clip", "MoVAdapter")  # whole on one device, which reads their weights; post_init adds the LLM's
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -151,7 +151,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError(f"the text has {wanted} image tokens but the pictures give {count}")
         if not shown:
             return embeds
-        return embeds.masked_scatter(places.unsqueeze(-1), torch.cat(shown).to(embeds.dtype))
+        return embeds.masked_scatter(places.unsqueeze(-1), torch.cat(shown).to(embeds))
 
     def fuse(self, input_ids: Tensor, pictures: PictureInputs) -> Tensor:
         """Embeddings (B, L, D) of text and pictures; see `embed` and `encode_image` for what may be wrong with them."""
@@ -408,6 +408,8 @@ def assemble(
         image_token_id=image_token_id,
         expert_size=size,
         routing_grid=routing_grid or base.grid[0] // 4,
+        # A config sets it on its parts, the LLM's included: left out, the LLM would forget its own and read no mask.
+        attn_implementation=language_model.config._attn_implementation,
     )
     model = MoVAForConditionalGeneration(config, language_model)
     model.base_encoder.load_state_dict(base.state_dict())

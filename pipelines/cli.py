@@ -121,6 +121,18 @@ def _weights(pairs: list[str], names: Sequence[str]) -> dict[str, str]:
     return given
 
 
+def _costs(pairs: list[str]) -> dict[str, float]:
+    """Expert -> cost."""
+    costs = {}
+    for pair in pairs:
+        name, _, cost = pair.partition("=")
+        try:
+            costs[name] = float(cost)
+        except ValueError:
+            raise typer.BadParameter(f"--cost {pair}: write NAME=NUMBER") from None
+    return costs
+
+
 def _experts(names: str | None) -> list[str]:
     from mova_core.experts import EXPERTS, expert_card
 
@@ -424,19 +436,33 @@ def show_kinds(kinds: dict[str, dict[str, Any]]) -> None:
 @app.command()
 def ask(
     image: Annotated[Path, typer.Argument(help="Picture file.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    question: Annotated[
+        str,
+        typer.Argument(help="What to ask about it; <image> in it says where a picture stands, if there are several."),
+    ],
     model: ModelPath,
+    also: Annotated[list[Path], typer.Option(help="One more picture file; may be given again.")] = [],  # noqa: B006
     store: Annotated[Path | None, typer.Option(help="Feature store that is read first and kept up to date.")] = None,
+    router: Annotated[str, typer.Option(help="Who picks the experts: llm, or light where the model has one.")] = "llm",
     force: Annotated[
         str | None, typer.Option(help="Experts to use, comma-separated, instead of asking the router; 'none' for none.")
     ] = None,
     forbid: Annotated[str | None, typer.Option(help="Experts that may not be used, comma-separated.")] = None,
     max_experts: Annotated[int | None, typer.Option(help="Most experts to use.", min=0)] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Most that the experts may cost together, in the unit of --cost.", min=0)
+    ] = None,
+    cost: Annotated[
+        list[str],
+        typer.Option(
+            help="expert=COST per picture in one unit, say TFLOP or ms; may be given again; --budget needs all."
+        ),
+    ] = [],  # noqa: B006
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
     weights: Weights = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Ask about one picture; experts run in this process, and only those that the router picks."""
+    """Ask about a picture; experts run in this process, and only those that the router picks."""
     with results_only():
         from dataclasses import asdict
 
@@ -457,17 +483,21 @@ def ask(
         if store is not None:
             source = Tiered(FeatureStore(store, fingerprints=loaded.config.fingerprints, create=True), source)
         asked = Question(
-            image=ImageRef(path=str(image)),
+            image=[ImageRef(path=path) for path in (image, *also)],
             text=question,
-            experts=None if force is None else tuple(name for name in force.split(",") if name and name != "none"),
-        )
-        answerer = Answerer(loaded, MoVAProcessor.from_pretrained(str(model)), source)
-        [answer] = answerer.answer(
-            [asked],
-            max_new_tokens,
+            experts=None if force is None else [name for name in force.split(",") if name and name != "none"],
             forbid=[name for name in (forbid or "").split(",") if name],
             max_experts=max_experts,
+            budget=budget,
         )
+        answerer = Answerer(
+            loaded,
+            MoVAProcessor.from_pretrained(str(model)),
+            source,
+            router=router,  # type: ignore[arg-type]  # it names a wrong one itself
+            costs=_costs(cost),
+        )
+        [answer] = answerer.answer([asked], max_new_tokens)
 
     def show() -> None:
         print(answer.text or "(the model said nothing)")

@@ -53,7 +53,11 @@ def processor(golden, tiny_mova):
     config = tiny_mova.config
     assert tokenizer.convert_tokens_to_ids(IMAGE_MARK) == config.image_token_id
     return MoVAProcessor(
-        tokenizer, text_tokenizer, config.base_arch, image_tokens=config.image_tokens, routing_tokens=config.routing_tokens
+        tokenizer,
+        text_tokenizer,
+        config.base_arch,
+        image_tokens=config.image_tokens,
+        routing_tokens=config.routing_tokens,
     )
 
 

@@ -9,7 +9,7 @@ from transformers import TextIteratorStreamer
 
 from mova_core.answering import Answerer, Question
 from mova_core.data import IMAGE_MARK
-from mova_core.experts import EXPERTS, Features
+from mova_core.experts import Features
 from mova_core.features import FeatureStore, MissingFeatures, Tiered
 from mova_core.images import ImageError, ImageRef
 
@@ -55,7 +55,12 @@ class Counted:
 
 
 def same(one, other):
-    assert (one.text, one.experts, one.router, one.readable) == (other.text, other.experts, other.router, other.readable)
+    assert (one.text, one.experts, one.router, one.readable) == (
+        other.text,
+        other.experts,
+        other.router,
+        other.readable,
+    )
     for block, again in zip(one.gates, other.gates, strict=True):
         assert block == pytest.approx(again, abs=5e-5)
 
@@ -75,7 +80,12 @@ def different_questions(images):
         Question(text="is there none?"),
         Question(text="and right?", history=said),
         Question(text="and right?", image=first, history=said),
-        Question(text="and left of it?", image=third, history=(*said, ("user", "none"), ("assistant", "")), experts=("deplot",)),
+        Question(
+            text="and left of it?",
+            image=third,
+            history=(*said, ("user", "none"), ("assistant", "")),
+            experts=("deplot",),
+        ),
         Question(text="which of the two is left?", image=(first, second)),
         Question(text="the same?", image=(third, third), experts=("sam",)),
         Question(
@@ -86,18 +96,21 @@ def different_questions(images):
     ]
 
 
-def test_batched_answers_are_those_given_one_by_one(talkative, processor, local_experts, images):
+def test_batched_answers_are_those_given_one_by_one(talkative, processor, local_experts, images, tmp_path):
     questions = different_questions(images)
-    alone = [Answerer(talkative, processor, local_experts).answer([one], max_new_tokens=6)[0] for one in questions]
+    source = Tiered(FeatureStore(tmp_path / "store", create=True), local_experts)
+    alone = [Answerer(talkative, processor, source).answer([one], max_new_tokens=4)[0] for one in questions]
     assert len({tuple(answer.experts) for answer in alone}) > 6 and len({answer.text for answer in alone}) > 6
     assert any(answer.router and answer.experts for answer in alone), "the router picked some"
     rng = random.Random(0)
-    remembering = Answerer(talkative, processor, local_experts)
-    forgetful = Answerer(talkative, processor, local_experts, keep_bytes=0)
+    remembering = Answerer(talkative, processor, source)
+    forgetful = Answerer(talkative, processor, source, keep_bytes=0)
     for mix in range(64):
-        chosen = rng.choices(range(len(questions)), k=rng.randint(2, 6))
+        chosen = rng.choices(range(len(questions)), k=rng.randint(2, 5))
         answerer = remembering if mix % 2 else forgetful
-        for index, answer in zip(chosen, answerer.answer([questions[i] for i in chosen], max_new_tokens=6), strict=True):
+        for index, answer in zip(
+            chosen, answerer.answer([questions[i] for i in chosen], max_new_tokens=4), strict=True
+        ):
             same(answer, alone[index])
 
 
@@ -123,7 +136,9 @@ def test_one_encoding_and_one_routing_pass_serve_several_questions(talkative, pr
     answerer = Answerer(talkative, processor, source)
     encoded, routed, fused = [], [], []
     hooks = [
-        talkative.base_encoder.register_forward_hook(lambda _m, inputs, _o: encoded.append(len(inputs[0]["pixel_values"]))),
+        talkative.base_encoder.register_forward_hook(
+            lambda _m, inputs, _o: encoded.append(len(inputs[0]["pixel_values"]))
+        ),
         talkative.adapter.register_forward_hook(lambda _m, inputs, _o: fused.append(len(inputs[0]))),
         talkative.language_model.lm_head.register_forward_hook(lambda _m, inputs, _o: routed.append(len(inputs[0]))),
     ]
@@ -153,7 +168,9 @@ def test_later_turns_find_features_again(talkative, processor, local_experts, im
     later = Question(image=images[0], text="and left?", history=history, experts=("sam", "deplot"))
     [again] = answerer.answer([later], max_new_tokens=4)
     hook.remove()
-    assert len(encoded) == 1 and source.asked == Counter({(images[0].key, name): 1 for name in ("sam", "vary", "deplot")})
+    assert len(encoded) == 1 and source.asked == Counter(
+        {(images[0].key, name): 1 for name in ("sam", "vary", "deplot")}
+    )
     same(again, Answerer(talkative, processor, local_experts).answer([later], max_new_tokens=4)[0])
     small = Answerer(talkative, processor, source, keep_bytes=1000)
     small.answer([first], max_new_tokens=1)
@@ -220,7 +237,15 @@ def test_row_is_fetched_as_soon_as_its_reply_ends(mini, processor, local_experts
 
 
 def test_caller_can_forbid_cap_and_set_a_budget(mini, processor, local_experts, images):
-    costs = {"sam": 5.6, "dinov2": 3.5, "vary": 0.9, "codetr": 4.7, "pix2struct": 2.5, "deplot": 0.5, "biomedclip": 0.04}
+    costs = {
+        "sam": 5.6,
+        "dinov2": 3.5,
+        "vary": 0.9,
+        "codetr": 4.7,
+        "pix2struct": 2.5,
+        "deplot": 0.5,
+        "biomedclip": 0.04,
+    }
     answerer = Answerer(mini, processor, local_experts, costs=costs)
 
     def experts(**limits):
@@ -274,7 +299,7 @@ def test_features_that_do_not_fit_are_named(mini, processor, local_experts, imag
     asked = [Question(image=image, text="what?", experts=("sam",)) for image in images[:2]]
     source = Cut(local_experts)
     source.cut = {images[0].key}
-    with pytest.raises(ValueError, match="sam: tokens are .* but a .* grid"):
+    with pytest.raises(ValueError, match=r"sam: tokens are .* but a .* grid"):
         Answerer(mini, processor, source).answer(asked[:1], 1)
     with pytest.raises(ValueError, match="sam: features of one batch differ"):
         Answerer(mini, processor, source).answer(asked, 1)
@@ -309,7 +334,10 @@ def test_the_tuned_llm_routes_by_itself_or_with_a_lora(talkative, processor, loc
             torch.nn.init.normal_(parameter, std=0.5)
     routed = Answerer(talkative, processor, local_experts).answer(questions, 4)
     assert [answer.router for answer in routed] != [answer.router for answer in plain]
-    forced = [Question(image=one.image, text=one.text, experts=answer.experts) for one, answer in zip(questions, plain, strict=True)]
+    forced = [
+        Question(image=one.image, text=one.text, experts=answer.experts)
+        for one, answer in zip(questions, plain, strict=True)
+    ]
     for one, other in zip(Answerer(talkative, processor, local_experts).answer(forced, 4), plain, strict=True):
         assert (one.text, one.experts) == (other.text, other.experts), "the answer is the LLM's own"
 
@@ -344,4 +372,3 @@ def test_sources_are_interchangeable(mini, processor, local_experts, images, tmp
 
 def test_no_questions_no_answers(mini, processor, local_experts):
     assert Answerer(mini, processor, local_experts).answer([]) == []
-    assert EXPERTS == mini.config.experts
