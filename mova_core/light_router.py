@@ -40,7 +40,8 @@ class LightRouter(nn.Module):
 
     def forward(self, text_BT: Tensor, base_BC: Tensor) -> Tensor:
         """Logits (B, E) in float32 from `MoVAdapter.encode_text` and the mean over base tokens."""
-        parts = [norm(part.to(norm.weight.dtype)) for norm, part in zip(self.norms, (text_BT, base_BC), strict=True)]
+        dtype = self.out.weight.dtype
+        parts = [norm(part.to(dtype)) for norm, part in zip(self.norms, (text_BT, base_BC), strict=True)]
         return self.out(F.gelu(self.hidden(torch.cat(parts, dim=1)))).float()
 
     def loss(self, text_BT: Tensor, base_BC: Tensor, routing_BE: Tensor) -> Tensor:

@@ -62,9 +62,11 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = MoVAConfig
     base_model_prefix = "mova"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Clip", "MoVAdapter")  # whole on one device, which reads their weights; post_init adds the LLM's
+    _no_split_modules = (
+        "Clip",
+        "MoVAdapter",
+    )  # whole on one device, which reads their weights; post_init adds the LLM's
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -72,7 +74,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base_encoder = expert_class(BASE)(config.base_arch)
         self.adapter = MoVAdapter(AdapterConfig(**config.adapter))
-        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.light_router: LightRouter | None = None
         if hidden := getattr(config, "light_router", 0):
             self.add_light_router(hidden)
@@ -303,7 +305,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if rows is not None:
             names = [ROUTING_LORA if row else "__base__" for row in rows]  # peft's word for no adapter
             for module in self.language_model.modules():
-                if isinstance(module, LoraLayer):
+                if isinstance(module, LoraLayer) and isinstance(module, torch.nn.Module):
                     tell = lambda _module, args, kwargs: (args, {**kwargs, "adapter_names": names})  # noqa: E731
                     hooks.append(module.register_forward_pre_hook(tell, with_kwargs=True))
         self.language_model.enable_adapters()

@@ -27,9 +27,9 @@ SCENARIOS = (
 
 @pytest.fixture(scope="module")
 def gate(golden):
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
-    return BertTokenizerFast(str(golden.dir / "shared_text_encoder" / "vocab.txt"))([GATE], return_tensors="pt")
+    return BertTokenizer(str(golden.dir / "shared_text_encoder" / "vocab.txt"))([GATE], return_tensors="pt")
 
 
 @pytest.fixture(scope="module")

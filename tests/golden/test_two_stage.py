@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import BertTokenizerFast, PreTrainedTokenizerFast
+from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from mova_core.answering import ROUTER_TOKENS, Answerer, Question
 from mova_core.data import IMAGE_MARK
@@ -49,7 +49,7 @@ def processor(golden, tiny_mova):
     tokenizer.chat_template = (
         f"{{{{ {json.dumps('<|begin_of_text|>' + before)} + messages[0].content + {json.dumps(after)} }}}}"
     )
-    text_tokenizer = BertTokenizerFast(str(golden.dir / "shared_text_encoder" / "vocab.txt"))
+    text_tokenizer = BertTokenizer(str(golden.dir / "shared_text_encoder" / "vocab.txt"))
     config = tiny_mova.config
     assert tokenizer.convert_tokens_to_ids(IMAGE_MARK) == config.image_token_id
     return MoVAProcessor(

@@ -38,7 +38,7 @@ class Counted:
 
     def __init__(self, source, delay=0.0):
         self.source, self.delay = source, delay
-        self.asked = Counter()
+        self.asked: Counter[tuple[str, str]] = Counter()
         self.spans = []
 
     @property
@@ -212,7 +212,7 @@ def test_row_is_fetched_as_soon_as_its_reply_ends(mini, processor, local_experts
     """Two rows are routed; one of them has said its two words while the other goes on speaking."""
     letter = {word: processor.tokenizer.convert_tokens_to_ids(word) for word in "AB,"}
     end = processor.tokenizer.eos_token_id
-    steps = []
+    steps: list[float] = []
 
     def speak(_module, _inputs, logits):
         """What a trained router would say."""
@@ -288,6 +288,8 @@ def test_bad_questions_are_named(mini, processor, local_experts, images, wrong, 
 def test_features_that_do_not_fit_are_named(mini, processor, local_experts, images):
     class Cut(Counted):
         """Loses the last token of some pictures."""
+
+        cut: set[str] = set()  # noqa: RUF012
 
         def fetch(self, images, experts):
             rows = zip(images, super().fetch(images, experts), strict=True)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -99,7 +101,7 @@ def test_expert_routing_lora_is_on_only_for_routing(mini, processor, pictures, t
 
 
 def tiny_llm(kind):
-    sizes = dict(
+    sizes: dict[str, Any] = dict(
         vocab_size=512,
         hidden_size=32,
         intermediate_size=48,
@@ -243,7 +245,7 @@ def test_gradient_checkpointing_of_llm_and_adapter_changes_no_gradient():
     assert len(calls) == 2, "the LLM's layers are run once more"
     assert plain.keys() == again.keys()
     for name, gradient in plain.items():
-        torch.testing.assert_close(again[name], gradient, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(again[name], gradient, msg=name)
     model.gradient_checkpointing_disable()
     assert not model.adapter.gradient_checkpointing
 
@@ -357,6 +359,7 @@ def test_light_router_learns_and_is_saved(tmp_path):
     ]
     model.save_pretrained(tmp_path)
     again = MoVAForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.light_router is not None
     assert torch.equal(again.light_router(text, seen), router(text, seen))
 
 
