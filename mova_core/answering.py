@@ -27,6 +27,7 @@ from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import MoVAProcessor
 from mova_core.routing import build_routing_prompt, parse_routing, read_reply
 
+PLAIN = "without experts"  # what a picture's visual tokens without any expert are kept as
 ROUTER_TOKENS = 16  # most tokens a router may say (published: 16)
 
 Router = Literal["llm", "light"]
@@ -334,7 +335,13 @@ class Answerer:
         texts: Mapping[str, Tensor] | None = None,
         features: Mapping[tuple[str, str], Features] | None = None,
     ) -> None:
-        """Adds the visual tokens (n, D) and gate weights (E,) per block of the views that are not there yet."""
+        """Adds the visual tokens (n, D) and gate weights (E,) per block of the views that are not there yet.
+
+        A view without experts is the same for every question, so it is kept for later ones as base tokens are.
+        """
+        for view in dict.fromkeys(views):
+            if not view.experts and view not in fused and (plain := self._kept.get(view.key, PLAIN)) is not None:
+                fused[view] = plain.tokens, []
         new = [view for view in dict.fromkeys(views) if view not in fused]
         if not new:
             return
@@ -347,12 +354,16 @@ class Answerer:
             silent = torch.zeros_like(next(iter(texts.values())))
             text = torch.stack([texts.get(view.asked, silent) for view in new])
         visual, gates = self.model.encode_image(tokens, text, experts, routing.to(tokens.device))
-        fused.update({view: (visual[at], [gate[at] for gate in gates]) for at, view in enumerate(new)})
+        side = self.model.config.adapter["grid"] // 2
+        for at, view in enumerate(new):
+            fused[view] = visual[at], [gate[at] for gate in gates]
+            if not view.experts:
+                self._kept.put(view.key, PLAIN, Features(visual[at].clone(), (side, side)))
 
     def _gates(self, row: _Row, fused: Mapping[_View, tuple[Tensor, list[Tensor]]]) -> list[dict[str, float]]:
         """Per block the weights of the row's experts, averaged over its pictures."""
-        if not row.images:
-            return []
+        if not row.answer.experts:
+            return [{} for _ in range(self.model.adapter.config.blocks if row.images else 0)]
         blocks = zip(*(fused[view][1] for view in row.views), strict=True)
         means = [torch.stack(block).mean(0).tolist() for block in blocks]
         return [{name: mean[self.pool.index(name)] for name in row.answer.experts} for mean in means]

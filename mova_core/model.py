@@ -63,10 +63,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "mova"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = (
-        "Clip",
-        "MoVAdapter",
-    )  # whole on one device, which reads their weights; post_init adds the LLM's
+    # Whole on one device, as they read their parts' weights themselves; post_init adds the LLM's.
+    _no_split_modules = ["Clip", "MoVAdapter"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
 

@@ -479,6 +479,7 @@ def ask(
             size=loaded.config.expert_size,
             weights=named,
             fingerprints=loaded.config.fingerprints,
+            dtypes=loaded.config.feature_dtypes,
         )
         if store is not None:
             source = Tiered(FeatureStore(store, fingerprints=loaded.config.fingerprints, create=True), source)

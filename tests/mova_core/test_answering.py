@@ -100,7 +100,7 @@ def test_batched_answers_are_those_given_one_by_one(talkative, processor, local_
     questions = different_questions(images)
     source = Tiered(FeatureStore(tmp_path / "store", create=True), local_experts)
     alone = [Answerer(talkative, processor, source).answer([one], max_new_tokens=4)[0] for one in questions]
-    assert len({tuple(answer.experts) for answer in alone}) > 6 and len({answer.text for answer in alone}) > 6
+    assert len({tuple(answer.experts) for answer in alone}) > 5 and len({answer.text for answer in alone}) > 6
     assert any(answer.router and answer.experts for answer in alone), "the router picked some"
     rng = random.Random(0)
     remembering = Answerer(talkative, processor, source)
