@@ -240,7 +240,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[8], help="questions per batch, beside one at a time")
     parser.add_argument("--singles", type=int, default=3, help="questions asked one at a time")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens per answer")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per answer")
     parser.add_argument("--routed", type=int, default=2, help="experts per question")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each; the fastest counts")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
