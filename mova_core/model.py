@@ -105,8 +105,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the number of image tokens and of visual tokens differ.
         """
-        embeds = self.get_input_embeddings()(input_ids)
         places = input_ids == self.config.image_token_id
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))  # the LLM may have no such token
         count = 0 if visual is None else visual.shape[0] * visual.shape[1]
         if int(places.sum()) != count:
             raise ValueError(f"the text has {int(places.sum())} image tokens but the pictures give {count}")

@@ -35,7 +35,7 @@ def read_weights(source: str | os.PathLike[str], part: str = "") -> dict[str, Te
         WeightsError: nothing there, not reachable, torn, more than one candidate, or more than tensors in a pickle.
     """
     path = Path(source)
-    files = _files(path if path.exists() else _download(str(source)))
+    files = weight_files(path if path.exists() else _download(str(source)))
     readers: dict[str, Callable[[str], Tensor]] = {}
     for file in files:
         readers |= _readers(file)
@@ -78,7 +78,7 @@ def _download(repository: str) -> Path:
     raise WeightsError(f"{repository}: this hub repository holds no {', '.join(SAFE + TORCH)} file")
 
 
-def _files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The weight files of a folder, safetensors before pickles; or the file itself."""
     if path.is_file():
         if path.suffix not in SAFE + TORCH:
