@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ PUBLISHED = "published"  # folder beside our model: the published files, and ten
 REST = "rest.safetensors"
 REPORT = "conversion.json"
 PIECE = 1 << 24  # bytes held at once
+WINDOW = 1 << 26  # bytes of a .bin file that stay mapped
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64},
@@ -79,7 +81,9 @@ def from_published(state_dict: Mapping[str, Tensor], archs: Mapping[str, Mapping
     for name, tensor in state_dict.items():
         part = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), LLM)
         if part == LLM and name.startswith("model.vision_tower."):
-            raise WeightsError(f"{name}: there is no such tower; MoVA has vision_tower_0 to vision_tower_{len(EXPERTS)}")
+            raise WeightsError(
+                f"{name}: there is no such tower; MoVA has vision_tower_0 to vision_tower_{len(EXPERTS)}"
+            )
         if UNUSED.match(name):
             parts.rest[name] = tensor
         else:
@@ -232,7 +236,7 @@ class Stored:
     dtype: str  # as safetensors calls it
     shape: tuple[int, ...]
     size: int  # bytes
-    start: int | None  # where in the file they begin; None in a .bin, which torch reads
+    start: int  # where in the file they begin; of a .bin, how much its tensors before this one hold
 
     def meta(self) -> Tensor:
         """Its shape and dtype without its numbers."""
@@ -240,8 +244,8 @@ class Stored:
 
     def pieces(self) -> Iterator[bytes | memoryview]:
         """Its bytes. Read, not mapped: pages of a mapping would count as memory until the whole file is done."""
-        if self.start is None:
-            tensor = _pickled(self.file)[self.name]  # mapped anew for every tensor, for the same reason
+        if self.file.suffix in TORCH:
+            tensor = _mapped(self.file, self.start // WINDOW)[self.name]
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
             yield from (data[at : at + PIECE] for at in range(0, self.size, PIECE))
             return
@@ -305,19 +309,21 @@ def _pickled(file: Path) -> Mapping[str, Tensor]:
     return state
 
 
+@lru_cache(maxsize=1)
+def _mapped(file: Path, window: int) -> Mapping[str, Tensor]:
+    """A .bin file, mapped anew for every window of it, so that pages already read are let go."""
+    return _pickled(file)
+
+
 def _pickle_header(file: Path) -> dict[str, Stored]:
     words = {dtype: word for word, dtype in DTYPES.items()}
-    return {
-        name: Stored(
-            file=file,
-            name=name,
-            dtype=words[tensor.dtype],
-            shape=tuple(tensor.shape),
-            size=tensor.numel() * tensor.element_size(),
-            start=None,
-        )
-        for name, tensor in _pickled(file).items()
-    }
+    stored, at = {}, 0
+    for name, tensor in _pickled(file).items():
+        size = tensor.numel() * tensor.element_size()
+        about = {"dtype": words[tensor.dtype], "shape": tuple(tensor.shape), "size": size, "start": at}
+        stored[name] = Stored(file=file, name=name, **about)
+        at += size
+    return stored
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Stored], progress: Callable[[int], Any]) -> None:
@@ -336,6 +342,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Stored], progress: Callable[
             for piece in stored.pieces():
                 opened.write(piece)
                 progress(len(piece))
+    _mapped.cache_clear()
 
 
 def convert(
@@ -376,7 +383,7 @@ def convert(
         OSError: the disk is too small.
     """
     source, target = Path(source), Path(target)
-    kept = _chosen(experts)
+    kept = chosen_experts(experts)
     config = _read_config(source)
     stored = stored_tensors(source)
     metas = {name: tensor.meta() for name, tensor in stored.items()}
@@ -576,8 +583,12 @@ def _text_encoder(name: str | None, parts: Parts) -> tuple[PreTrainedTokenizerBa
             f"the text encoder's tokenizer {name} cannot be read ({reason}): pass --text-encoder FOLDER that holds it"
         ) from error
     try:
-        config = BertConfig.from_pretrained(name)
+        told, _ = BertConfig.get_config_dict(name)
     except OSError:
+        told = {}
+    if "hidden_size" in told:
+        config = BertConfig.from_dict(told)
+    else:
         shapes = {key: tensor.shape for key, tensor in parts.get(ADAPTER, {}).items()}
         bert = "text_encoder.bert."
         words, width = shapes.get(f"{bert}embeddings.word_embeddings.weight", (30522, 1024))
@@ -599,7 +610,8 @@ def _chat_format(tokenizer: PreTrainedTokenizerBase) -> str:
     return "mova_llama3" if "<|start_header_id|>" in words else "chatml" if "<|im_start|>" in words else "vicuna_v1"
 
 
-def _chosen(experts: str | Sequence[str]) -> tuple[str, ...]:
+def chosen_experts(experts: str | Sequence[str]) -> tuple[str, ...]:
+    """ "keep", "drop" or names, as a list or with commas, to names in routing order; an unknown one is a ValueError."""
     if isinstance(experts, str):
         if experts in ("keep", "drop"):
             return EXPERTS if experts == "keep" else ()
