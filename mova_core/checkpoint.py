@@ -291,8 +291,8 @@ def _safe_header(file: Path) -> dict[str, Stored]:
         if entry["dtype"] not in DTYPES:
             raise WeightsError(f"{file}: {name} is of type {entry['dtype']}; there are {', '.join(DTYPES)}")
         begin, end = entry["data_offsets"]
-        place = {"size": end - begin, "start": 8 + length + begin}
-        stored[name] = Stored(file=file, name=name, dtype=entry["dtype"], shape=tuple(entry["shape"]), **place)
+        word, shape, start = entry["dtype"], tuple(entry["shape"]), 8 + length + begin
+        stored[name] = Stored(file=file, name=name, dtype=word, shape=shape, size=end - begin, start=start)
     return stored
 
 
@@ -320,15 +320,17 @@ def _pickle_header(file: Path) -> dict[str, Stored]:
     stored, at = {}, 0
     for name, tensor in _pickled(file).items():
         size = tensor.numel() * tensor.element_size()
-        about = {"dtype": words[tensor.dtype], "shape": tuple(tensor.shape), "size": size, "start": at}
-        stored[name] = Stored(file=file, name=name, **about)
+        word, shape = words[tensor.dtype], tuple(tensor.shape)
+        stored[name] = Stored(file=file, name=name, dtype=word, shape=shape, size=size, start=at)
         at += size
     return stored
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Stored], progress: Callable[[int], Any]) -> None:
     """One safetensors file of tensors that lie in others; `progress` takes the bytes of every piece written."""
-    ordered = dict(sorted(tensors.items(), key=lambda pair: (-DTYPES[pair[1].dtype].itemsize, pair[0])))  # all aligned
+    # The widest first, so that all are aligned; else as they lie in their files, so that these are read from end to end.
+    order = sorted(tensors, key=lambda name: (-DTYPES[(it := tensors[name]).dtype].itemsize, str(it.file), it.start))
+    ordered = {name: tensors[name] for name in order}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, stored in ordered.items():

@@ -503,7 +503,8 @@ def convert(
         ),
     ] = None,
     chat_format: Annotated[
-        str | None, typer.Option(help="Published conversation format (default: the one that the tokenizer's marks tell).")
+        str | None,
+        typer.Option(help="Published conversation format (default: the one that the tokenizer's marks tell)."),
     ] = None,
     shard_gb: Annotated[float, typer.Option(help="Largest weights file, GB.", min=0.001)] = 4.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every name and shape, write nothing.")] = False,
@@ -527,12 +528,17 @@ def convert(
             raise typer.BadParameter(f"--experts: {error}") from None
         with progress_bar(None, "convert", "B", not quiet) as bar:
             bar.unit_scale = True
-            common = {"shard_gb": shard_gb, "dry_run": dry_run, "progress": bar.update, "begin": bar.reset}
+            common: dict[str, Any] = {
+                "shard_gb": shard_gb,
+                "dry_run": dry_run,
+                "progress": bar.update,
+                "begin": bar.reset,
+            }
             if to_published:
                 report = checkpoint.convert_back(source, target, **common)
             else:
-                forms = {"text_encoder": text_encoder, "chat_format": chat_format}
-                report = checkpoint.convert(source, target, experts=kept, **forms, **common)
+                common |= {"experts": kept, "text_encoder": text_encoder, "chat_format": chat_format}
+                report = checkpoint.convert(source, target, **common)
 
     def show() -> None:
         noted = sum("note" in row for row in report["tensors"])

@@ -33,8 +33,8 @@ def archs_of(config):
 @pytest.fixture(scope="module")
 def published(golden, tmp_path_factory):
     """A folder in the published form: config, tokenizer, and sharded weights under the published names."""
-    tensors, facts = golden("prepare_inputs")
     tower, tower_facts = golden("shared_tiny_tower")
+    tensors, facts = golden("prepare_inputs")
     folder = tmp_path_factory.mktemp("published") / "mova-tiny"
     shutil.copytree(golden.dir / "shared_llama3_tokenizer", folder, copy_function=shutil.copyfile)
     folder.chmod(0o755)
@@ -48,7 +48,8 @@ def published(golden, tmp_path_factory):
     state["lm_head.weight"] = tensors["e2e.seed58.lm_head.weight"]  # the one that `two_stage` ran with
     state[f"{TEXT}cls.predictions.bias"] = torch.arange(7.0)  # what MoVA never reads comes back as well
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(8.0)
-    names, index = sorted(state), {}
+    names: list[str] = sorted(state)
+    index: dict[str, str] = {}
     for shard in range(SHARDS):
         file = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
         save_file({name: state[name].contiguous() for name in names[shard::SHARDS]}, folder / file)
@@ -64,7 +65,7 @@ def converted(published, tmp_path_factory):
 
 
 def weights(folder):
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in {stored.file for stored in stored_tensors(folder).values()}:
         state |= load_file(file)
     return state
@@ -115,7 +116,7 @@ def test_answers_as_the_published_code(golden, converted):
         for stage, coarse in enumerate((True, False)):
             call = next(calls)
             prompt = build_routing_prompt(question["text"]) if coarse else question["text"]
-            batch = processor([[("user", prompt)]], [object()], routing=coarse, pixels=False)
+            batch = processor([[("user", prompt)]], [b"not looked at"], routing=coarse, pixels=False)
             ids = batch["input_ids"][0].tolist()
             shown = [at for at, token in enumerate(ids) if token == processor.image_token_id]
             ids[shown[0] : shown[-1] + 1] = [-200]

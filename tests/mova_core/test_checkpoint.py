@@ -33,7 +33,7 @@ def published(mini_folder, tmp_path_factory):
     state = to_published(parts, archs)
     state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].bfloat16()  # dtypes may be mixed
     names = sorted(state)
-    index = {}
+    index: dict[str, str] = {}
     for shard in range(SHARDS):
         file = f"pytorch_model-{shard + 1:05}-of-{SHARDS:05}.bin"
         torch.save({name: state[name].clone() for name in names[shard::SHARDS]}, folder / file)
