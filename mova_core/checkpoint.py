@@ -26,7 +26,7 @@ from mova_core.config import MoVAConfig
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, EXPERTS, expert_card, expert_class
 from mova_core.experts.weights import SAFE, TORCH, WeightsError, unfitting, weight_files
-from mova_core.model import MoVAForConditionalGeneration
+from mova_core.model import ROUTING_LORA, MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 
 LLM, ADAPTER = "language_model", "adapter"
@@ -344,7 +344,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Stored], progress: Callable[
             for piece in stored.pieces():
                 opened.write(piece)
                 progress(len(piece))
-    _mapped.cache_clear()
+    _mapped.cache_clear()  # of the last .bin
 
 
 def convert(
@@ -440,6 +440,8 @@ def convert_back(
 ) -> dict[str, Any]:
     """Our folder, as `convert` made it (its weights may have learnt since), to a published one; arguments as there.
 
+    The report's `left_out` names what has no published form: the expert-routing LoRA.
+
     Raises:
         WeightsError: as `convert`; also where the folder `published` or one of `experts` is not there.
         FileExistsError, OSError: as `convert`.
@@ -452,7 +454,7 @@ def convert_back(
     ours = MoVAConfig.from_pretrained(source)
     model = stored_tensors(source)
     if foreign := [name for name in model if not name.startswith(tuple(OURS.values()))]:
-        raise WeightsError(f"{source}: {unfitting((), foreign, ())}")
+        raise WeightsError(f"{source}: a published checkpoint has no place for {unfitting((), foreign, ())}")
     state = {
         part: {name.removeprefix(prefix): it.meta() for name, it in model.items() if name.startswith(prefix)}
         for part, prefix in OURS.items()
@@ -470,8 +472,13 @@ def convert_back(
     rederived = _check(source, parts, metas, ours)
     notes = {name: "not read by MoVA" for name in parts.rest}
     notes |= {name: "not in the source: follows from the arch" for name in rederived}
-    finish = lambda folder: _copy_files(source / PUBLISHED, folder)  # noqa: E731
-    return _carry_out(source, target, stored, _shards(stored, shard_gb), notes, finish, dry_run, progress, begin)
+
+    def finish(folder: Path) -> None:
+        _copy_files(source / PUBLISHED, folder)
+
+    files = _shards(stored, shard_gb)
+    report = _carry_out(source, target, stored, files, notes, finish, dry_run, progress, begin)
+    return report | {"left_out": [ROUTING_LORA] if (source / ROUTING_LORA).is_dir() else []}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from mova_core.checkpoint import convert, convert_back, from_published, to_published
 from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, load_expert
-from mova_core.model import MoVAForConditionalGeneration
+from mova_core.model import ROUTING_LORA, MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from pipelines.cli import app
 
@@ -85,8 +85,9 @@ def test_bin_shards_there_and_back(published, bert, mini, tmp_path):
     )
     processor = AutoProcessor.from_pretrained(tmp_path / "ours")
     assert isinstance(processor, MoVAProcessor) and processor.chat_format == "vicuna_v1"
+    (tmp_path / "ours" / ROUTING_LORA).mkdir()
     shown = invoke(tmp_path / "ours", tmp_path / "back", "--to-published", "-q").stdout
-    assert "language_model" in shown and "conversion.json" in shown
+    assert "language_model" in shown and "conversion.json" in shown and f"no place for it: {ROUTING_LORA}" in shown
     back = {name: it for file in (tmp_path / "back").glob("*.safetensors") for name, it in load_file(file).items()}
     assert back.keys() == source.keys()
     assert all(back[name].dtype == it.dtype and torch.equal(back[name], it) for name, it in source.items())
