@@ -558,6 +558,8 @@ def convert(
         print(
             f"{len(report['tensors'])} names, {noted} with a note" + ("" if dry_run else f": {target}/conversion.json")
         )
+        for name in report.get("left_out", ()):
+            print(f"left out, as the published form has no place for it: {name}")
 
     emit(report, as_json, show)
 
