@@ -1,11 +1,39 @@
 """Rows through a pool of actors: the one way the pipelines use Ray Data."""
 
+import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.data._internal.execution.execution_callback import ExecutionCallback  # what the public DataContext takes
+from ray.data.exceptions import ExecutionTimeoutError
 
 from pipelines.progress import progress_bar
+
+_stopping = threading.Event()
+
+
+class Stopped(ExecutionTimeoutError):  # of a kind for which Ray Data prints no stack trace
+    """An execution was asked to stop."""
+
+
+class StopWhenAsked(ExecutionCallback):
+    """Ends an execution from within, between two steps: one still running would use Ray while Ray is closed."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        if _stopping.is_set():
+            raise Stopped("the run was stopped")
+
+
+@contextlib.contextmanager
+def executions_stopped() -> Iterator[None]:
+    """Within it every execution of this process, of whatever thread, ends its actors and raises `Stopped` in a second or two."""
+    _stopping.set()
+    try:
+        yield
+    finally:
+        _stopping.clear()
 
 
 def through_actors(
@@ -35,6 +63,7 @@ def through_actors(
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours shows features, not blocks
+    context.custom_execution_callback_classes = [StopWhenAsked]
     context.raise_original_map_exception = True  # its message is for the user; Ray's own wrapper hides it
     blocks = max(1, len(rows) // batch_size)
     dataset = ray.data.from_items([dict(row) for row in rows], override_num_blocks=blocks).map_batches(

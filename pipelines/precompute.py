@@ -18,7 +18,7 @@ from cluster.planner import PoolSpec, fit_pools, plan_pools
 from mova_core.data import DataError, read_samples
 from mova_core.experts import EXPERTS, load_expert
 from mova_core.features import FeatureStore
-from pipelines.actor_pool import through_actors
+from pipelines.actor_pool import Stopped, executions_stopped, through_actors
 from pipelines.errors import root_cause
 from pipelines.inspect_images import inspect_images
 from pipelines.progress import progress_bar
@@ -209,7 +209,8 @@ class _Run:
             with self.changed:
                 self.stopping = True  # an expert that still waits for room must not start any more
                 self.changed.notify_all()
-            threads.shutdown(wait=False, cancel_futures=True)
+            with executions_stopped():
+                threads.shutdown(cancel_futures=True)  # whoever closes Ray next must find nothing that uses it
         if failures:
             name, error = next(iter(failures.items()))
             raise PrecomputeError(f"{', '.join(failures)} did not finish; {name}: {root_cause(error)}") from error
@@ -260,7 +261,7 @@ class _Run:
         with self.changed:
             self.changed.wait_for(lambda: self.stopping or room() >= least)
             if self.stopping:
-                raise PrecomputeError(f"{pool.expert} was not started: the run was stopped")
+                raise Stopped(f"{pool.expert} was not started: the run was stopped")
             actors = room()
             self.free["cpu"] -= actors * pool.cpus
             self.free["gpu"] -= actors * pool.gpu
