@@ -71,7 +71,8 @@ class ExpertPool:
         asked = []
         for name, wanted in rows.items():
             turns = cycle(self._of(name))
-            size = min(REQUEST, ceil(len(wanted) / len(self._of(name))))
+            room = self.experts[name].server.get("queue", REQUEST)
+            size = min(REQUEST, room, ceil(len(wanted) / len(self._of(name))))
             for at in range(0, len(wanted), size):
                 group = wanted[at : at + size]
                 actor = next(turns)

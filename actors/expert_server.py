@@ -367,7 +367,9 @@ class ExpertServer:
         count = len(next(iter(batch.values())))
         if self.fixed_shapes:
             padding = next((shape for shape in self.shapes if shape >= count), count) - count
-            batch = {name: torch.cat((rows, rows[-1:].expand(padding, *rows.shape[1:]))) for name, rows in batch.items()}
+            batch = {
+                name: torch.cat((rows, rows[-1:].expand(padding, *rows.shape[1:]))) for name, rows in batch.items()
+            }
         on_device = {name: rows.to(self.device, self.dtype, non_blocking=True) for name, rows in batch.items()}
         tokens_BNC, grid = self.expert(on_device)
         tokens_BNC = tokens_BNC[:count]

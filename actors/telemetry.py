@@ -38,5 +38,5 @@ class RayTelemetry:
                 metric.inc(value, tags)
         elif isinstance(metric, Gauge):
             metric.set(value, tags)
-        else:
+        elif isinstance(metric, Histogram):
             metric.observe(value, tags)

@@ -49,6 +49,7 @@ def through_actors(
     sizes: tuple[int, int] = (1, 1),
     cpus: float | None = None,
     gpus: float = 0.0,
+    memory: int = 0,
     accelerator: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows that `worker` makes of `rows`, as they come, with a progress bar over `total` of them.
@@ -59,6 +60,7 @@ def through_actors(
         batch_size: rows per call.
         sizes: least and most actors.
         cpus, gpus: held by each actor; default one CPU, or a quarter beside a GPU.
+        memory: bytes of the node's memory held by each actor; 0 where it is not known.
         accelerator: Ray's accelerator-type label.
     """
     context = ray.data.DataContext.get_current()
@@ -74,6 +76,7 @@ def through_actors(
         fn_constructor_kwargs=dict(arguments),
         num_cpus=cpus if cpus is not None else (0.25 if gpus else 1.0),
         num_gpus=gpus or None,
+        memory=memory or None,
         accelerator_type=accelerator,
     )
     with progress_bar(total, what, unit, progress) as bar:

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from mova_core.experts.expert import ExpertCard, Features, VisionExpert, fingerprint
-from mova_core.experts.weights import WeightsError, read_weights, unfitting
+from mova_core.experts.weights import WeightsError, found_here, read_weights, unfitting
 
 __all__ = [
     "BASE",
@@ -25,6 +25,7 @@ __all__ = [
     "expert_module",
     "expert_names",
     "fingerprint",
+    "found_here",
     "load_expert",
     "register",
 ]
@@ -125,6 +126,8 @@ def load_expert(
         expert = expert_type(full_arch)
     if weights is None and size == "full" and not arch:
         weights = expert_type.card.weights
+        if not weights:
+            raise WeightsError(f"{name}: its card names no public weights; pass a path or hub id")
     if weights is None:
         state = expert.state_dict() | _draw(expert)
     else:
@@ -132,6 +135,8 @@ def load_expert(
     _check_fit(expert, state, weights if isinstance(weights, (str, os.PathLike)) else "this state dict")
     if isinstance(weights, Mapping):
         state = {key: tensor.detach().clone() for key, tensor in state.items()}  # the caller's stay the caller's
+    if any(buffer.is_meta for buffer in expert.buffers()):  # computed where the parameters are, and not saved
+        expert = expert_type(full_arch)
     expert.load_state_dict({key: state[key] for key in expert.state_dict()}, assign=True)
     return expert.to(device, dtype).eval().requires_grad_(False)
 

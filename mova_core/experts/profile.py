@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mova_core.experts.expert import VisionExpert
+from mova_core.experts.expert import ExpertCard, VisionExpert
 
 __all__ = [
     "Measured",
@@ -60,10 +60,19 @@ class Profile:
     threads: int  # of the CPU, that PyTorch used
     batches: Sequence[Measured]  # by batch size, rising
 
+    def is_of(self, card: ExpertCard, size: str, dtype: str) -> bool:
+        """Whether it was measured on this expert at this size, computing in this dtype."""
+        arch = card.mini if size == "mini" else card.full
+        return (self.expert, dict(self.arch), self.dtype) == (card.name, _plain(arch), dtype)
+
     def fits(self, expert: VisionExpert, device: torch.device) -> bool:
         """Whether it was measured on such an expert on such a device."""
-        made_for = (self.expert, dict(self.arch), self.dtype, self.device)
-        return made_for == (expert.card.name, _plain(expert.arch), _dtype(expert), device_kind(device))
+        measured = (self.expert, dict(self.arch), self.dtype, self.device)
+        return measured == (expert.card.name, _plain(expert.arch), _dtype(expert), device_kind(device))
+
+    def at(self, batch: int) -> Measured:
+        """What is known of a batch: of the next larger one measured, else of the largest."""
+        return next((one for one in self.batches if one.batch >= batch), self.batches[-1])
 
     def best(self, memory: float | None = None) -> Measured:
         """The smallest batch that is nearly as fast as any whose peak stays within `memory` bytes."""

@@ -24,7 +24,7 @@ def test_pool_serves_what_the_experts_compute(ray_cluster, tmp_path):
     images = [ImageRef(path=path) for path in paths]
     pool = ExpertPool(
         {
-            "sam": Servers(actors=1, num_cpus=0.5, batch_size=2, server={"size": "mini"}),
+            "sam": Servers(num_cpus=0.5, batch_size=2, server={"size": "mini", "queue": 1}),  # so some must ask again
             "deplot": Servers(num_cpus=0.5, server={"size": "mini"}),
         }
     )
