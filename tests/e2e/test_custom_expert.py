@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 
 from actors.expert_pool import ExpertPool, Servers
 from mova_core.adapter import AdapterConfig, MoVAdapter
-from mova_core.experts import WeightsError, expert_card, load_expert
+from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, load_expert
 from mova_core.experts.expert import Features
 from mova_core.features import FeatureStore
 from mova_core.images import ImageRef
@@ -57,9 +58,9 @@ def mova(place: Path, *arguments: str, **environment: str) -> subprocess.Complet
     )
 
 
-@pytest.mark.parametrize("model", ["test_vit", "test_convnext", "test_resnet", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("model", ["test_vit", "test_convnext", "test_resnet"])
 def test_any_backbone_of_timm(place, model):
-    inside = timm.create_model(model)
+    inside: Any = timm.create_model(model)
     last, side = inside.feature_info[-1], inside.default_cfg["input_size"][1]
     arch = {"model": model, "image_size": side, "patch_size": last["reduction"], "channels": last["num_chs"]}
     save_file(
@@ -71,12 +72,8 @@ def test_any_backbone_of_timm(place, model):
     assert grid == expert.grid and tokens.shape == (2, grid[0] * grid[1], expert.channels)
     with torch.no_grad():  # what timm itself makes of the same pixels and weights
         wanted = inside.eval().forward_features(batch["pixel_values"])
-    if wanted.ndim == 3:
-        wanted = wanted[:, inside.num_prefix_tokens :]
-    elif model.startswith("swin"):
-        wanted = wanted.flatten(1, 2)
-    else:
-        wanted = wanted.flatten(2).transpose(1, 2)
+    maps = wanted.ndim == 4
+    wanted = wanted.flatten(2).transpose(1, 2) if maps else wanted[:, inside.num_prefix_tokens :]
     torch.testing.assert_close(tokens, wanted, atol=1e-5, rtol=1e-5)
 
 
@@ -89,28 +86,15 @@ def test_full_size_needs_weights(place, monkeypatch):
 @pytest.mark.ray
 def test_through_precompute_and_the_adapter(ray_cluster, place):
     """The actors of the run are told which module to import; a pool grown by the expert answers as before, then uses it."""
-    command = (
-        "precompute",
-        "pictures",
-        "--store",
-        "store",
-        "--size",
-        "mini",
-        "--json",
-        "--experts",
-        "siglip,biomedclip",
-    )
-    missing = mova(place, *command)
-    assert missing.returncode == 2 and "unknown expert 'siglip'" in " ".join(missing.stderr.replace("│", "").split())
-    address = ray.get_runtime_context().gcs_address
-    done = mova(place, *command, "--import", "siglip_expert", "--pool", "siglip=1,cpu=0.5,batch=4", RAY_ADDRESS=address)
+    command = "precompute pictures --store store --size mini --json --experts siglip --import siglip_expert"
+    done = mova(place, *command.split(), RAY_ADDRESS=ray.get_runtime_context().gcs_address)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["computed"] == {"siglip": 6, "biomedclip": 6}
+    assert json.loads(done.stdout)["computed"] == {"siglip": 6}
 
     store = FeatureStore(place / "store")
     images = [ImageRef(path=str(path)) for path in sorted((place / "pictures").iterdir())]
-    stored = store.fetch(images, [["siglip", "biomedclip"]] * 6)
-    expert = load_expert("siglip", size="mini")
+    stored = store.fetch(images, [["siglip"]] * 6)
+    expert, old = load_expert("siglip", size="mini"), load_expert("biomedclip", size="mini")
     for image, row in zip(images, stored, strict=True):
         torch.testing.assert_close(
             row["siglip"].tokens, expert(expert.preprocess([image])).tokens[0], atol=1e-5, rtol=0
@@ -122,11 +106,9 @@ def test_through_precompute_and_the_adapter(ray_cluster, place):
     )
     adapter = MoVAdapter(config).eval()
     base, text = torch.randn(6, 64, 32), torch.randn(6, 32)
-    stack = {
-        name: Features(torch.stack([row[name].tokens for row in stored]), stored[0][name].grid)
-        for name in ("biomedclip", "siglip")
-    }
-    before = adapter(base, {"biomedclip": stack["biomedclip"]}, torch.ones(6, 1, dtype=torch.bool), text)
+    stack = {"biomedclip": old(old.preprocess(images))}
+    before = adapter(base, stack, torch.ones(6, 1, dtype=torch.bool), text)
+    stack["siglip"] = Features(torch.stack([row["siglip"].tokens for row in stored]), expert.grid)
     adapter.add_expert("siglip", expert_card("siglip").mini["channels"])
     routing = torch.tensor([[True, True]] * 3 + [[True, False]] * 3)
     torch.testing.assert_close(adapter(base, stack, routing, text), before, atol=1e-6, rtol=0)
@@ -157,21 +139,22 @@ def test_a_class_of_the_running_script_cannot_be_sent(ray_cluster, place, monkey
 
 def test_it_is_listed_with_its_weights(place, tmp_path):
     """Weights are found where the hub's client keeps them, and nowhere is asked."""
-    empty = mova(place, "experts", "--json", "--size", "mini", "--import", "siglip_expert", HF_HUB_CACHE=str(tmp_path))
-    assert empty.returncode == 0, empty.stderr
-    row = json.loads(empty.stdout)[-1]
-    assert (row["expert"], row["title"], row["input"], row["grid"]) == ("siglip", "SigLIP ViT-B/16", 160, [10, 10])
-    assert row["bytes"] == 2 * 100 * 64 and row["flops"] > 1e7 and row["weights_here"] is False
-
-    for repository in ("timm/vit_base_patch16_siglip_512.webli", "facebook/sam-vit-huge"):
+    for repository, weights in (
+        ("timm/vit_base_patch16_siglip_512.webli", "model.safetensors"),
+        ("facebook/sam-vit-huge", "config.json"),
+    ):
         folder = tmp_path / f"models--{repository.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("0" * 40)
-        (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
-        (folder / "snapshots" / ("0" * 40) / "config.json").write_text("{}")
-        if repository.startswith("timm"):
-            (folder / "snapshots" / ("0" * 40) / "model.safetensors").write_bytes(b"")
-    full = mova(place, "experts", "--json", "--size", "mini", "--import", "siglip_expert", HF_HUB_CACHE=str(tmp_path))
-    assert [row["expert"] for row in json.loads(full.stdout) if row["weights_here"]] == ["siglip"], (
-        "sam's are not whole"
-    )
+        snapshot = folder / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (snapshot / weights).write_text("")
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(snapshot.name)
+    command = "experts --json --size mini --import siglip_expert"
+    done = mova(place, *command.split(), HF_HUB_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [row["expert"] for row in rows] == [BASE, *EXPERTS, "siglip"]
+    assert [row["expert"] for row in rows if row["weights_here"]] == ["siglip"], "of sam there are no weights"
+    row = rows[-1]
+    assert (row["title"], row["input"], row["grid"], row["channels"]) == ("SigLIP ViT-B/16", 160, [10, 10], 64)
+    assert row["bytes"] == 2 * 100 * 64 and row["flops"] > 1e7
