@@ -149,7 +149,7 @@ class ExpertServer:
             ServerError: it answers nothing any more.
         """
         if self._broken is not None:
-            raise self._broken
+            raise ServerError(*self._broken.args)
         return {
             "expert": self.name,
             "device": str(self.device),
@@ -255,7 +255,7 @@ class ExpertServer:
             for asked in everything:
                 self._changed.wait_for(lambda: len(self._waiting) < self.queue or self._broken is not None)
                 if self._broken is not None:
-                    raise self._broken
+                    raise ServerError(*self._broken.args)
                 asked.at = time.monotonic()
                 self._waiting.append(asked)
                 self._unanswered.add(asked)

@@ -39,6 +39,10 @@ ImagesPath = Annotated[
     Path | None, typer.Option("--images", help="Folder the records' images are relative to [default: the data file's].")
 ]
 ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False)]
+Experts = Annotated[
+    str | None, typer.Option("--experts", help="Comma-separated names; all seven where there are none.")
+]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Computed in, and stored.")]
 Size = Annotated[
     Literal["full", "mini"], typer.Option("--size", help="Size of the experts: full as published, mini for a laptop.")
 ]
@@ -96,6 +100,11 @@ def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
         print(json.dumps(value, indent=2, default=str))
     else:
         show()
+
+
+def rounded(value: float) -> float:
+    """Three digits, or all those before the point."""
+    return round(value) if value >= 100 else float(f"{value:.3g}")
 
 
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
@@ -202,7 +211,7 @@ def experts(size: Size = "full", imports: Imports = [], as_json: Json = False) -
                     row["input"],
                     "x".join(map(str, row["grid"])),
                     row["channels"],
-                    "?" if row["flops"] is None else float(f"{row['flops'] / 1e9:.4g}"),
+                    "?" if row["flops"] is None else rounded(row["flops"] / 1e9),
                     round(row["bytes"] / 1e3),
                     "yes" if row["weights_here"] else "no",
                     row["weights"],
@@ -219,19 +228,18 @@ def profile(
     output: Annotated[
         Path, typer.Option("--output", help="JSON file; what it holds of other experts and devices stays.")
     ],
-    experts: Annotated[
-        str | None, typer.Option("--experts", help="Comma-separated names [default: all seven].")
-    ] = None,
+    experts: Experts = None,
     gpu: Gpu = 0.0,
     cpu: Annotated[
-        float | None, typer.Option("--cpu", help="CPUs per actor [default: 1, beside a GPU 0.25].", min=0)
+        float | None,
+        typer.Option("--cpu", help="CPUs per actor; 1, or 0.25 beside a GPU, where it is not given.", min=0),
     ] = None,
     accelerator: Annotated[
         str | None, typer.Option("--accelerator", help="Kind of GPU, as Ray names it, e.g. A100.")
     ] = None,
     weights: Weights = [],  # noqa: B006
     size: Size = "full",
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Computed in.")] = "float32",
+    dtype: Dtype = "float32",
     seconds: Annotated[float, typer.Option(help="Time to spend on each expert, seconds, about.", min=0)] = 60.0,
     imports: Imports = [],  # noqa: B006
     quiet: Quiet = False,
@@ -269,7 +277,7 @@ def profile(
                 [
                     row.expert,
                     one.batch,
-                    float(f"{one.images_per_second:.4g}"),
+                    rounded(one.images_per_second),
                     None if one.peak_bytes is None else round(one.peak_bytes / 2**20),
                     "chosen" if one == row.best() else "",
                 ]
@@ -286,9 +294,7 @@ def precompute(
     source: Annotated[Path, typer.Argument(help="Folder of pictures, or LLaVA JSON/JSONL that names them.")],
     store: StorePath,
     images: ImagesPath = None,
-    experts: Annotated[
-        str | None, typer.Option("--experts", help="Comma-separated names [default: all seven].")
-    ] = None,
+    experts: Experts = None,
     pool: Annotated[
         list[str],
         typer.Option(
@@ -303,9 +309,7 @@ def precompute(
     imports: Imports = [],  # noqa: B006
     weights: Weights = [],  # noqa: B006
     size: Size = "full",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Computed in and stored.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     shard_mb: Annotated[float, typer.Option(help="Size a shard aims at, MiB.", min=0.1)] = 128.0,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -33,7 +33,7 @@ __all__ = [
 VERSION = 1
 GROWTH = 1.05  # a doubled batch that brings less than this is not worth its memory
 LARGEST = 512  # pictures per forward pass, never more
-REPEAT_SECONDS = 0.3  # passes shorter than this are repeated and the fastest counts
+REPEAT_SECONDS = 0.1  # passes shorter than this are repeated and the fastest counts
 
 
 class ProfileError(ValueError):
@@ -139,7 +139,7 @@ def measure(
     """
     started = time.perf_counter()
     batches: list[Measured] = []
-    batch, fastest = 1, 0.0
+    batch, fastest, where = 1, 0.0, 1
     best: float | None
     while batch <= largest:
         with _peak(device) as peak:
@@ -159,9 +159,11 @@ def measure(
         speed = batch / best
         batches.append(Measured(batch=batch, images_per_second=speed, peak_bytes=peak()))
         left = seconds - (time.perf_counter() - started)
-        if speed < GROWTH * fastest or left < 4 * best:  # two passes of twice as long
+        if speed >= GROWTH * fastest:
+            fastest, where = speed, batch
+        if batch >= 4 * where or left < 4 * best:  # twice no gain, once may be chance; two passes of twice as long
             break
-        batch, fastest = 2 * batch, speed
+        batch *= 2
     return Profile(
         expert=expert.card.name,
         arch=_plain(expert.arch),

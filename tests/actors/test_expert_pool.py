@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from actors.expert_pool import ExpertPool, Servers
+from actors.expert_server import ServerError
 from actors.telemetry import RayTelemetry
 from mova_core.experts import load_expert
 from mova_core.features import FeatureStore, LocalExperts, Tiered
@@ -57,6 +58,11 @@ def test_pool_serves_what_the_experts_compute(ray_cluster, tmp_path):
         with pytest.raises(ValueError, match="no expert 'vary'"):
             pool.fetch(images[:1], [["vary"]])
         told = prometheus("deplot")
+
+        ray.get([actor.__ray_call__.remote(lambda self: self.close()) for actor in pool._actors["deplot"]])
+        with pytest.raises(ServerError, match="the server of deplot was closed"):
+            pool.fetch(images[:1], [["deplot"]])
+        same(pool.fetch(images, wanted))  # it was started again
     finally:
         pool.close()
     assert told["images_total"] == 6 and told["errors_total"] == 1

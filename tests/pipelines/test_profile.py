@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,10 +15,10 @@ HERE = PoolSpec(expert="profile")
 
 @pytest.mark.ray
 def test_an_expert_is_measured_and_its_pool_planned_by_that(ray_cluster, tmp_path):
-    run = {"size": "mini", "progress": False}
+    run: dict[str, Any] = {"size": "mini", "progress": False}
     [measured] = profile(["biomedclip"], tmp_path / "p.json", place=HERE, seconds=1.0, **run)
     assert read_profiles(tmp_path / "p.json") == [measured]
-    assert (measured.expert, measured.dtype, measured.threads) == ("biomedclip", "float32", 1)
+    assert (measured.expert, measured.dtype) == ("biomedclip", "float32") and measured.threads >= 1
     assert measured.device.startswith("cpu ") and measured.batches[0].batch == 1
     assert all(one.images_per_second > 1 for one in measured.batches)
     assert all((one.peak_bytes or 0) > 100 << 20 for one in measured.batches), "a process with PyTorch in it"
