@@ -78,7 +78,7 @@ class ExpertServer:
         telemetry: takes the server's numbers; default Ray's metrics.
 
     Raises:
-        ValueError: unknown expert, size or dtype.
+        ValueError: unknown expert or size, or no room in a batch or the queue.
         WeightsError: as `load_expert`.
         ServerError: the expert cannot compute even one picture on this device.
     """
@@ -102,6 +102,8 @@ class ExpertServer:
         store: str | None = None,
         telemetry: Telemetry | None = None,
     ):
+        if queue < 1 or (batch_size is not None and batch_size < 1):
+            raise ValueError(f"batch_size {batch_size} and queue {queue} must be at least 1")
         if module is not None:
             importlib.import_module(module)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -281,7 +283,8 @@ class ExpertServer:
                     break
                 until = self._waiting[0].at + self.wait
                 self._changed.wait_for(
-                    lambda: len(self._waiting) >= self.batch_size or self._closed, max(0.0, until - time.monotonic())
+                    lambda: len(self._waiting) >= min(self.batch_size, self.queue) or self._closed,
+                    max(0.0, until - time.monotonic()),
                 )
                 group = [self._waiting.popleft() for _ in range(min(self.batch_size, len(self._waiting)))]
                 self._changed.notify_all()

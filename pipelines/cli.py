@@ -144,7 +144,7 @@ def _import(modules: list[str]) -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if not name.startswith(error.name or " "):
+            if not f"{name}.".startswith(f"{error.name}."):
                 raise  # the module is there, and lacks another
             raise typer.BadParameter(
                 f"--import {name}: no such module in {os.getcwd()}, installed or on PYTHONPATH"
@@ -329,6 +329,7 @@ def precompute(
             plan_pools(names, pool)  # refuse a malformed pool before anything starts
         except PlanError as error:
             raise typer.BadParameter(str(error)) from None
+        profiles = () if profile is None else read_profiles(profile)
         found = find_images(source, images)
         with ray_session():
             summary = run(
@@ -336,7 +337,7 @@ def precompute(
                 store,
                 experts=names,
                 pools=pool,
-                profiles=() if profile is None else read_profiles(profile),
+                profiles=profiles,
                 weights=given,
                 size=size,
                 dtype=dtype,

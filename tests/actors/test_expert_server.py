@@ -283,6 +283,11 @@ class TestTrouble:
         assert [isinstance(result, ImageError) for result in results] == [False, True, False]
         assert "2.png: picky cannot prepare it (ZeroDivisionError: by nought)" in str(results[1])
 
+    @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"queue": 0}])
+    def test_no_room_for_one_picture_is_refused(self, server, arguments):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            server(**arguments)
+
     def test_an_expert_that_cannot_start_says_why(self, server):
         Greedy.most = 0
         try:

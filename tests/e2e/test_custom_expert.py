@@ -14,6 +14,7 @@ import pytest
 import ray
 import timm
 import torch
+import typer
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,6 +24,7 @@ from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, load_exp
 from mova_core.experts.expert import Features
 from mova_core.features import FeatureStore
 from mova_core.images import ImageRef
+from pipelines.cli import _import
 
 ROOT = Path(__file__).parents[2]
 BERT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -81,6 +83,15 @@ def test_full_size_needs_weights(place, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WeightsError, match=r"timm/vit_base_patch16_siglip_512\.webli"):
         load_expert("siglip")
+
+
+def test_a_module_that_is_not_there(place, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "lacking.py").write_text("import siglip_exper")
+    with pytest.raises(typer.BadParameter, match=r"--import siglip_exper: no such module in .*custom"):
+        _import(["siglip_exper"])
+    with pytest.raises(ModuleNotFoundError, match="No module named 'siglip_exper'"):
+        _import(["lacking"])
 
 
 @pytest.mark.ray
