@@ -39,11 +39,19 @@ ImagesPath = Annotated[
     Path | None, typer.Option("--images", help="Folder the records' images are relative to [default: the data file's].")
 ]
 ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False)]
+Experts = Annotated[
+    str | None, typer.Option("--experts", help="Comma-separated names; all seven where there are none.")
+]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Computed in, and stored.")]
 Size = Annotated[
     Literal["full", "mini"], typer.Option("--size", help="Size of the experts: full as published, mini for a laptop.")
 ]
 Weights = Annotated[
     list[str], typer.Option("--weights", help="NAME=PATH_OR_HUB_ID, once per expert [default: the public weights].")
+]
+Imports = Annotated[
+    list[str],
+    typer.Option("--import", help="Module that registers an expert of your own (docs/custom_expert.md); repeatable."),
 ]
 Gpu = Annotated[float, typer.Option("--gpu", help="GPUs per actor, fractions allowed.", min=0)]
 
@@ -94,6 +102,11 @@ def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
+def rounded(value: float) -> float:
+    """Three digits, or all those before the point."""
+    return round(value) if value >= 100 else float(f"{value:.3g}")
+
+
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """A table for people; columns of numbers are right-aligned."""
     from rich import box
@@ -121,6 +134,23 @@ def _weights(pairs: list[str], names: Sequence[str]) -> dict[str, str]:
     return given
 
 
+def _import(modules: list[str]) -> None:
+    """Imports what registers experts, also from the current folder, which Ray's workers look into as well."""
+    import importlib
+
+    if modules:
+        sys.path.append(os.getcwd())
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise  # the module is there, and lacks another
+            raise typer.BadParameter(
+                f"--import {name}: no such module in {os.getcwd()}, installed or on PYTHONPATH"
+            ) from None
+
+
 def _experts(names: str | None) -> list[str]:
     from mova_core.experts import EXPERTS, expert_card
 
@@ -134,18 +164,21 @@ def _experts(names: str | None) -> list[str]:
 
 
 @app.command()
-def experts(size: Size = "full", as_json: Json = False) -> None:
-    """List the pool: parameters, input, grid, channels and bytes per picture of each expert."""
+def experts(size: Size = "full", imports: Imports = [], as_json: Json = False) -> None:  # noqa: B006
+    """List the pool: parameters, input, grid, channels, GFLOPs and bytes per picture of each expert, and its weights."""
     import torch
 
-    from mova_core.experts import BASE, EXPERTS, expert_class
+    from mova_core.experts import BASE, EXPERTS, expert_class, expert_names, found_here
+    from mova_core.experts.profile import count_flops
+    from mova_core.routing import LETTERS
 
+    _import(imports)
     rows: list[dict[str, Any]] = []
-    for name in (BASE, *EXPERTS):
+    for name in expert_names():
         card = expert_class(name).card
         arch = card.mini if size == "mini" else card.full
         with torch.device("meta"):  # shapes without weights
-            expert = expert_class(name)(arch)
+            expert = expert_class(name)(arch).eval()
         (height, width), channels = expert.grid, expert.channels
         rows.append(
             {
@@ -155,28 +188,35 @@ def experts(size: Size = "full", as_json: Json = False) -> None:
                 "input": arch.get("image_size"),
                 "grid": [height, width],
                 "channels": channels,
+                "flops": count_flops(expert),
                 "bytes": 2 * height * width * channels,
                 "weights": card.weights,
+                "weights_here": found_here(card.weights),
             }
         )
 
+    def option(name: str) -> str:
+        return "base" if name == BASE else LETTERS[EXPERTS.index(name)] if name in EXPERTS else "own"
+
     def show() -> None:
         table(
-            f"vision experts, size {size}; features per picture in bfloat16",
-            ["", "expert", "network", "M params", "input px", "grid", "channels", "KB", "public weights"],
+            f"vision experts, size {size}; per picture: GFLOPs (a multiply-add is two), KB of features in bfloat16",
+            ["", "expert", "network", "M params", "px", "grid", "chan.", "GFLOPs", "KB", "here", "public weights"],
             [
                 [
-                    "base" if row["expert"] == BASE else "ABCDEFG"[index - 1],
+                    option(row["expert"]),
                     row["expert"],
                     row["title"],
                     round(row["parameters"] / 1e6, 1),
                     row["input"],
                     "x".join(map(str, row["grid"])),
                     row["channels"],
+                    "?" if row["flops"] is None else rounded(row["flops"] / 1e9),
                     round(row["bytes"] / 1e3),
+                    "yes" if row["weights_here"] else "no",
                     row["weights"],
                 ]
-                for index, row in enumerate(rows)
+                for row in rows
             ],
         )
 
@@ -184,25 +224,92 @@ def experts(size: Size = "full", as_json: Json = False) -> None:
 
 
 @app.command()
+def profile(
+    output: Annotated[
+        Path, typer.Option("--output", help="JSON file; what it holds of other experts and devices stays.")
+    ],
+    experts: Experts = None,
+    gpu: Gpu = 0.0,
+    cpu: Annotated[
+        float | None,
+        typer.Option("--cpu", help="CPUs per actor; 1, or 0.25 beside a GPU, where it is not given.", min=0),
+    ] = None,
+    accelerator: Annotated[
+        str | None, typer.Option("--accelerator", help="Kind of GPU, as Ray names it, e.g. A100.")
+    ] = None,
+    weights: Weights = [],  # noqa: B006
+    size: Size = "full",
+    dtype: Dtype = "float32",
+    seconds: Annotated[float, typer.Option(help="Time to spend on each expert, seconds, about.", min=0)] = 60.0,
+    imports: Imports = [],  # noqa: B006
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure each expert's images/s and memory at batch sizes 1, 2, 4, ... on one kind of device, for --profile."""
+    with results_only():
+        from dataclasses import asdict
+
+        from cluster.planner import PoolSpec
+        from cluster.session import ray_session
+        from pipelines.profile import profile as run
+
+        _import(imports)
+        names = _experts(experts)
+        given = _weights(weights, names)
+        place = PoolSpec(expert="profile", cpu=cpu, gpu=gpu, accelerator=accelerator)
+        with ray_session():
+            measured = run(
+                names,
+                output,
+                place=place,
+                weights=given,
+                size=size,
+                dtype=dtype,
+                seconds=seconds,
+                progress=not quiet,
+            )
+
+    def show() -> None:
+        table(
+            f"{measured[0].device}, {dtype}, size {size}; chosen: the smallest batch nearly as fast as any",
+            ["expert", "batch", "images/s", "peak MiB", ""],
+            [
+                [
+                    row.expert,
+                    one.batch,
+                    rounded(one.images_per_second),
+                    None if one.peak_bytes is None else round(one.peak_bytes / 2**20),
+                    "chosen" if one == row.best() else "",
+                ]
+                for row in measured
+                for one in row.batches
+            ],
+        )
+
+    emit([asdict(row) for row in measured], as_json, show)
+
+
+@app.command()
 def precompute(
     source: Annotated[Path, typer.Argument(help="Folder of pictures, or LLaVA JSON/JSONL that names them.")],
     store: StorePath,
     images: ImagesPath = None,
-    experts: Annotated[
-        str | None, typer.Option("--experts", help="Comma-separated names [default: all seven].")
-    ] = None,
+    experts: Experts = None,
     pool: Annotated[
         list[str],
         typer.Option(
             "--pool",
-            help="NAME=SIZE or NAME=MIN..MAX actors[,gpu=,cpu=,accelerator=,batch=] (gpu, cpu per actor; batch in pictures).",
+            help="NAME=SIZE or NAME=MIN..MAX actors[,gpu=,cpu=,accelerator=,batch=] (gpu, cpu per actor; batch in "
+            "pictures, by default that of --profile, else measured by each actor as it starts).",
         ),
     ] = [],  # noqa: B006  typer reads the default
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="What `mova profile` wrote: batch sizes, and memory on CPUs.")
+    ] = None,
+    imports: Imports = [],  # noqa: B006
     weights: Weights = [],  # noqa: B006
     size: Size = "full",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Computed in and stored.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     shard_mb: Annotated[float, typer.Option(help="Size a shard aims at, MiB.", min=0.1)] = 128.0,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -211,15 +318,18 @@ def precompute(
     with results_only():
         from cluster.planner import PlanError, plan_pools
         from cluster.session import ray_session
+        from mova_core.experts.profile import read_profiles
         from pipelines.precompute import find_images
         from pipelines.precompute import precompute as run
 
+        _import(imports)
         names = _experts(experts)
         given = _weights(weights, names)
         try:
             plan_pools(names, pool)  # refuse a malformed pool before anything starts
         except PlanError as error:
             raise typer.BadParameter(str(error)) from None
+        profiles = () if profile is None else read_profiles(profile)
         found = find_images(source, images)
         with ray_session():
             summary = run(
@@ -227,6 +337,7 @@ def precompute(
                 store,
                 experts=names,
                 pools=pool,
+                profiles=profiles,
                 weights=given,
                 size=size,
                 dtype=dtype,
@@ -434,6 +545,7 @@ def ask(
     max_experts: Annotated[int | None, typer.Option(help="Most experts to use.", min=0)] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
     weights: Weights = [],  # noqa: B006
+    imports: Imports = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Ask about one picture; experts run in this process, and only those that the router picks."""
@@ -446,6 +558,7 @@ def ask(
         from mova_core.model import MoVAForConditionalGeneration
         from mova_core.processing import MoVAProcessor
 
+        _import(imports)
         loaded = MoVAForConditionalGeneration.from_pretrained(str(model))
         named = _weights(weights, loaded.config.experts)
         source: Any = LazyExperts(

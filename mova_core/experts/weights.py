@@ -47,6 +47,19 @@ def read_weights(source: str | os.PathLike[str], part: str = "") -> dict[str, Te
         raise _torn(files[0], error) from error
 
 
+def found_here(source: str | os.PathLike[str]) -> bool:
+    """Whether weights are on this machine, as a file or folder or in the hub's cache. Asks nobody."""
+    path = Path(source)
+    if source and path.exists():
+        return True
+    from huggingface_hub import snapshot_download
+
+    try:
+        return bool(weight_files(Path(snapshot_download(str(source), local_files_only=True))))
+    except (OSError, ValueError):  # not in the cache, not whole, or no name of a repository
+        return False
+
+
 def unfitting(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str]) -> str:
     """What is wrong with a state dict, in one line; empty if nothing is."""
     parts = []
