@@ -161,23 +161,22 @@ def read_records(
             if array and at >= len(text):
                 raise DataError(f"{path}, line {line}: the array is never closed; the file looks cut off")
             return
-        error = None
         try:
             record, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as cause:
             where = f"{path}, line {cause.lineno}: broken JSON in the record that starts on line {line}"
-            error = DataError(f"{where} ({cause.msg})")
+            refusal = DataError(f"{where} ({cause.msg})")
             if broken is None or array:
-                raise error from None
+                raise refusal from None
             at = text.find("\n", at) % (len(text) + 1)  # the next line; the end where there is none
         else:
             if isinstance(record, dict):
                 yield line, record
                 continue
-            error = DataError(f"{path}, line {line}: a record must be a JSON object, this is {type(record).__name__}")
+            refusal = DataError(f"{path}, line {line}: a record must be a JSON object, this is {type(record).__name__}")
         if broken is None:
-            raise error
-        broken(error)
+            raise refusal
+        broken(refusal)
 
 
 def usable_samples(samples: Iterable[Sample], quarantine: Iterable[Mapping[str, Any]]) -> list[Sample]:

@@ -144,7 +144,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: the number of image tokens and of visual tokens differ.
         """
         places = input_ids == self.config.image_token_id
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))  # the LLM may have no such token
         shown = [] if visual is None else list(visual)
         count, wanted = sum(map(len, shown)), int(places.sum())
         if wanted != count:

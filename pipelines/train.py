@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from mova_core.config import MoVAConfig
-from mova_core.data import DataError, Sample, read_samples, routing_turns, usable_samples
+from mova_core.data import REWRITTEN, DataError, Sample, read_samples, routing_turns, usable_samples
 from mova_core.features import FeatureStore
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import MoVAProcessor
@@ -221,7 +221,7 @@ class Batches(Dataset):
         turns, questions = [], []
         for sample, rng in chosen:
             augment = rng if self.config.shuffle_pool else None
-            turns.append(routing_turns(sample.question, sample.routing or (), self.pool, augment))
+            turns.append(routing_turns(sample.question, sample.routing or (), self.pool, augment, REWRITTEN))
             questions.append(sample.question)
         images = [sample.image for sample, _ in chosen if sample.image is not None]
         return {**self._process(turns, images, True, questions), "coarse": True}
