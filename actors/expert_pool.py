@@ -1,15 +1,20 @@
 """ExpertPool: live expert feature servers as a FeatureSource. Each expert has its own actors, started when first needed."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
+from math import ceil
 from typing import Any
 
 import ray
 
-from actors.expert_server import ExpertServer
-from mova_core.experts import Features
+from actors.expert_server import ExpertServer, ServerBusy, ServerError
+from mova_core.experts import Features, expert_module
 from mova_core.images import ImageError, ImageRef
+
+REQUEST = 32  # most pictures per request: what is refused is asked for again as a whole
+REQUESTS = 16  # requests an actor holds at once, whose pictures share its batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +24,10 @@ class Servers:
     actors: int = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
-    batch_size: int = 8  # pictures per request and forward pass
+    batch_size: int | None = None  # most pictures per forward pass; None: the server measures it at its start
     server: Mapping[str, Any] = field(
         default_factory=dict
-    )  # further arguments of ExpertServer: weights, size, dtype, device
+    )  # further arguments of ExpertServer: weights, size, dtype, device, wait_ms, queue, profiles, memory_share
 
 
 class ExpertPool:
@@ -30,10 +35,12 @@ class ExpertPool:
 
     Args:
         experts: name -> how it is served.
+        patience: seconds that a request is asked again for while the queues of an expert's actors are full.
     """
 
-    def __init__(self, experts: Mapping[str, Servers]):
+    def __init__(self, experts: Mapping[str, Servers], patience: float = 60.0):
         self.experts = dict(experts)
+        self.patience = patience
         self._actors: dict[str, list[Any]] = {}
 
     @property
@@ -54,6 +61,8 @@ class ExpertPool:
         Raises:
             ValueError: an expert that is not in this pool.
             ImageError: a picture that cannot be read.
+            ServerBusy: an expert's queues stayed full.
+            ServerError: an expert fails; its actor is started again.
         """
         rows: dict[str, list[int]] = {}
         for row, names in enumerate(experts):
@@ -62,17 +71,37 @@ class ExpertPool:
         asked = []
         for name, wanted in rows.items():
             turns = cycle(self._of(name))
-            size = self.experts[name].batch_size
+            room = self.experts[name].server.get("queue", REQUEST)
+            size = min(REQUEST, room, ceil(len(wanted) / len(self._of(name))))
             for at in range(0, len(wanted), size):
                 group = wanted[at : at + size]
-                asked.append((name, group, next(turns).features.remote([images[row] for row in group])))
+                actor = next(turns)
+                asked.append((name, group, actor, actor.features.remote([images[row] for row in group])))
+        until = time.monotonic() + self.patience
         out: list[dict[str, Features]] = [{} for _ in images]
-        for name, group, ref in asked:
-            for row, result in zip(group, ray.get(ref), strict=True):
+        for name, group, actor, ref in asked:
+            for row, result in zip(group, self._got(ref, actor, [images[row] for row in group], until), strict=True):
                 if isinstance(result, ImageError):
                     raise result
                 out[row][name] = result
         return out
+
+    @staticmethod
+    def _got(ref: Any, actor: Any, images: Sequence[ImageRef], until: float) -> list[Features | ImageError]:
+        """What was asked for, asked again while the actor has no room."""
+        pause = 0.02
+        while True:
+            try:
+                return ray.get(ref)
+            except ServerBusy:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(pause)
+                pause = min(2 * pause, 1.0)
+                ref = actor.features.remote(images)
+            except ServerError:
+                ray.kill(actor, no_restart=False)
+                raise
 
     def close(self) -> None:
         """Ends the actors."""
@@ -87,12 +116,18 @@ class ExpertPool:
         if name not in self._actors:
             how = self.experts[name]
             remote = ray.remote(ExpertServer).options(
-                num_cpus=how.num_cpus, num_gpus=how.num_gpus, max_restarts=-1, max_task_retries=2
+                num_cpus=how.num_cpus,
+                num_gpus=how.num_gpus,
+                max_restarts=-1,
+                max_task_retries=2,
+                max_concurrency=REQUESTS,
             )
-            self._actors[name] = [
-                remote.remote(
-                    name, batch_size=how.batch_size, **{"device": "cuda" if how.num_gpus else "cpu", **how.server}
-                )
-                for _ in range(how.actors)
-            ]
+            arguments = {
+                "batch_size": how.batch_size,
+                "device": "cuda" if how.num_gpus else "cpu",
+                "memory_share": min(1.0, how.num_gpus or 1.0),
+                "module": expert_module(name),
+                **how.server,
+            }
+            self._actors[name] = [remote.remote(name, **arguments) for _ in range(how.actors)]
         return self._actors[name]

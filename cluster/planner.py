@@ -3,7 +3,10 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mova_core.experts.profile import Profile
 
 
 class PlanError(ValueError):
@@ -20,7 +23,8 @@ class PoolSpec:
     cpu: float | None = None  # default: 1 without a GPU; a quarter beside one, so that reading tasks find a core
     gpu: float = 0.0
     accelerator: str | None = None  # Ray's accelerator-type label, e.g. "A100"
-    batch: int = 8  # pictures per forward pass
+    batch: int | None = None  # most pictures per forward pass; None: from a profile, else measured by each actor
+    memory: int = 0  # bytes of the node's memory that one actor without a GPU takes; 0: not known
 
     @property
     def cpus(self) -> float:
@@ -73,6 +77,21 @@ def plan_pools(experts: Sequence[str], asked: Iterable[str | PoolSpec] = ()) -> 
     return pools
 
 
+def know_memory(pools: Mapping[str, PoolSpec], profiles: "Iterable[Profile]") -> dict[str, PoolSpec]:
+    """Pools without a GPU with the memory that their expert took on any such CPU, at the batch they will run.
+
+    Args:
+        profiles: of the size and dtype that the pools run.
+    """
+    known: dict[str, int] = {}
+    for profile in profiles:
+        pool = pools.get(profile.expert)
+        if pool is not None and not pool.gpu and profile.device.startswith("cpu"):
+            peak = (profile.at(pool.batch) if pool.batch else profile.best()).peak_bytes or 0
+            known[pool.expert] = max(known.get(pool.expert, 0), peak)
+    return {name: replace(pool, memory=known.get(name, 0)) for name, pool in pools.items()}
+
+
 def fit_pools(pools: Mapping[str, PoolSpec], resources: Mapping[str, float]) -> dict[str, PoolSpec]:
     """Pools cut to what the cluster has, each able to run by itself with one CPU left for reading tasks.
 
@@ -95,7 +114,13 @@ def fit_pools(pools: Mapping[str, PoolSpec], resources: Mapping[str, float]) -> 
                 f"pool {name}: no node has a {pool.accelerator} (this cluster has {', '.join(have) or 'no GPU'})"
             )
         fits_cpu = (cpus - 1) / pool.cpus if pool.cpus else float("inf")
-        fits = min(fits_cpu, gpus / pool.gpu if pool.gpu else float("inf"))
+        fits_memory = resources.get("memory", float("inf")) / pool.memory if pool.memory else float("inf")
+        fits = min(fits_cpu, gpus / pool.gpu if pool.gpu else float("inf"), fits_memory)
+        if fits_memory < pool.min_size:
+            raise PlanError(
+                f"pool {name}: {pool.min_size} actors take {pool.min_size * pool.memory / 2**30:.1f} GiB as profiled, but the "
+                f"cluster has {resources['memory'] / 2**30:.1f} GiB: lower the size or batch= of --pool {name}, or add a node"
+            )
         if fits < pool.min_size:
             need = f"{pool.min_size * pool.cpus:g} CPUs and {pool.min_size * pool.gpu:g} GPUs"
             raise PlanError(

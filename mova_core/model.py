@@ -5,14 +5,17 @@ Legend: B rows, L tokens, M pictures, N base tokens, E experts of the pool, D th
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, cast
 
 import peft
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,33 +25,57 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import cached_file
 
 from mova_core.adapter import AdapterConfig, MoVAdapter
 from mova_core.config import MoVAConfig
 from mova_core.experts import BASE, EXPERTS, Features, expert_card, expert_class, load_expert
+from mova_core.light_router import LightRouter
+from mova_core.processing import IGNORE
 
 ROUTING_LORA = "expert_routing_lora"  # the peft adapter's name, and its folder in a checkpoint
+
+
+class PictureInputs(TypedDict, total=False):
+    """What `forward` and `generate` take for the M pictures of a batch, in reading order; `MoVAProcessor` makes the first three."""
+
+    pixel_values: Tensor  # (M, 3, S, S) float
+    text_input_ids: Tensor  # (M, T) int64, the gate's text; needed where a picture is routed to an expert
+    text_attention_mask: Tensor  # (M, T) int64
+    experts: Mapping[str, Features]  # by name, as `MoVAdapter` takes them
+    routing: Tensor  # bool (M, E) in pool order; left out: no expert
+    coarse: bool | Sequence[bool] | Tensor  # pictures of a routing pass, shown in `config.routing_tokens` tokens
 
 
 class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """MoVA without its experts.
 
     `forward` takes what `MoVAProcessor` makes plus the routed experts' features; the LLM sees each picture as
-    `config.image_tokens` tokens, or `config.routing_tokens` in a routing pass.
+    `config.image_tokens` tokens, or `config.routing_tokens` in a routing pass. One batch may hold rows without a picture,
+    with several, and rows of either pass.
+
+    Args:
+        config: what to build.
+        language_model: the causal LM that `config.text_config` describes, taken over; default a fresh one.
     """
 
     config_class = MoVAConfig
     base_model_prefix = "mova"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    # Whole on one device, as they read their parts' weights themselves; post_init adds the LLM's.
+    _no_split_modules = ["Clip", "MoVAdapter"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config: MoVAConfig):
+    def __init__(self, config: MoVAConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         self.base_encoder = expert_class(BASE)(config.base_arch)
         self.adapter = MoVAdapter(AdapterConfig(**config.adapter))
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.light_router: LightRouter | None = None
+        if hidden := getattr(config, "light_router", 0):
+            self.add_light_router(hidden)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -73,44 +100,131 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def encode_image(
         self,
         base: Tensor,
-        text: Mapping[str, Tensor] | Tensor,
+        text: Mapping[str, Tensor] | Tensor | None = None,
         experts: Mapping[str, Features] | None = None,
         routing: Tensor | None = None,
-        coarse: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Fuses the routed experts into the base tokens.
 
         Args:
             base: (M, N, C) from `encode_base`.
-            text: the gate's text, tokens or features, as `MoVAdapter` takes it.
+            text: the gate's text, tokens or features, as `MoVAdapter` takes it; None where no picture is routed, as
+                then the gate has nothing to weigh.
             experts: features by expert name, as `MoVAdapter` takes them.
             routing: bool (M, E) in pool order; None routes to no expert.
-            coarse: pool the tokens to the routing pass's grid.
 
         Returns:
-            visual tokens (M, `config.image_tokens` or `config.routing_tokens`, D), and the gate weights (M, E) of every block.
+            visual tokens (M, `config.image_tokens`, D), and the gate weights (M, E) of every block.
+
+        Raises:
+            ValueError: a shape that does not fit, features missing for a routed expert, or a routed picture without text.
         """
         if routing is None:
             routing = torch.zeros(len(base), len(self.config.pool), dtype=torch.bool, device=base.device)
-        tokens, gates = self.adapter(base, experts or {}, routing, text, return_gates=True)
-        if coarse:
-            side = self.config.adapter["grid"] // 2
-            plane = tokens.transpose(1, 2).unflatten(2, (side, side))
-            tokens = F.adaptive_avg_pool2d(plane, self.config.routing_grid).flatten(2).transpose(1, 2)
-        return tokens, gates
+        if text is None:
+            if routing.any():
+                raise ValueError("a routed picture needs the gate's text: give text_input_ids and text_attention_mask")
+            text = base.new_zeros(1, self.adapter.config.text_width)
+        return self.adapter(base, experts or {}, routing, text, return_gates=True)
 
-    def embed(self, input_ids: Tensor, visual: Tensor | None) -> Tensor:
-        """Token embeddings (B, L, D) with the pictures' tokens (M, n, D), in reading order, where `image_token_id` stands.
+    def coarsen(self, visual: Tensor) -> Tensor:
+        """Visual tokens (M, `config.image_tokens`, D) pooled to what a routing pass shows (M, `config.routing_tokens`, D)."""
+        side = self.config.adapter["grid"] // 2
+        plane = visual.transpose(1, 2).unflatten(2, (side, side))
+        return F.adaptive_avg_pool2d(plane, self.config.routing_grid).flatten(2).transpose(1, 2)
+
+    def embed(self, input_ids: Tensor, visual: Sequence[Tensor] | Tensor | None = None) -> Tensor:
+        """Token embeddings (B, L, D) with the pictures' tokens, in reading order, where `image_token_id` stands.
+
+        Args:
+            input_ids: (B, L) int64; the image token may lie outside the LLM's vocabulary.
+            visual: per picture its tokens (n, D), of any number each.
 
         Raises:
             ValueError: the number of image tokens and of visual tokens differ.
         """
-        embeds = self.get_input_embeddings()(input_ids)
         places = input_ids == self.config.image_token_id
-        count = 0 if visual is None else visual.shape[0] * visual.shape[1]
-        if int(places.sum()) != count:
-            raise ValueError(f"the text has {int(places.sum())} image tokens but the pictures give {count}")
-        return embeds if visual is None else embeds.masked_scatter(places.unsqueeze(-1), visual.to(embeds.dtype))
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))  # the LLM may have no such token
+        shown = [] if visual is None else list(visual)
+        count, wanted = sum(map(len, shown)), int(places.sum())
+        if wanted != count:
+            raise ValueError(f"the text has {wanted} image tokens but the pictures give {count}")
+        if not shown:
+            return embeds
+        return embeds.masked_scatter(places.unsqueeze(-1), torch.cat(shown).to(embeds))
+
+    def fuse(self, input_ids: Tensor, pictures: PictureInputs) -> Tensor:
+        """Embeddings (B, L, D) of text and pictures; see `embed` and `encode_image` for what may be wrong with them."""
+        if (pixels := pictures.get("pixel_values")) is None:
+            return self.embed(input_ids)
+        text = None
+        if (ids := pictures.get("text_input_ids")) is not None:
+            text = {"input_ids": ids}
+            if (mask := pictures.get("text_attention_mask")) is not None:
+                text["attention_mask"] = mask
+        visual, _ = self.encode_image(self.encode_base(pixels), text, pictures.get("experts"), pictures.get("routing"))
+        coarse = pictures.get("coarse", False)
+        coarse = [coarse] * len(visual) if isinstance(coarse, bool) else [bool(one) for one in coarse]
+        if len(coarse) != len(visual):
+            raise ValueError(f"coarse tells of {len(coarse)} pictures, there are {len(visual)}")
+        if not any(coarse):
+            return self.embed(input_ids, visual)
+        pairs = zip(self.coarsen(visual), visual, coarse, strict=True)
+        return self.embed(input_ids, [few if one else many for few, many, one in pairs])
+
+    def prepare_inputs(
+        self,
+        input_ids: Tensor,
+        visual: Sequence[Tensor] | Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        max_length: int | None = None,
+        padding_side: Literal["left", "right"] = "right",
+    ) -> dict[str, Tensor | None]:
+        """Batches of the published form, one image token a picture, to what `forward` takes.
+
+        The published `prepare_inputs_labels_for_multimodal`, except that a row without a picture takes none.
+
+        Args:
+            input_ids: (B, L) int64, `config.image_token_id` once per picture.
+            visual: per picture its tokens (n, D), in reading order.
+            attention_mask, labels, position_ids: (B, L); each may be None and then is None in what comes back.
+            max_length: longest row with its pictures, in tokens; a longer one loses its end.
+            padding_side: where short rows are filled up, with zeros.
+
+        Returns:
+            inputs_embeds (B, L', D); attention_mask (B, L') of the dtype it had; labels (B, L') int64 with `IGNORE` on
+            pictures and padding; position_ids (B, L') int64 from 0 in every row.
+
+        Raises:
+            ValueError: more image tokens than pictures, or more pictures than image tokens.
+        """
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        marks = (input_ids == self.config.image_token_id) & mask
+        if int(marks.sum()) != len(visual):
+            raise ValueError(f"the text has {int(marks.sum())} image tokens but there are {len(visual)} pictures")
+        given = iter(visual)
+        embeds, targets = [], []
+        for row, (kept, pictured) in enumerate(zip(mask, marks, strict=True)):
+            shown = [next(given) for _ in range(int(pictured.sum()))]
+            repeats = torch.ones_like(input_ids[row])
+            repeats[pictured] = repeats.new_tensor([len(tokens) for tokens in shown])
+            ids = input_ids[row][kept].repeat_interleave(repeats[kept])
+            embeds.append(self.embed(ids[None], shown)[0][:max_length])
+            told = torch.full_like(input_ids[row], IGNORE) if labels is None else labels[row]
+            told = told.masked_fill(pictured, IGNORE)[kept].repeat_interleave(repeats[kept])
+            targets.append(told[:max_length])
+        pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
+        places = [torch.arange(len(row), device=input_ids.device) for row in targets]
+        return {
+            "inputs_embeds": pad(embeds),
+            "attention_mask": None
+            if attention_mask is None
+            else pad([torch.ones_like(row, dtype=attention_mask.dtype) for row in targets]),
+            "labels": None if labels is None else pad(targets, padding_value=IGNORE),
+            "position_ids": None if position_ids is None else pad(places),
+        }
 
     def forward(  # type: ignore[override]
         self,
@@ -118,21 +232,16 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        text_input_ids: Tensor | None = None,
-        text_attention_mask: Tensor | None = None,
-        experts: Mapping[str, Features] | None = None,
-        routing: Tensor | None = None,
-        coarse: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """LM logits (B, L, V), and with `labels` the mean cross entropy of the positions that carry one.
 
-        Shapes as `MoVAProcessor` and `encode_image` give them; `inputs_embeds` (B, L, D) replaces ids and pictures.
+        Args:
+            input_ids, attention_mask, labels: (B, L) int64 as `MoVAProcessor` makes them.
+            inputs_embeds: (B, L, D) instead of ids and pictures.
+            kwargs: `PictureInputs`; all else goes to the LLM's forward.
         """
-        if inputs_embeds is None:
-            pictured = (pixel_values, text_input_ids, text_attention_mask, experts, routing, coarse)
-            inputs_embeds = self._fused(input_ids, *pictured)
+        inputs_embeds = self._embeds(input_ids, inputs_embeds, kwargs)
         return self.language_model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs)
 
     @torch.no_grad()
@@ -141,42 +250,29 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        text_input_ids: Tensor | None = None,
-        text_attention_mask: Tensor | None = None,
-        experts: Mapping[str, Features] | None = None,
-        routing: Tensor | None = None,
-        coarse: bool = False,
         **kwargs: Any,
     ) -> Tensor:
-        """New tokens (B, <= max_new_tokens) after the left-padded input of `forward`; `kwargs` as transformers' `generate`."""
-        if inputs_embeds is None:
-            pictured = (pixel_values, text_input_ids, text_attention_mask, experts, routing, coarse)
-            inputs_embeds = self._fused(input_ids, *pictured)
+        """New tokens (B, <= max_new_tokens) after a left-padded input.
+
+        Args:
+            input_ids, attention_mask, inputs_embeds: as `forward` takes them.
+            kwargs: `PictureInputs`; all else (`max_new_tokens`, `streamer`, ...) goes to the LLM's `generate`.
+        """
+        inputs_embeds = self._embeds(input_ids, inputs_embeds, kwargs)
         return self.language_model.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
-    def _fused(
-        self,
-        input_ids: Tensor | None,
-        pixel_values: Tensor | None,
-        text_input_ids: Tensor | None,
-        text_attention_mask: Tensor | None,
-        experts: Mapping[str, Features] | None,
-        routing: Tensor | None,
-        coarse: bool,
-    ) -> Tensor:
-        """Embeddings (B, L, D) of text and pictures."""
-        if input_ids is None:
-            raise ValueError("give input_ids or inputs_embeds")
-        if pixel_values is None:
-            return self.embed(input_ids, None)
-        if text_input_ids is None or text_attention_mask is None:
-            raise ValueError(
-                "a picture needs the gate's text: text_input_ids and text_attention_mask, as MoVAProcessor makes"
-            )
-        text = {"input_ids": text_input_ids, "attention_mask": text_attention_mask}
-        visual, _ = self.encode_image(self.encode_base(pixel_values), text, experts, routing, coarse)
-        return self.embed(input_ids, visual)
+    def _embeds(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        """What the LLM reads; takes `PictureInputs` out of `kwargs`."""
+        pictures = cast(
+            PictureInputs, {name: kwargs.pop(name) for name in PictureInputs.__annotations__ if name in kwargs}
+        )
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("give input_ids or inputs_embeds")
+            return self.fuse(input_ids, pictures)
+        if pictures:
+            raise ValueError(f"inputs_embeds hold the pictures already: give no {', '.join(pictures)}")
+        return inputs_embeds
 
     # The expert-routing LoRA: on for the routing pass, off for the answer.
 
@@ -194,19 +290,39 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model.disable_adapters()
 
     @contextlib.contextmanager
-    def expert_routing(self) -> Iterator[None]:
-        """Within it the LLM is the router: its expert-routing LoRA is on, if it has one."""
-        if not self.has_routing_lora:
+    def expert_routing(self, rows: Sequence[bool] | None = None) -> Iterator[None]:
+        """Within it the LLM is the router: its expert-routing LoRA is on, if it has one; without, the LLM itself routes (v2).
+
+        Args:
+            rows: which rows of the batch are a routing pass, where it holds both; for inference. None: all.
+        """
+        if not self.has_routing_lora or (rows is not None and not any(rows)):
             yield
             return
+        hooks = []
+        if rows is not None:
+            names = [ROUTING_LORA if row else "__base__" for row in rows]  # peft's word for no adapter
+            for module in self.language_model.modules():
+                if isinstance(module, LoraLayer) and isinstance(module, torch.nn.Module):
+                    tell = lambda _module, args, kwargs: (args, {**kwargs, "adapter_names": names})  # noqa: E731
+                    hooks.append(module.register_forward_pre_hook(tell, with_kwargs=True))
         self.language_model.enable_adapters()
         try:
             yield
         finally:
             self.language_model.disable_adapters()
+            for hook in hooks:
+                hook.remove()
+
+    def add_light_router(self, hidden: int = 512) -> None:
+        """Puts a fresh light router beside the LLM; it is saved and loaded with the model."""
+        sizes = (self.config.adapter["text_width"], self.base_encoder.channels, len(self.config.pool))
+        self.light_router = LightRouter(*sizes, hidden=hidden).to(self.adapter.pos_embed)
+        self.config.light_router = hidden
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """The model in transformers' form; the expert-routing LoRA beside it in peft's, so the LLM's weights stay plain."""
+        push = kwargs.pop("push_to_hub", False)
         state = kwargs.pop("state_dict", None) or self.state_dict()
         lora = {name for name in state if "lora_" in name}
         plain = {name.replace(".base_layer.", "."): value for name, value in state.items() if name not in lora}
@@ -219,17 +335,34 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             save_file(
                 {name: value.contiguous() for name, value in weights.items()}, folder / "adapter_model.safetensors"
             )
+        if push:  # only now is all of it there
+            names = ("repo_id", "token", "private", "revision", "commit_message", "create_pr")
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            self.push_to_hub(options.pop("repo_id", Path(save_directory).name), **options)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
     ) -> "MoVAForConditionalGeneration":
-        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        folder = Path(pretrained_model_name_or_path) / ROUTING_LORA
-        if folder.is_dir():
-            model.language_model.load_adapter(str(folder), adapter_name=ROUTING_LORA)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
+        where = {
+            name: kwargs[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in kwargs
+        }
+        names = ["adapter_config.json", "adapter_model.safetensors"]  # of a local folder or on the hub
+        found = [
+            cached_file(
+                pretrained_model_name_or_path,
+                f"{ROUTING_LORA}/{name}",
+                _raise_exceptions_for_missing_entries=False,
+                **where,
+            )
+            for name in names
+        ]
+        if all(found):
+            model.language_model.load_adapter(str(Path(str(found[0])).parent), adapter_name=ROUTING_LORA)
             model.language_model.disable_adapters()
-        return model
+        return loaded
 
 
 def assemble(
@@ -275,21 +408,29 @@ def assemble(
         image_token_id=image_token_id,
         expert_size=size,
         routing_grid=routing_grid or base.grid[0] // 4,
+        # A config sets it on its parts, the LLM's included: left out, the LLM would forget its own and read no mask.
+        attn_implementation=language_model.config._attn_implementation,
     )
-    model = MoVAForConditionalGeneration(config)
+    model = MoVAForConditionalGeneration(config, language_model)
     model.base_encoder.load_state_dict(base.state_dict())
-    model.language_model = language_model
     return model
 
 
 def stack_features(
     rows: Sequence[Mapping[str, Features]], pool: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Features]:
-    """Features per picture to features per expert, holding only the rows that have them, as `MoVAdapter` takes them."""
+    """Features per picture to features per expert, holding only the rows that have them, as `MoVAdapter` takes them.
+
+    Raises:
+        ValueError: features of one expert that differ in grid or channels.
+    """
     stacked = {}
     for name in pool:
         have = [row[name] for row in rows if name in row]
-        if have:
+        if sizes := {(features.grid, tuple(features.tokens.shape)) for features in have}:
+            if len(sizes) > 1:
+                listed = "; ".join(f"grid {grid[0]}x{grid[1]} with tokens {shape}" for grid, shape in sorted(sizes))
+                raise ValueError(f"{name}: features of one batch differ: {listed}")
             tokens = torch.stack([features.tokens for features in have]).to(device, dtype, non_blocking=True)
             stacked[name] = Features(tokens, have[0].grid)
     return stacked

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from mova_core.config import MoVAConfig
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, VisionExpert, expert_class
 from mova_core.images import ImageSource
@@ -17,17 +18,61 @@ from mova_core.images import ImageSource
 IGNORE = -100  # label of a position that carries no loss
 
 Turns = Sequence[tuple[str, str]]  # (role, text), oldest first
+Pictures = ImageSource | Sequence[ImageSource] | None  # of one conversation
+
+_SYSTEM = (
+    "{% set said = messages[0].content if messages[0].role == 'system' else SYSTEM %}"
+    "{% set turns = messages[1:] if messages[0].role == 'system' else messages %}"
+)
+_MARKED = (  # every turn between marks that name its role, as ChatML and Llama 3 have it
+    "{{ OPEN + 'system' + SHUT + said + END }}"
+    "{% for turn in turns %}{{ OPEN + turn.role + SHUT + turn.content + END }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ OPEN + 'assistant' + SHUT }}{% endif %}"
+)
+_CHATML = "{% set OPEN, SHUT, END = '<|im_start|>', '\n', '<|im_end|>' %}" + _SYSTEM + _MARKED
+
+# The formats that published weights were trained on, as Jinja templates. A tokenizer's own marks (<s>) go before them.
+CHAT_FORMATS = {
+    "vicuna_v1": "{% set SYSTEM = 'A chat between a curious user and an artificial intelligence assistant. The assistant "
+    "gives helpful, detailed, and polite answers to the user\\'s questions.' %}" + _SYSTEM + "{{ said }}"
+    "{% for turn in turns %}{% if turn.role == 'user' %}{{ ' ' if loop.first }}{{ 'USER: ' + turn.content + ' ASSISTANT:' }}"
+    "{% else %}{{ ' ' + turn.content + '</s>' }}{% endif %}{% endfor %}",
+    "llama_2": "{% set SYSTEM = 'You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
+    "content. Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make "
+    "any sense, or is not factually coherent, explain why instead of answering something not correct. If you don\\'t know the "
+    "answer to a question, please don\\'t share false information.' %}" + _SYSTEM + "{% for turn in turns %}"
+    "{% if turn.role == 'user' %}{{ '<s>' if not loop.first }}{{ '[INST] ' }}"
+    "{% if loop.first %}{{ '<<SYS>>\n' + said + '\n<</SYS>>\n\n' }}{% endif %}{{ turn.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + turn.content + ' </s>' }}{% endif %}{% endfor %}",
+    "plain": "{% for turn in messages %}{{ turn.content + '\n' if turn.role == 'assistant' else "
+    f"'{IMAGE_MARK}' * turn.content.count('{IMAGE_MARK}') }}}}{{% endfor %}}",  # captions: nothing is asked
+    "mpt": "{% set SYSTEM = 'A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and "
+    "honest answers.' %}" + _CHATML,
+    "chatml": "{% set SYSTEM = 'Answer the questions.' %}" + _CHATML,  # Hermes-Yi
+    # Begun twice by the tokenizer's own mark and this one, as published.
+    "mova_llama3": "{% set SYSTEM = 'You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural language.' %}"
+    "{% set OPEN, SHUT, END = '<|start_header_id|>', '<|end_header_id|>\n\n', '<|eot_id|>' %}"
+    + _SYSTEM
+    + "{{ '<|begin_of_text|>' }}"
+    + _MARKED,
+}
 
 
 class MoVAProcessor(ProcessorMixin):
     """Chat template, LLM tokens, the gate's text and the base encoder's pixels in one call.
 
     Args:
-        tokenizer: the LLM's; its chat template renders a conversation and marks a picture with `IMAGE_MARK`.
+        tokenizer: the LLM's; its chat template renders a conversation, in which `IMAGE_MARK` stands for a picture.
         text_tokenizer: the adapter's text encoder's.
         base_arch: arch of the base encoder, which says how pictures become pixels.
         image_tokens: visual tokens per picture in the answer pass.
         routing_tokens: visual tokens per picture in the routing pass.
+        chat_format: one of `CHAT_FORMATS`, for published weights, instead of the tokenizer's chat template.
+
+    Raises:
+        ValueError: no such chat format, or a tokenizer without an `IMAGE_MARK` token.
     """
 
     tokenizer: Any  # set by ProcessorMixin, as every argument that names one
@@ -41,10 +86,16 @@ class MoVAProcessor(ProcessorMixin):
         image_tokens: int = 576,
         routing_tokens: int = 144,
         chat_template: str | None = None,
+        chat_format: str | None = None,
     ):
         self.base_arch = dict(base_arch or {})
         self.image_tokens = image_tokens
         self.routing_tokens = routing_tokens
+        self.chat_format = chat_format
+        if chat_format is not None:
+            if chat_format not in CHAT_FORMATS:
+                raise ValueError(f"no chat format {chat_format!r}: there are {', '.join(CHAT_FORMATS)}")
+            chat_template = tokenizer.chat_template = CHAT_FORMATS[chat_format]
         super().__init__(tokenizer, text_tokenizer, chat_template=chat_template)
         self.image_token_id = tokenizer.get_vocab().get(IMAGE_MARK, -1)
         if self.image_token_id < 0:
@@ -59,41 +110,52 @@ class MoVAProcessor(ProcessorMixin):
     def __call__(
         self,
         conversations: Sequence[Turns],
-        images: Sequence[ImageSource | None],
+        images: Sequence[Pictures],
         routing: bool | Sequence[bool] = False,
         labels: bool = False,
         padding_side: str = "left",
         max_length: int | None = None,
-        questions: Sequence[str] | None = None,
+        questions: Sequence[str | Sequence[str]] | None = None,
         pixels: bool = True,
     ) -> BatchFeature:
-        """Tensors of B conversations.
+        """Tensors of B conversations; text-only ones and ones with any number of pictures may share a batch.
 
         Args:
-            conversations: without `labels` each ends with the user's turn and the reply is to be generated.
-            images: one picture or None per conversation; M of them are pictures.
-            routing: which rows are a routing pass and show the picture in `routing_tokens` tokens.
+            conversations: without `labels` each ends with the user's turn and the reply is to be generated. `IMAGE_MARK`
+                in the text says where a picture stands; without any, all stand before the first user turn.
+            images: None, one picture or several per conversation; M in all.
+            routing: which rows are a routing pass and show each picture in `routing_tokens` tokens.
             labels: also return `labels` (B, L): the assistant's words and the end mark; `IGNORE` elsewhere.
-            max_length: longest row in tokens; a longer one loses its end.
-            questions: what the gate reads per row; default the row's user turns.
+            max_length: most tokens a row may have; default what the tokenizer knows of its model. With `labels` a longer
+                row loses its end; without, it is refused.
+            questions: what the gate reads per row, or per picture of the row; default the row's user turns.
             pixels: also prepare the pictures and the gate's text.
 
         Returns:
             input_ids and attention_mask (B, L) int64; pixel_values (M, 3, S, S) float32; text_input_ids and
-            text_attention_mask (M, T) int64 for the gate; labels (B, L) int64 when asked for.
+            text_attention_mask (M, T) int64 for the gate; labels (B, L) int64 when asked for. Pictures come in reading
+            order, row by row.
 
         Raises:
-            ValueError: a row whose picture does not fit into `max_length`.
+            ValueError: pictures and marks that do not match, an empty question, a prompt longer than `max_length`, or one
+                whose picture does not fit into it; the message names the conversation.
             ImageError: a picture that cannot be read.
         """
         as_routing = [routing] * len(conversations) if isinstance(routing, bool) else list(routing)
-        rows = [
-            self._tokens(
-                turns, image is not None, self.routing_tokens if rout else self.image_tokens, labels, max_length
-            )
-            for turns, image, rout in zip(conversations, images, as_routing, strict=True)
-        ]
+        shown = [_pictures(given) for given in images]
+        if not len(conversations) == len(shown) == len(as_routing):
+            counts = f"{len(conversations)} conversations, {len(shown)} images, {len(as_routing)} routing"
+            raise ValueError(f"give one entry per conversation: got {counts}")
+        rows = []
+        for index, (turns, pictures, rout) in enumerate(zip(conversations, shown, as_routing, strict=True)):
+            try:
+                visual_tokens = self.routing_tokens if rout else self.image_tokens
+                rows.append(self._tokens(turns, len(pictures), visual_tokens, labels, max_length))
+            except ValueError as error:
+                raise ValueError(f"conversation {index}: {error}") from None
         pad = self.tokenizer.pad_token_id
+        if pad is None and len(rows) > 1:
+            raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token to batch conversations")
         longest = max(len(ids) for ids, _ in rows)
 
         def padded(row: list[int], value: int) -> list[int]:
@@ -106,11 +168,15 @@ class MoVAProcessor(ProcessorMixin):
         }
         if labels:
             out["labels"] = torch.tensor([padded(targets, IGNORE) for _, targets in rows])
-        shown = [image for image in images if image is not None]
-        if shown and pixels:
-            out["pixel_values"] = self.base.preprocess(shown)["pixel_values"]
+        if pixels and any(shown):
+            out["pixel_values"] = self.base.preprocess([image for row in shown for image in row])["pixel_values"]
             asked = questions if questions is not None else ["\n".join(gate_turns(turns)) for turns in conversations]
-            out |= self.gate_text([text for text, image in zip(asked, images, strict=True) if image is not None])
+            texts: list[str] = []
+            for index, (text, row) in enumerate(zip(asked, shown, strict=True)):
+                texts += [text] * len(row) if isinstance(text, str) else text
+                if not isinstance(text, str) and len(text) != len(row):
+                    raise ValueError(f"conversation {index}: {len(text)} questions for {len(row)} pictures")
+            out |= self.gate_text(texts)
         return BatchFeature(out)
 
     def gate_text(self, questions: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -128,37 +194,106 @@ class MoVAProcessor(ProcessorMixin):
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _tokens(
-        self, turns: Turns, pictured: bool, visual_tokens: int, labels: bool, max_length: int | None
+        self, turns: Turns, pictures: int, visual_tokens: int, labels: bool, max_length: int | None
     ) -> tuple[list[int], list[int]]:
-        """One row's ids and labels. A reply is tokenised by itself, so training and generation cut it alike."""
-        messages = [{"role": role, "content": text} for role, text in turns]
-        if pictured:
-            first = next(index for index, message in enumerate(messages) if message["role"] == "user")
-            messages[first]["content"] = f"{IMAGE_MARK}\n{messages[first]['content']}"
+        """One row's ids and labels. A prompt is cut into the same tokens in training, in generation and as history."""
+        messages = _marked(turns, pictures, labels)
+        text, replies = self._render(messages, labels)
+        ids, places = self._encode(text, [place for span in replies for place in span])
+        targets = [IGNORE] * len(ids)
+        for begin, end in zip(places[::2], places[1::2], strict=True):
+            targets[begin:end] = ids[begin:end]
+        rows: tuple[list[int], list[int]] = ([], [])
+        shown_until = 0
+        for token, target in zip(ids, targets, strict=True):
+            count = visual_tokens if token == self.image_token_id else 1
+            rows[0].extend([token] * count)
+            rows[1].extend([IGNORE if token == self.image_token_id else target] * count)
+            shown_until = len(rows[0]) if token == self.image_token_id else shown_until
+        limit = max_length if max_length is not None else self.tokenizer.model_max_length
+        if shown_until > limit:
+            raise ValueError(f"max_length {limit} cuts the picture's {visual_tokens} tokens: raise it")
+        if not labels and len(rows[0]) > limit:
+            raise ValueError(f"it has {len(rows[0])} tokens, over the context of {limit}: shorten the question")
+        return rows[0][:limit], rows[1][:limit]
+
+    def _render(self, messages: list[dict[str, str]], labels: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation's text, and from where to where in it the assistant speaks, its end mark included."""
+        generate = messages[-1]["role"] != "assistant" and not labels
+        text = self._template(messages, generate)
+        replies = []
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._template(messages[:index], True) if index else ""
+            after = self._template(messages[: index + 1], False)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise ValueError("its chat template rewrites earlier turns, so a conversation cannot be learnt from it")
+            end = after.find(self.tokenizer.eos_token or "\0", len(before) + len(message["content"]))
+            end = end + len(self.tokenizer.eos_token) if end >= 0 else len(after)
+            replies.append((len(before), end))
+        return (text[: replies[-1][1]] if messages[-1]["role"] == "assistant" else text), replies
+
+    def _template(self, messages: list[dict[str, str]], generate: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+
+    def _encode(self, text: str, places: list[int]) -> tuple[list[int], list[int]]:
+        """Token ids of a text, and where in them its characters at `places` (ascending) begin.
+
+        Text between pictures is tokenised by itself, as published. Where a token would reach over a place, it is cut
+        there: what comes before a reply is never merged with it, as it cannot be when the reply is generated.
+        """
         ids: list[int] = []
-        targets: list[int] = []
-        rendered = ""
-        replies = [index for index, (role, _) in enumerate(turns) if role == "assistant"] if labels else [len(turns)]
-        for index in replies:
-            text = self.tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-            new = self.tokenizer.encode(text.removeprefix(rendered), add_special_tokens=False)
+        found: list[int] = []
+        at = 0
+        for number, chunk in enumerate(text.split(IMAGE_MARK)):
+            if number:
+                ids.append(self.image_token_id)
+                at += len(IMAGE_MARK)
+            end, special = at + len(chunk), number == 0 and self.chat_format is not None
+            new = self.tokenizer.encode(text[at:end], add_special_tokens=special)
+            while len(found) < len(places) and places[len(found)] <= end:
+                place = places[len(found)]
+                head = self.tokenizer.encode(text[at:place], add_special_tokens=special)
+                if new[: len(head)] == head:
+                    found.append(len(ids) + len(head))
+                    continue
+                ids += head
+                at, special = place, False
+                new = self.tokenizer.encode(text[at:end], add_special_tokens=False)
+                found.append(len(ids))
             ids += new
-            targets += [IGNORE] * len(new)
-            if labels:
-                reply = self.tokenizer.encode(messages[index]["content"], add_special_tokens=False)
-                reply.append(self.tokenizer.eos_token_id)
-                ids += reply
-                targets += reply
-                rendered = self.tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        if pictured:
-            at = ids.index(self.image_token_id)
-            ids[at : at + 1] = [self.image_token_id] * visual_tokens
-            targets[at : at + 1] = [IGNORE] * visual_tokens
-            if max_length is not None and at + visual_tokens > max_length:
-                raise ValueError(f"max_length {max_length} cuts the picture's {visual_tokens} tokens: raise it")
-        return ids[:max_length], targets[:max_length]
+            at = end
+        return ids, found
 
 
 def gate_turns(turns: Turns) -> list[str]:
-    """The user's turns: what the gate's text encoder reads."""
-    return [text for role, text in turns if role == "user"]
+    """The user's turns, without image marks: what the gate's text encoder reads."""
+    return [text.replace(IMAGE_MARK, "").strip() for role, text in turns if role == "user"]
+
+
+def _pictures(given: Pictures) -> list[ImageSource]:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]  # type: ignore[list-item]
+
+
+def _marked(turns: Turns, pictures: int, labels: bool) -> list[dict[str, str]]:
+    """Chat messages with an `IMAGE_MARK` for every picture."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    marks = sum(message["content"].count(IMAGE_MARK) for message in messages)
+    asks = [message for message in messages if message["role"] == "user"]
+    if not messages or (not asks and (pictures or not labels)):
+        raise ValueError("it asks nothing: give it a user turn")
+    if not labels and not asks[-1]["content"].replace(IMAGE_MARK, "").strip():
+        raise ValueError("its question is empty: ask something")
+    if marks == 0 and pictures:
+        asks[0]["content"] = f"{IMAGE_MARK}\n" * pictures + asks[0]["content"]
+    elif marks > pictures:
+        raise ValueError(f"{marks} {IMAGE_MARK} marks but {pictures} pictures: give the missing ones")
+    elif marks < pictures:
+        raise ValueError(f"{pictures} pictures but {marks} {IMAGE_MARK} marks: mark where each stands, or mark none")
+    return messages
+
+
+AutoProcessor.register(MoVAConfig, MoVAProcessor, exist_ok=True)

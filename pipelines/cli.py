@@ -39,11 +39,19 @@ ImagesPath = Annotated[
     Path | None, typer.Option("--images", help="Folder the records' images are relative to [default: the data file's].")
 ]
 ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False)]
+Experts = Annotated[
+    str | None, typer.Option("--experts", help="Comma-separated names; all seven where there are none.")
+]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Computed in, and stored.")]
 Size = Annotated[
     Literal["full", "mini"], typer.Option("--size", help="Size of the experts: full as published, mini for a laptop.")
 ]
 Weights = Annotated[
     list[str], typer.Option("--weights", help="NAME=PATH_OR_HUB_ID, once per expert [default: the public weights].")
+]
+Imports = Annotated[
+    list[str],
+    typer.Option("--import", help="Module that registers an expert of your own (docs/custom_expert.md); repeatable."),
 ]
 Gpu = Annotated[float, typer.Option("--gpu", help="GPUs per actor, fractions allowed.", min=0)]
 
@@ -94,6 +102,11 @@ def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
+def rounded(value: float) -> float:
+    """Three digits, or all those before the point."""
+    return round(value) if value >= 100 else float(f"{value:.3g}")
+
+
 def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     """A table for people; columns of numbers are right-aligned."""
     from rich import box
@@ -121,6 +134,35 @@ def _weights(pairs: list[str], names: Sequence[str]) -> dict[str, str]:
     return given
 
 
+def _costs(pairs: list[str]) -> dict[str, float]:
+    """Expert -> cost."""
+    costs = {}
+    for pair in pairs:
+        name, _, cost = pair.partition("=")
+        try:
+            costs[name] = float(cost)
+        except ValueError:
+            raise typer.BadParameter(f"--cost {pair}: write NAME=NUMBER") from None
+    return costs
+
+
+def _import(modules: list[str]) -> None:
+    """Imports what registers experts, also from the current folder, which Ray's workers look into as well."""
+    import importlib
+
+    if modules:
+        sys.path.append(os.getcwd())
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise  # the module is there, and lacks another
+            raise typer.BadParameter(
+                f"--import {name}: no such module in {os.getcwd()}, installed or on PYTHONPATH"
+            ) from None
+
+
 def _experts(names: str | None) -> list[str]:
     from mova_core.experts import EXPERTS, expert_card
 
@@ -134,18 +176,21 @@ def _experts(names: str | None) -> list[str]:
 
 
 @app.command()
-def experts(size: Size = "full", as_json: Json = False) -> None:
-    """List the pool: parameters, input, grid, channels and bytes per picture of each expert."""
+def experts(size: Size = "full", imports: Imports = [], as_json: Json = False) -> None:  # noqa: B006
+    """List the pool: parameters, input, grid, channels, GFLOPs and bytes per picture of each expert, and its weights."""
     import torch
 
-    from mova_core.experts import BASE, EXPERTS, expert_class
+    from mova_core.experts import BASE, EXPERTS, expert_class, expert_names, found_here
+    from mova_core.experts.profile import count_flops
+    from mova_core.routing import LETTERS
 
+    _import(imports)
     rows: list[dict[str, Any]] = []
-    for name in (BASE, *EXPERTS):
+    for name in expert_names():
         card = expert_class(name).card
         arch = card.mini if size == "mini" else card.full
         with torch.device("meta"):  # shapes without weights
-            expert = expert_class(name)(arch)
+            expert = expert_class(name)(arch).eval()
         (height, width), channels = expert.grid, expert.channels
         rows.append(
             {
@@ -155,28 +200,35 @@ def experts(size: Size = "full", as_json: Json = False) -> None:
                 "input": arch.get("image_size"),
                 "grid": [height, width],
                 "channels": channels,
+                "flops": count_flops(expert),
                 "bytes": 2 * height * width * channels,
                 "weights": card.weights,
+                "weights_here": found_here(card.weights),
             }
         )
 
+    def option(name: str) -> str:
+        return "base" if name == BASE else LETTERS[EXPERTS.index(name)] if name in EXPERTS else "own"
+
     def show() -> None:
         table(
-            f"vision experts, size {size}; features per picture in bfloat16",
-            ["", "expert", "network", "M params", "input px", "grid", "channels", "KB", "public weights"],
+            f"vision experts, size {size}; per picture: GFLOPs (a multiply-add is two), KB of features in bfloat16",
+            ["", "expert", "network", "M params", "px", "grid", "chan.", "GFLOPs", "KB", "here", "public weights"],
             [
                 [
-                    "base" if row["expert"] == BASE else "ABCDEFG"[index - 1],
+                    option(row["expert"]),
                     row["expert"],
                     row["title"],
                     round(row["parameters"] / 1e6, 1),
                     row["input"],
                     "x".join(map(str, row["grid"])),
                     row["channels"],
+                    "?" if row["flops"] is None else rounded(row["flops"] / 1e9),
                     round(row["bytes"] / 1e3),
+                    "yes" if row["weights_here"] else "no",
                     row["weights"],
                 ]
-                for index, row in enumerate(rows)
+                for row in rows
             ],
         )
 
@@ -184,25 +236,92 @@ def experts(size: Size = "full", as_json: Json = False) -> None:
 
 
 @app.command()
+def profile(
+    output: Annotated[
+        Path, typer.Option("--output", help="JSON file; what it holds of other experts and devices stays.")
+    ],
+    experts: Experts = None,
+    gpu: Gpu = 0.0,
+    cpu: Annotated[
+        float | None,
+        typer.Option("--cpu", help="CPUs per actor; 1, or 0.25 beside a GPU, where it is not given.", min=0),
+    ] = None,
+    accelerator: Annotated[
+        str | None, typer.Option("--accelerator", help="Kind of GPU, as Ray names it, e.g. A100.")
+    ] = None,
+    weights: Weights = [],  # noqa: B006
+    size: Size = "full",
+    dtype: Dtype = "float32",
+    seconds: Annotated[float, typer.Option(help="Time to spend on each expert, seconds, about.", min=0)] = 60.0,
+    imports: Imports = [],  # noqa: B006
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure each expert's images/s and memory at batch sizes 1, 2, 4, ... on one kind of device, for --profile."""
+    with results_only():
+        from dataclasses import asdict
+
+        from cluster.planner import PoolSpec
+        from cluster.session import ray_session
+        from pipelines.profile import profile as run
+
+        _import(imports)
+        names = _experts(experts)
+        given = _weights(weights, names)
+        place = PoolSpec(expert="profile", cpu=cpu, gpu=gpu, accelerator=accelerator)
+        with ray_session():
+            measured = run(
+                names,
+                output,
+                place=place,
+                weights=given,
+                size=size,
+                dtype=dtype,
+                seconds=seconds,
+                progress=not quiet,
+            )
+
+    def show() -> None:
+        table(
+            f"{measured[0].device}, {dtype}, size {size}; chosen: the smallest batch nearly as fast as any",
+            ["expert", "batch", "images/s", "peak MiB", ""],
+            [
+                [
+                    row.expert,
+                    one.batch,
+                    rounded(one.images_per_second),
+                    None if one.peak_bytes is None else round(one.peak_bytes / 2**20),
+                    "chosen" if one == row.best() else "",
+                ]
+                for row in measured
+                for one in row.batches
+            ],
+        )
+
+    emit([asdict(row) for row in measured], as_json, show)
+
+
+@app.command()
 def precompute(
     source: Annotated[Path, typer.Argument(help="Folder of pictures, or LLaVA JSON/JSONL that names them.")],
     store: StorePath,
     images: ImagesPath = None,
-    experts: Annotated[
-        str | None, typer.Option("--experts", help="Comma-separated names [default: all seven].")
-    ] = None,
+    experts: Experts = None,
     pool: Annotated[
         list[str],
         typer.Option(
             "--pool",
-            help="NAME=SIZE or NAME=MIN..MAX actors[,gpu=,cpu=,accelerator=,batch=] (gpu, cpu per actor; batch in pictures).",
+            help="NAME=SIZE or NAME=MIN..MAX actors[,gpu=,cpu=,accelerator=,batch=] (gpu, cpu per actor; batch in "
+            "pictures, by default that of --profile, else measured by each actor as it starts).",
         ),
     ] = [],  # noqa: B006  typer reads the default
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="What `mova profile` wrote: batch sizes, and memory on CPUs.")
+    ] = None,
+    imports: Imports = [],  # noqa: B006
     weights: Weights = [],  # noqa: B006
     size: Size = "full",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Computed in and stored.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     shard_mb: Annotated[float, typer.Option(help="Size a shard aims at, MiB.", min=0.1)] = 128.0,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -211,15 +330,18 @@ def precompute(
     with results_only():
         from cluster.planner import PlanError, plan_pools
         from cluster.session import ray_session
+        from mova_core.experts.profile import read_profiles
         from pipelines.precompute import find_images
         from pipelines.precompute import precompute as run
 
+        _import(imports)
         names = _experts(experts)
         given = _weights(weights, names)
         try:
             plan_pools(names, pool)  # refuse a malformed pool before anything starts
         except PlanError as error:
             raise typer.BadParameter(str(error)) from None
+        profiles = () if profile is None else read_profiles(profile)
         found = find_images(source, images)
         with ray_session():
             summary = run(
@@ -227,6 +349,7 @@ def precompute(
                 store,
                 experts=names,
                 pools=pool,
+                profiles=profiles,
                 weights=given,
                 size=size,
                 dtype=dtype,
@@ -424,19 +547,34 @@ def show_kinds(kinds: dict[str, dict[str, Any]]) -> None:
 @app.command()
 def ask(
     image: Annotated[Path, typer.Argument(help="Picture file.")],
-    question: Annotated[str, typer.Argument(help="What to ask about it.")],
+    question: Annotated[
+        str,
+        typer.Argument(help="What to ask about it; <image> in it says where a picture stands, if there are several."),
+    ],
     model: ModelPath,
+    also: Annotated[list[Path], typer.Option(help="One more picture file; may be given again.")] = [],  # noqa: B006
     store: Annotated[Path | None, typer.Option(help="Feature store that is read first and kept up to date.")] = None,
+    router: Annotated[str, typer.Option(help="Who picks the experts: llm, or light where the model has one.")] = "llm",
     force: Annotated[
         str | None, typer.Option(help="Experts to use, comma-separated, instead of asking the router; 'none' for none.")
     ] = None,
     forbid: Annotated[str | None, typer.Option(help="Experts that may not be used, comma-separated.")] = None,
     max_experts: Annotated[int | None, typer.Option(help="Most experts to use.", min=0)] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Most that the experts may cost together, in the unit of --cost.", min=0)
+    ] = None,
+    cost: Annotated[
+        list[str],
+        typer.Option(
+            help="expert=COST per picture in one unit, say TFLOP or ms; may be given again; --budget needs all."
+        ),
+    ] = [],  # noqa: B006
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
     weights: Weights = [],  # noqa: B006
+    imports: Imports = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Ask about one picture; experts run in this process, and only those that the router picks."""
+    """Ask about a picture; experts run in this process, and only those that the router picks."""
     with results_only():
         from dataclasses import asdict
 
@@ -446,6 +584,7 @@ def ask(
         from mova_core.model import MoVAForConditionalGeneration
         from mova_core.processing import MoVAProcessor
 
+        _import(imports)
         loaded = MoVAForConditionalGeneration.from_pretrained(str(model))
         named = _weights(weights, loaded.config.experts)
         source: Any = LazyExperts(
@@ -453,21 +592,26 @@ def ask(
             size=loaded.config.expert_size,
             weights=named,
             fingerprints=loaded.config.fingerprints,
+            dtypes=loaded.config.feature_dtypes,
         )
         if store is not None:
             source = Tiered(FeatureStore(store, fingerprints=loaded.config.fingerprints, create=True), source)
         asked = Question(
-            image=ImageRef(path=str(image)),
+            image=[ImageRef(path=path) for path in (image, *also)],
             text=question,
-            experts=None if force is None else tuple(name for name in force.split(",") if name and name != "none"),
-        )
-        answerer = Answerer(loaded, MoVAProcessor.from_pretrained(str(model)), source)
-        [answer] = answerer.answer(
-            [asked],
-            max_new_tokens,
+            experts=None if force is None else [name for name in force.split(",") if name and name != "none"],
             forbid=[name for name in (forbid or "").split(",") if name],
             max_experts=max_experts,
+            budget=budget,
         )
+        answerer = Answerer(
+            loaded,
+            MoVAProcessor.from_pretrained(str(model)),
+            source,
+            router=router,  # type: ignore[arg-type]  # it names a wrong one itself
+            costs=_costs(cost),
+        )
+        [answer] = answerer.answer([asked], max_new_tokens)
 
     def show() -> None:
         print(answer.text or "(the model said nothing)")
@@ -482,6 +626,86 @@ def ask(
         print("seconds: " + ", ".join(f"{step} {seconds:.3f}" for step, seconds in answer.seconds.items()))
 
     emit(asdict(answer), as_json, show)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder to read.", exists=True, file_okay=False)],
+    target: Annotated[Path, typer.Argument(help="Folder to make; it must not be there, or be empty.")],
+    to_published: Annotated[
+        bool, typer.Option("--to-published", help="From ours to the published form, instead of to ours.")
+    ] = False,
+    experts: Annotated[
+        str,
+        typer.Option("--experts", help="keep, drop, or the names to keep, comma-separated; they go to experts/NAME."),
+    ] = "keep",
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(
+            "--text-encoder",
+            help="Folder or hub id with the tokenizer of the adapter's text encoder (default: as config.json says).",
+        ),
+    ] = None,
+    chat_format: Annotated[
+        str | None,
+        typer.Option(help="Published conversation format (default: the one that the tokenizer's marks tell)."),
+    ] = None,
+    shard_gb: Annotated[float, typer.Option(help="Largest weights file, GB.", min=0.001)] = 4.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every name and shape, write nothing.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a published MoVA folder into ours, or ours into a published one. Memory does not grow with the model.
+
+    Every tensor is accounted for in conversion.json; a missing, unknown or misshapen one is an error that names it.
+    """
+    with results_only():
+        from mova_core import checkpoint
+        from mova_core.processing import CHAT_FORMATS
+        from pipelines.progress import progress_bar
+
+        if chat_format is not None and chat_format not in CHAT_FORMATS:
+            raise typer.BadParameter(f"--chat-format {chat_format}: there are {', '.join(CHAT_FORMATS)}")
+        try:
+            kept = checkpoint.chosen_experts(experts)
+        except ValueError as error:
+            raise typer.BadParameter(f"--experts: {error}") from None
+        with progress_bar(None, "convert", "B", not quiet) as bar:
+            bar.unit_scale = True
+            common: dict[str, Any] = {
+                "shard_gb": shard_gb,
+                "dry_run": dry_run,
+                "progress": bar.update,
+                "begin": bar.reset,
+            }
+            if to_published:
+                report = checkpoint.convert_back(source, target, **common)
+            else:
+                common |= {"experts": kept, "text_encoder": text_encoder, "chat_format": chat_format}
+                report = checkpoint.convert(source, target, **common)
+
+    def show() -> None:
+        noted = sum("note" in row for row in report["tensors"])
+        table(
+            f"{source} -> {target}" + (", nothing written" if dry_run else ""),
+            ["part", "tensors", "M params", "MB", "MB written"],
+            [
+                [
+                    part,
+                    row["tensors"],
+                    round(row["parameters"] / 1e6, 2),
+                    *(round(row[key] / 1e6, 2) for key in ("bytes", "written")),
+                ]
+                for part, row in report["parts"].items()
+            ],
+        )
+        print(
+            f"{len(report['tensors'])} names, {noted} with a note" + ("" if dry_run else f": {target}/conversion.json")
+        )
+        for name in report.get("left_out", ()):
+            print(f"left out, as the published form has no place for it: {name}")
+
+    emit(report, as_json, show)
 
 
 @store_app.command("ls")

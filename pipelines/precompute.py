@@ -14,11 +14,12 @@ import ray
 import torch
 
 from actors.expert_server import ExpertServer
-from cluster.planner import PoolSpec, fit_pools, plan_pools
+from cluster.planner import PoolSpec, fit_pools, know_memory, plan_pools
 from mova_core.data import DataError, read_samples
-from mova_core.experts import EXPERTS, load_expert
+from mova_core.experts import EXPERTS, expert_card, expert_module, load_expert
+from mova_core.experts.profile import Profile
 from mova_core.features import FeatureStore
-from pipelines.actor_pool import through_actors
+from pipelines.actor_pool import Stopped, executions_stopped, through_actors
 from pipelines.errors import root_cause
 from pipelines.inspect_images import inspect_images
 from pipelines.progress import progress_bar
@@ -61,9 +62,7 @@ def find_images(source: str | Path, images: str | Path | None = None) -> list[Pa
             )
         return found
     samples = read_samples(source, images)
-    found = sorted(
-        {Path(sample.image.path).resolve() for sample in samples if sample.image is not None and sample.image.path}
-    )
+    found = sorted({Path(image.path).resolve() for sample in samples for image in sample.images if image.path})
     if not found:
         raise DataError(f"no record of {source} names an image")
     return found
@@ -75,6 +74,7 @@ def precompute(
     *,
     experts: Sequence[str] = EXPERTS,
     pools: Iterable[str | PoolSpec] = (),
+    profiles: Iterable[Profile] = (),
     weights: dict[str, str] | None = None,
     size: str = "full",
     dtype: str = "float32",
@@ -87,6 +87,7 @@ def precompute(
         images: files every node can read.
         store_path: the store's folder; made if it is not there.
         pools: what `PoolSpec.parse` reads, per expert; one CPU actor for an expert not named.
+        profiles: as `pipelines.profile` measures them: batch sizes, and the memory of actors on CPUs.
         weights: expert -> weights as `load_expert` takes them.
         dtype: dtype computed in and stored.
         shard_mb: size a shard aims at, in MiB.
@@ -97,7 +98,10 @@ def precompute(
         StoreError: the store cannot be written.
     """
     started = time.perf_counter()
-    fitted = fit_pools(plan_pools(experts, pools), ray.cluster_resources())
+    profiles = [one for one in profiles if one.expert in experts and one.is_of(expert_card(one.expert), size, dtype)]
+    planned = know_memory(plan_pools(experts, pools), profiles)
+    fitted = fit_pools(planned, ray.cluster_resources())
+    modules = {name: expert_module(name) for name in experts}
     store = FeatureStore(store_path, create=True)
     summary = Summary(images=len(images))
     readable = _inspect(images, store, summary, progress)
@@ -107,7 +111,9 @@ def precompute(
         descriptions[name] = with_weights.describe()
     work = {name: _plan(store, descriptions[name], readable, shard_mb, summary) for name in experts}
     _check_disk(store, work, descriptions)
-    run = _Run(store, fitted, weights or {}, size, dtype, progress, summary)
+    server = {"size": size, "dtype": dtype, "profiles": profiles}
+    arguments = {name: {**server, "weights": (weights or {}).get(name), "module": modules[name]} for name in experts}
+    run = _Run(store, fitted, arguments, progress, summary)
     run.all({name: shards for name, shards in work.items() if shards})
     summary.seconds = time.perf_counter() - started
     return summary
@@ -180,18 +186,17 @@ class _Run:
         self,
         store: FeatureStore,
         pools: dict[str, PoolSpec],
-        weights: dict[str, str],
-        size: str,
-        dtype: str,
+        arguments: dict[str, dict[str, Any]],
         progress: bool,
         summary: Summary,
     ):
-        self.store, self.pools, self.weights, self.size, self.dtype = store, pools, weights, size, dtype
+        self.store, self.pools, self.arguments = store, pools, arguments
         self.progress, self.summary = progress, summary
         resources = ray.cluster_resources()
         self.free = {
             "cpu": resources.get("CPU", 0.0) - 1,
             "gpu": resources.get("GPU", 0.0),
+            "memory": resources.get("memory", 0.0),
         }  # one CPU for reading tasks
         self.changed = threading.Condition()
         self.stopping = False
@@ -209,7 +214,8 @@ class _Run:
             with self.changed:
                 self.stopping = True  # an expert that still waits for room must not start any more
                 self.changed.notify_all()
-            threads.shutdown(wait=False, cancel_futures=True)
+            with executions_stopped():
+                threads.shutdown(cancel_futures=True)  # whoever closes Ray next must find nothing that uses it
         if failures:
             name, error = next(iter(failures.items()))
             raise PrecomputeError(f"{', '.join(failures)} did not finish; {name}: {root_cause(error)}") from error
@@ -224,12 +230,11 @@ class _Run:
                 shards,
                 arguments={
                     "expert": name,
-                    "weights": self.weights.get(name),
-                    "size": self.size,
-                    "dtype": self.dtype,
+                    **self.arguments[name],
                     "batch_size": pool.batch,
                     "store": str(self.store.path.resolve()),
                     "device": "cuda" if pool.gpu else "cpu",
+                    "memory_share": min(1.0, pool.gpu or 1.0),
                 },
                 total=sum(len(shard["keys"]) for shard in shards),
                 what=name,
@@ -238,6 +243,7 @@ class _Run:
                 sizes=(min(pool.min_size, actors), actors),
                 cpus=pool.cpus,
                 gpus=pool.gpu,
+                memory=pool.memory,
                 accelerator=pool.accelerator,
             )
             for row in references:
@@ -254,20 +260,23 @@ class _Run:
         least, most = min(pool.min_size, shards), min(pool.max_size, shards)
 
         def room() -> int:
-            each = {"cpu": pool.cpus, "gpu": pool.gpu}
+            each = {"cpu": pool.cpus, "gpu": pool.gpu, "memory": pool.memory}
             return min([most, *(int(self.free[kind] / share + 1e-6) for kind, share in each.items() if share)])
 
         with self.changed:
             self.changed.wait_for(lambda: self.stopping or room() >= least)
             if self.stopping:
-                raise PrecomputeError(f"{pool.expert} was not started: the run was stopped")
+                raise Stopped(f"{pool.expert} was not started: the run was stopped")
             actors = room()
-            self.free["cpu"] -= actors * pool.cpus
-            self.free["gpu"] -= actors * pool.gpu
+            self._held(pool, actors)
         return actors
 
     def _give(self, pool: PoolSpec, actors: int) -> None:
         with self.changed:
-            self.free["cpu"] += actors * pool.cpus
-            self.free["gpu"] += actors * pool.gpu
+            self._held(pool, -actors)
             self.changed.notify_all()
+
+    def _held(self, pool: PoolSpec, actors: int) -> None:
+        self.free["cpu"] -= actors * pool.cpus
+        self.free["gpu"] -= actors * pool.gpu
+        self.free["memory"] -= actors * pool.memory

@@ -23,11 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 
 from mova_core.config import MoVAConfig
-from mova_core.data import DataError, Sample, read_samples, usable_samples
+from mova_core.data import REWRITTEN, DataError, Sample, read_samples, routing_turns, usable_samples
 from mova_core.features import FeatureStore
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import MoVAProcessor
-from mova_core.routing import build_routing_prompt, build_routing_reply, shuffle_pool
 from pipelines.progress import follow_progress, write_progress
 
 Stage = Literal["pretrain", "sft", "router"]
@@ -221,14 +220,8 @@ class Batches(Dataset):
         """Routing instructions: the pool (shuffled and cut by chance) and the question in, the labelled letters out."""
         turns, questions = [], []
         for sample, rng in chosen:
-            cards = [expert["description"] for expert in self.pool]
-            mask = [expert["name"] in (sample.routing or ()) for expert in self.pool]
-            if self.config.shuffle_pool:
-                keep = rng.randint(min(len(cards), max(2, sum(mask))), len(cards))
-                cards, mask = shuffle_pool(cards, mask, rng, keep)
-            turns.append(
-                (("user", build_routing_prompt(sample.question, cards)), ("assistant", build_routing_reply(mask)))
-            )
+            augment = rng if self.config.shuffle_pool else None
+            turns.append(routing_turns(sample.question, sample.routing or (), self.pool, augment, REWRITTEN))
             questions.append(sample.question)
         images = [sample.image for sample, _ in chosen if sample.image is not None]
         return {**self._process(turns, images, True, questions), "coarse": True}

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from mova_core.experts.expert import ExpertCard, Features, VisionExpert, fingerprint
-from mova_core.experts.weights import WeightsError, read_weights, unfitting
+from mova_core.experts.weights import WeightsError, found_here, read_weights, unfitting
 
 __all__ = [
     "BASE",
@@ -22,7 +22,10 @@ __all__ = [
     "WeightsError",
     "expert_card",
     "expert_class",
+    "expert_module",
+    "expert_names",
     "fingerprint",
+    "found_here",
     "load_expert",
     "register",
 ]
@@ -39,13 +42,17 @@ _Expert = TypeVar("_Expert", bound=type[VisionExpert])
 
 
 def register(expert: _Expert) -> _Expert:
-    """Class decorator: adds a VisionExpert to the pool under its card's name.
+    """Class decorator: adds a VisionExpert to the pool under its card's name. docs/custom_expert.md shows a whole one.
+
+    The same class again, as when its notebook cell is run twice, takes the place of the first.
 
     Raises:
         ValueError: the name is taken.
     """
     name = expert.card.name
-    if name in _REGISTRY or _MODULES.get(name, expert.__module__) != expert.__module__:
+    of_before = _REGISTRY.get(name, expert)
+    same = (of_before.__module__, of_before.__qualname__) == (expert.__module__, expert.__qualname__)
+    if not same or _MODULES.get(name, expert.__module__) != expert.__module__:
         taken = _REGISTRY[name].__qualname__ if name in _REGISTRY else _MODULES[name]
         raise ValueError(f"expert name {name!r} is taken by {taken}; choose another for {expert.__qualname__}")
     _REGISTRY[name] = expert
@@ -61,8 +68,28 @@ def expert_class(name: str) -> type[VisionExpert]:
     if name not in _REGISTRY and name in _MODULES:
         importlib.import_module(_MODULES[name])
     if name not in _REGISTRY:
-        raise ValueError(f"unknown expert {name!r}; there are {', '.join(dict.fromkeys((*_MODULES, *_REGISTRY)))}")
+        raise ValueError(f"unknown expert {name!r}; there are {', '.join(expert_names())}")
     return _REGISTRY[name]
+
+
+def expert_names() -> tuple[str, ...]:
+    """Every expert there is: the base encoder, A..G, and those registered since."""
+    return tuple(dict.fromkeys((*_MODULES, *_REGISTRY)))
+
+
+def expert_module(name: str) -> str:
+    """The module that another process imports to have the expert too.
+
+    Raises:
+        ValueError: no such expert, or one of `__main__`, which no other process can import.
+    """
+    module = expert_class(name).__module__
+    if module == "__main__":
+        raise ValueError(
+            f"expert {name!r} is defined in the script or notebook that runs, which other processes cannot import: "
+            "put its class into a module of its own and import that"
+        )
+    return module
 
 
 def expert_card(name: str) -> ExpertCard:
@@ -100,6 +127,8 @@ def load_expert(
         expert = expert_type(full_arch)
     if weights is None and size == "full" and not arch:
         weights = expert_type.card.weights
+        if not weights:
+            raise WeightsError(f"{name}: its card names no public weights; pass a path or hub id")
     if weights is None:
         state = expert.state_dict() | _draw(expert)
     else:
@@ -110,6 +139,8 @@ def load_expert(
         tensor = state.pop(key).detach()
         kept_in = dtype if tensor.is_floating_point() else tensor.dtype
         placed[key] = tensor.to(device, kept_in, copy=isinstance(weights, Mapping))  # the caller's stay the caller's
+    if any(buffer.is_meta for buffer in expert.buffers()):  # computed where the parameters are, and not saved
+        expert = expert_type(full_arch)
     expert.load_state_dict(placed, assign=True)
     return expert.to(device, dtype).eval().requires_grad_(False)
 

@@ -35,7 +35,7 @@ def read_weights(source: str | os.PathLike[str], part: str = "") -> dict[str, Te
         WeightsError: nothing there, not reachable, torn, more than one candidate, or more than tensors in a pickle.
     """
     path = Path(source)
-    files = _files(path if path.exists() else _download(str(source)))
+    files = weight_files(path if path.exists() else _download(str(source)))
     readers: dict[str, Callable[[str], Tensor]] = {}
     for file in files:
         readers |= _readers(file)
@@ -45,6 +45,19 @@ def read_weights(source: str | os.PathLike[str], part: str = "") -> dict[str, Te
         return {name.removeprefix(part): read(name) for name, read in readers.items() if name.startswith(part)}
     except Exception as error:  # safetensors and torch raise whatever they stumble on
         raise _torn(files[0], error) from error
+
+
+def found_here(source: str | os.PathLike[str]) -> bool:
+    """Whether weights are on this machine, as a file or folder or in the hub's cache. Asks nobody."""
+    path = Path(source)
+    if source and path.exists():
+        return True
+    from huggingface_hub import snapshot_download
+
+    try:
+        return bool(weight_files(Path(snapshot_download(str(source), local_files_only=True))))
+    except (OSError, ValueError):  # not in the cache, not whole, or no name of a repository
+        return False
 
 
 def unfitting(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str]) -> str:
@@ -78,7 +91,7 @@ def _download(repository: str) -> Path:
     raise WeightsError(f"{repository}: this hub repository holds no {', '.join(SAFE + TORCH)} file")
 
 
-def _files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The weight files of a folder, safetensors before pickles; or the file itself."""
     if path.is_file():
         if path.suffix not in SAFE + TORCH:

@@ -1,6 +1,7 @@
 import pytest
 
-from cluster.planner import PlanError, PoolSpec, fit_pools, plan_pools
+from cluster.planner import PlanError, PoolSpec, fit_pools, know_memory, plan_pools
+from mova_core.experts.profile import Measured, Profile
 
 
 def test_pool_is_read_from_the_command_line():
@@ -36,3 +37,21 @@ def test_pools_are_cut_to_the_cluster_and_leave_a_cpu_free():
         fit_pools(plan_pools(["sam"], ["sam=1,gpu=1"]), {"CPU": 4})
     with pytest.raises(PlanError, match="no node has a A100"):
         fit_pools(plan_pools(["sam"], ["sam=1,gpu=1,accelerator=A100"]), {"CPU": 4, "GPU": 1, "accelerator_type:L4": 1})
+
+
+def test_memory_of_a_profile_limits_pools_on_cpus():
+    batches = [Measured(batch=batch, images_per_second=batch, peak_bytes=batch << 30) for batch in (1, 2, 4)]
+    profile = Profile(expert="sam", arch={}, dtype="float32", device="cpu X", threads=1, batches=batches)
+    on_gpu = Profile(expert="sam", arch={}, dtype="float32", device="NVIDIA L4", threads=1, batches=batches)
+
+    def memory(pool: str, *profiles: Profile) -> int:
+        return know_memory(plan_pools(["sam", "vary"], [pool]), profiles)["sam"].memory >> 30
+
+    assert memory("sam=1", profile) == 4, "its best batch"
+    assert memory("sam=1,batch=2", profile) == 2
+    assert memory("sam=1,gpu=1", profile) == memory("sam=1", on_gpu) == memory("vary=1", on_gpu) == 0
+
+    pools = know_memory(plan_pools(["sam"], ["sam=1..8,batch=2"]), [profile])
+    assert fit_pools(pools, {"CPU": 32, "memory": 7 << 30})["sam"].max_size == 3
+    with pytest.raises(PlanError, match=r"pool sam: 1 actors take 2\.0 GiB as profiled, but the cluster has 1\.0 GiB"):
+        fit_pools(pools, {"CPU": 32, "memory": 1 << 30})

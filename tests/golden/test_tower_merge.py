@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mova_core.adapter import align
-from mova_core.experts import BASE, EXPERTS, load_expert
+from mova_core.experts import BASE, EXPERTS
 
 POOL = (BASE, *EXPERTS)
 ALL = "ABCDEFG"
@@ -28,49 +28,6 @@ SCENARIOS = {  # experts whose features are in the output, and how many pictures
 }
 
 
-def weights_of(tensors, name):
-    prefix = f"vision_tower_{POOL.index(name)}."
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
-def arch_of(name, config, tensors):
-    config, weights = config[name], weights_of(tensors, name)
-    if name in ("clip", "dinov2"):
-        arch = {"width": config["hidden_size"], "depth": config["num_hidden_layers"]}
-        arch |= {"heads": config["num_attention_heads"], "patch_size": config["patch_size"], "image_size": 84}
-        mlp = {"clip": "vision_model.encoder.layers.0.mlp.fc2", "dinov2": "encoder.layer.0.mlp.weights_out"}[name]
-        return arch | {"mlp_hidden": weights[f"{mlp}.weight"].shape[1]}
-    if name in ("pix2struct", "deplot"):
-        arch = {"width": config["hidden_size"], "depth": config["num_hidden_layers"], "patch_size": 16}
-        arch |= {"heads": config["num_attention_heads"], "mlp_hidden": config["d_ff"], "image_size": 7 * 16}
-        return arch | {"pos_grid": config["seq_len"]}
-    arch = {"width": config["embed_dim"], "depth": config["depth"], "heads": config["num_heads"]}
-    arch |= {"patch_size": config["patch_size"], "image_size": config.get("img_size") or config["image_size"]}
-    if name == "biomedclip":
-        return arch | {"mlp_hidden": 4 * config["embed_dim"]}
-    arch |= {"mlp_hidden": int(config["embed_dim"] * config["mlp_ratio"]), "window_size": config["window_size"]}
-    if name == "codetr":
-        arch |= {"pos_grid": config["pretrain_img_size"] // config["patch_size"], "channels": config["out_chans"]}
-        return arch | {"global_blocks": tuple(set(range(config["depth"])) - set(config["window_block_indexes"]))}
-    arch |= {"global_blocks": tuple(config["global_attn_indexes"])}
-    return arch | {"channels": config["out_chans"] * (2 if config["use_output_conv"] else 1)}
-
-
-def run(expert, images, high, patches):
-    """What each expert takes of the published tower's three inputs."""
-    name = expert.card.name
-    if name in ("pix2struct", "deplot"):
-        batch = {"flattened_patches": patches}
-    elif name in ("clip", "biomedclip"):
-        batch = {"pixel_values": images[:, :3]}
-    else:
-        batch = {"pixel_values": images[:, 3:] if name == "dinov2" else high}
-    with torch.inference_mode():
-        features = expert(batch)
-    assert features.tokens.shape[1:] == (features.grid[0] * features.grid[1], expert.channels)
-    return features
-
-
 def merge(features, letters, side):
     aligned = [features[BASE].tokens]
     for letter, name in zip(ALL, EXPERTS, strict=True):
@@ -80,15 +37,12 @@ def merge(features, letters, side):
 
 
 @pytest.fixture(scope="module")
-def features(golden):
-    tensors, facts = golden("shared_tiny_tower")
+def features(golden, tower):
     inputs, _ = golden("tower_merge")
 
     @cache  # one by one, so that a broken expert fails only where it is used
     def computed(name):
-        arch = arch_of(name, facts["config"], tensors)
-        expert = load_expert(name, weights=weights_of(tensors, name), arch=arch)
-        return run(expert, inputs["in.images"], inputs["in.high"], inputs["in.flattened"])
+        return tower.run(tower.expert(name), inputs["in.images"], inputs["in.high"], inputs["in.flattened"])
 
     return computed
 
@@ -120,12 +74,11 @@ def test_merged(golden, features, scenario):
     torch.testing.assert_close(merged, tensors[f"out.{scenario}"], atol=5e-5, rtol=0)
 
 
-def test_tower_at_532_pixels(golden):
+def test_tower_at_532_pixels(golden, tower):
     """Large enough that DINOv2's picture is shrunk to 518 and its 37x37 features are aligned to the base's 38x38."""
-    tower, facts = golden("shared_tiny_tower")
     tensors, expected = golden("tower_merge/tower532")
     positions = {name.removeprefix("sd."): tensor for name, tensor in tensors.items() if name.startswith("sd.")}
-    tower = {**tower, **positions}
+    tensors_at_532 = {**tower.tensors, **positions}
     images = golden.uniform("tower532.images", (1, 6, 532, 532), -2, 2)
     high = golden.uniform("tower532.high", (1, 3, 128, 128), -2, 2)
     patches = golden.uniform("tower532.patches", (1, 49, 770), -2, 2)
@@ -134,9 +87,8 @@ def test_tower_at_532_pixels(golden):
     sides = {"clip": 532, "dinov2": 518}
     computed = {}
     for name in POOL:
-        arch = arch_of(name, facts["config"], tower)
-        arch["image_size"] = sides.get(name, arch["image_size"])
-        computed[name] = run(load_expert(name, weights=weights_of(tower, name), arch=arch), images, high, patches)
+        arch = {"image_size": sides[name]} if name in sides else {}
+        computed[name] = tower.run(tower.expert(name, tensors_at_532, **arch), images, high, patches)
     merged = merge(computed, ALL, side=38)
     assert list(merged.shape) == expected["output"]["shape"]
     torch.testing.assert_close(merged.reshape(-1)[:: expected["sample_step"]], tensors["out.sample"], atol=5e-5, rtol=0)

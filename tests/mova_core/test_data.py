@@ -1,8 +1,26 @@
 import json
+import random
 
 import pytest
+import torch
 
-from mova_core.data import DataError, read_records, read_samples, write_records
+from mova_core.data import (
+    IMAGE_MARK,
+    REWRITTEN,
+    DataError,
+    even_batches,
+    length_groups,
+    modality_groups,
+    read_records,
+    read_samples,
+    routing_turns,
+    usable_samples,
+    write_records,
+)
+from mova_core.experts import EXPERTS, expert_card
+from mova_core.routing import LETTERS, build_routing_prompt, parse_routing
+
+POOL = [{"name": name, "description": expert_card(name).description} for name in EXPERTS]
 
 RECORD = {
     "id": "one",
@@ -63,3 +81,140 @@ def test_written_records_read_back(tmp_path):
     write_records(path, [RECORD, RECORD])
     assert [record for _, record in read_records(path)] == [RECORD, RECORD]
     assert [line for line, _ in read_records(path)] == [2, 3]
+
+
+def read(tmp_path, *records, **options):
+    path = tmp_path / "data.json"
+    write_records(path, list(records))
+    return read_samples(path, **options)
+
+
+def record(*values, **fields):
+    turns = [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
+    return {"conversations": turns, **fields}
+
+
+def test_pictures_and_marks(tmp_path):
+    text, moved, later, several, unmarked = read(
+        tmp_path,
+        record("Why?", "So."),
+        record("What?\n<image>", "A cat", image="a.png"),
+        record("What?", "A cat", "And\n<image>?", "A dog", image="a.png"),
+        record("<image> or <image>?", "The first", image=["a.png", "b.png"]),
+        record("Which?", "The first", image=["a.png", "b.png"]),
+    )
+    assert (text.images, text.image, text.length) == ((), None, -2)
+    assert moved.turns[0] == ("user", "What?") and moved.length == 4
+    assert later.turns[2] == ("user", f"{IMAGE_MARK}\nAnd\n?") and later.question == "What?\nAnd\n?"
+    assert several.turns[0][1].count(IMAGE_MARK) == 2 and several.question == "or ?"
+    assert [image.path for image in several.images] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert unmarked.turns[0] == ("user", "Which?") and len(unmarked.images) == 2
+    with pytest.raises(DataError, match=r"line 5: it has 2 pictures where only one can be used"):
+        _ = several.image
+    (tmp_path / "a.png").write_bytes(b"a")
+    quarantine = [{"image": str(tmp_path / "a.png"), "sha256": moved.images[0].key}]
+    assert usable_samples([text, moved, several], quarantine) == []
+
+
+def test_an_opening_answer_is_left_out(tmp_path):
+    turns = [
+        {"from": "gpt", "value": "Hello"},
+        {"from": "human", "value": "<image> What?"},
+        {"from": "gpt", "value": "Cat"},
+    ]
+    (sample,) = read(tmp_path, {"conversations": turns, "image": "a.png"})
+    assert sample.turns == (("user", "What?"), ("assistant", "Cat"))
+
+
+def test_routing_weights_are_routing(tmp_path):
+    weights = [0, 0, 1, 0, 0, 0, 1.0]
+    one, both, none = read(
+        tmp_path,
+        record("a", "b", routing_weights=weights),
+        record("a", "b", routing_weights=weights, routing=["sam", "codetr"]),
+        record("a", "b", routing_weights=[0] * 7),
+    )
+    assert (one.routing, both.routing, none.routing) == (("codetr", "sam"), ("sam", "codetr"), ())
+    assert "routing_weights" not in one.extra
+    (two,) = read(tmp_path, record("a", "b", routing_weights=[0, 1]), pool=("sam", "vary"))
+    assert two.routing == ("vary",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"routing_weights": [0, 1]}, "`routing_weights` must be 7 zeros and ones"),
+        ({"routing_weights": [0, 1, 0.5, 0, 0, 0, 0]}, "zeros and ones"),
+        ({"routing_weights": [1, 0, 0, 0, 0, 0, 0], "routing": ["sam"]}, "name different experts"),
+        ({"routing": "sam"}, "`routing` must be a list"),
+        ({"image": 3}, "`image` must be one path or a list of paths, got int"),
+        ({"image": ["a.png", None]}, "got NoneType, str"),
+    ],
+)
+def test_broken_fields(tmp_path, fields, says):
+    with pytest.raises(DataError, match=says):
+        read(tmp_path, record("a", "b", **fields))
+
+
+def test_marks_must_match_pictures(tmp_path):
+    for marks, images in ((1, []), (3, ["a", "b"]), (1, ["a", "b"])):
+        with pytest.raises(DataError, match=f"{marks} <image> marks but {len(images)} image"):
+            read(tmp_path, record("<image>" * marks + "?", "b", image=images))
+
+
+def test_bad_rows_are_skipped_by_choice(tmp_path):
+    path = tmp_path / "data.jsonl"
+    good = json.dumps(RECORD)
+    path.write_text("\n".join([good, '{"id": 1, "conver', good, '"text"', '{"conversations": []}', good, "{"]))
+    skipped: list[DataError] = []
+    samples = read_samples(path, on_error="skip", skipped=skipped)
+    assert [sample.where for sample in samples] == [f"{path}, line {line}" for line in (1, 3, 6)]
+    assert [str(error).split(":")[0] for error in skipped] == [f"{path}, line {line}" for line in (2, 4, 5, 7)]
+    with pytest.raises(DataError, match="line 2"):
+        read_samples(path)
+    path.write_text('{"conversations": []}')
+    with pytest.raises(DataError, match=r"no usable record, the first error: .*line 1"):
+        read_samples(path, on_error="skip")
+    array = tmp_path / "data.json"
+    array.write_text(f"[{good},\n{{]")
+    with pytest.raises(DataError, match="broken JSON in the record that starts on line 2"):
+        read_samples(array, on_error="skip")
+
+
+def test_routing_samples_tell_the_labelled_experts_in_any_pool():
+    """Whatever chance makes of the pool, the letters of the reply stand for the labelled experts."""
+    words = {name: [expert_card(name).description, *REWRITTEN[name]] for name in EXPERTS}
+    assert set(REWRITTEN) == set(EXPERTS) and all(len(set(said)) == 3 for said in words.values())
+    whose = {text: name for name, said in words.items() for text in said}
+    sizes, seen, orders = set(), set(), set()
+    for seed in range(300):
+        rng = random.Random(seed)
+        routing = rng.sample(EXPERTS, rng.randint(0, 3))
+        (_, prompt), (_, reply) = routing_turns("Which way?", routing, POOL, rng, REWRITTEN)
+        pool = prompt.split("Model pool:\n")[1].split("\n\nQuestion:\n")[0].split("\n")
+        assert [line[:3] for line in pool] == [f"{letter}. " for letter in LETTERS[: len(pool)]]
+        names = [whose[line[3:]] for line in pool]
+        mask = parse_routing(reply, len(pool))
+        assert {name for name, chosen in zip(names, mask, strict=True) if chosen} == set(routing)
+        assert prompt.endswith("Which way?") and (reply == "none") == (not routing)
+        sizes.add(len(pool))
+        orders.add(tuple(names))
+        seen |= {line[3:] for line in pool}
+    assert sizes == set(range(2, 8)) and seen == set(whose) and len(orders) > 250
+    plain = routing_turns("Which way?", ["vary"], POOL)
+    assert plain == (("user", build_routing_prompt("Which way?")), ("assistant", "B"))
+
+
+def test_batches_are_even_and_of_one_modality():
+    lengths = [int(length) for length in torch.randint(1, 100, (101,), generator=torch.Generator().manual_seed(0))]
+    signed = [length if index % 3 else -length for index, length in enumerate(lengths)]
+    order = modality_groups(signed, 4, 2, torch.Generator().manual_seed(1), torch.Generator().manual_seed(2))
+    assert sorted(order) == list(range(101))
+    steps = [order[start : start + 8] for start in range(0, 96, 8)]
+    assert all(len({signed[index] > 0 for index in step}) == 1 for step in steps[:-2])
+    assert sorted(length_groups(lengths, 4, 2)) == list(range(101))
+    first, second = even_batches(sorted(range(8), key=lambda i: -lengths[i]), lengths, 2)
+    assert len(first) == len(second) == 4
+    assert abs(sum(lengths[i] for i in first) - sum(lengths[i] for i in second)) <= max(lengths[:8])
+    with pytest.raises(ValueError, match="length 0"):
+        modality_groups([1, 0], 1, 1)

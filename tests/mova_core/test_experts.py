@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from mova_core.experts import (
     BASE,
@@ -22,6 +23,8 @@ from mova_core.experts import (
     WeightsError,
     expert_card,
     expert_class,
+    expert_module,
+    expert_names,
     fingerprint,
     load_expert,
     register,
@@ -198,6 +201,32 @@ class TestRegistry:
             register(type("Usurper", (VisionExpert,), {"card": ExpertCard(**{**vars(card), "name": "dinov2"})}))
         with pytest.raises(ValueError, match="from-anybody"):
             expert_card("nope")
+
+    def test_an_expert_defined_again(self):
+        """A notebook cell that is run twice."""
+        for version in ("1", "2"):
+            card = ExpertCard(name="again", title=version, description="", weights="", full={}, mini={})
+            register(type("Again", (VisionExpert,), {"card": card, "__module__": __name__}))
+        assert expert_card("again").title == "2" and expert_names().count("again") == 1
+        assert expert_module("again") == __name__
+        expert_class("again").__module__ = "__main__"
+        with pytest.raises(ValueError, match="other processes cannot import"):
+            expert_module("again")
+
+    def test_buffers_made_where_the_parameters_are(self):
+        """As timm's Swin makes its masks: they are not saved, and must not stay without numbers."""
+
+        def masked(self, arch):
+            VisionExpert.__init__(self, arch)
+            self.scale = nn.Parameter(torch.ones(2))
+            self.register_buffer("mask", torch.arange(2, device=self.scale.device), persistent=False)
+
+        card = ExpertCard(name="masked", title="", description="", weights="", full={}, mini={})
+        unused = dict.fromkeys(("grid", "preprocess", "forward"))
+        register(type("Masked", (VisionExpert,), {"card": card, "__init__": masked, **unused}))
+        assert [buffer.tolist() for buffer in load_expert("masked", size="mini").buffers()] == [[0, 1]]
+        with pytest.raises(WeightsError, match="masked: its card names no public weights"):
+            load_expert("masked")
 
     def test_listing_the_pool_imports_no_network(self):
         code = (

@@ -1,12 +1,13 @@
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from mova_core.answering import Answerer, Question
-from mova_core.experts import EXPERTS
-from mova_core.features import FeatureStore, MissingFeatures, Tiered
-from mova_core.images import ImageError, ImageRef
-from mova_core.model import ROUTING_LORA, MoVAForConditionalGeneration, stack_features
+from mova_core.experts import EXPERTS, Features
+from mova_core.images import ImageRef
+from mova_core.model import ROUTING_LORA, MoVAForConditionalGeneration, assemble, stack_features
 from mova_core.processing import IGNORE, MoVAProcessor
 
 ASK = [("user", "what is in the picture?")]
@@ -99,50 +100,278 @@ def test_expert_routing_lora_is_on_only_for_routing(mini, processor, pictures, t
         torch.testing.assert_close(routed, forward(again, processor, pictures, [{}] * 3, none).logits)
 
 
-def test_batched_answers_equal_single_ones(mini, processor, pictures, local_experts):
-    answerer = Answerer(mini, processor, local_experts)
-    forced = [("sam", "dinov2"), None, ()]
-    texts = ["what is in the picture?", "left or right, which of them is it then?", "none?"]
-    questions = [
-        Question(image=ImageRef(path=str(path)), text=text, experts=experts)
-        for path, text, experts in zip(pictures, texts, forced, strict=True)
-    ]
-    together = answerer.answer(questions, max_new_tokens=8)
-    alone = [answerer.answer([question], max_new_tokens=8)[0] for question in questions]
-    for one, other in zip(together, alone, strict=True):
-        assert (one.text, one.experts, one.router) == (other.text, other.experts, other.router)
-        assert [list(block) for block in one.gates] == [list(block) for block in other.gates]
-    assert together[0].experts == ["sam", "dinov2"] and together[0].router is None
-    assert together[1].router is not None
-    for block in together[0].gates:
-        assert set(block) == {"sam", "dinov2"} and abs(sum(block.values()) - 1) < 1e-4
-    assert set(together[0].seconds) == {"preprocess", "base encoder", "routing", "experts", "fusion", "answer"}
+def tiny_llm(kind):
+    sizes: dict[str, Any] = dict(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(**sizes),
+        "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=64),
+        "qwen2": lambda: transformers.Qwen2Config(**sizes, tie_word_embeddings=True),
+        "qwen3": lambda: transformers.Qwen3Config(**sizes, head_dim=8),
+        "gemma": lambda: transformers.GemmaConfig(**sizes, head_dim=8),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**sizes, head_dim=8, sliding_window=64),
+        # Yi-34B is a Llama with a long rope, few key heads and its own epsilon
+        "yi": lambda: transformers.LlamaConfig(
+            **(sizes | {"num_attention_heads": 8, "num_key_value_heads": 1}),
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 5_000_000.0},
+        ),
+    }
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(configs[kind]())
 
 
-def test_caller_can_forbid_and_cap(mini, processor, pictures, local_experts):
-    answerer = Answerer(mini, processor, local_experts)
-    question = Question(image=ImageRef(path=str(pictures[0])), text="what?", experts=("sam", "vary", "dinov2"))
-    assert answerer.answer([question], 2, forbid=["sam"], max_experts=1)[0].experts == ["vary"]
-    assert answerer.answer([question], 2, max_experts=0)[0].experts == []
-    with pytest.raises(ValueError, match="no expert clip2"):
-        answerer.answer([question], 2, forbid=["clip2"])
-    with pytest.raises(ValueError, match="empty"):
-        answerer.answer([Question(image=question.image, text="  ")])
-    with pytest.raises(ImageError, match="nowhere"):
-        answerer.answer([Question(image=ImageRef(path="nowhere.png"), text="what?")])
+def with_llm(kind, **options):
+    bert = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = assemble(tiny_llm(kind), bert, image_token_id=2, size="mini", blocks=1, **options)
+    for parameter in model.adapter.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
 
 
-def test_sources_are_interchangeable(mini, processor, pictures, local_experts, tmp_path):
-    """The answer is the same from experts run here, from a store in front of them, and from the store alone."""
-    question = Question(image=ImageRef(path=str(pictures[0])), text="what?", experts=("codetr", "deplot"))
-    store = FeatureStore(tmp_path / "store", create=True)
-    answers = [
-        Answerer(mini, processor, source).answer([question], 8)[0]
-        for source in (local_experts, Tiered(store, local_experts), FeatureStore(tmp_path / "store"))
-    ]
-    assert len({answer.text for answer in answers}) == 1
-    assert len({str(answer.gates) for answer in answers}) == 1
-    with pytest.raises(MissingFeatures, match="precompute"):
-        Answerer(mini, processor, FeatureStore(tmp_path / "store")).answer(
-            [Question(image=ImageRef(path=str(pictures[1])), text="what?", experts=("codetr",))]
+def mixed_batch(model):
+    """Left-padded: no picture; one; one of a routing pass; two. Four pictures, the first and the last two routed."""
+    rng = torch.Generator().manual_seed(0)
+    fine, coarse = model.config.image_tokens, model.config.routing_tokens
+    rows = [[5, 6, 7], [8, *[2] * fine, 9], [10, *[2] * coarse, 11, 12], [*[2] * fine, 13, *[2] * fine, 14]]
+    longest = max(map(len, rows))
+    channels = model.adapter.config.expert_channels
+    experts = {
+        "sam": Features(torch.randn(2, 25, channels["sam"], generator=rng), (5, 5)),
+        "vary": Features(torch.randn(1, 16, channels["vary"], generator=rng), (4, 4)),
+    }
+    routing = torch.zeros(4, 7, dtype=torch.bool)
+    routing[[0, 3], EXPERTS.index("sam")] = True
+    routing[2, EXPERTS.index("vary")] = True
+    return {
+        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        "pixel_values": torch.randn(4, 3, 168, 168, generator=rng),
+        "text_input_ids": torch.randint(3, 60, (4, 5), generator=rng),
+        "text_attention_mask": torch.ones(4, 5, dtype=torch.long),
+        "experts": experts,
+        "routing": routing,
+        "coarse": [False, True, False, False],
+    }
+
+
+def row_of(batch, row):
+    """One row of `mixed_batch` by itself."""
+    pictures = [[], [0], [1], [2, 3]][row]
+    kept = batch["attention_mask"][row].bool()
+    alone = {
+        "input_ids": batch["input_ids"][row][kept][None],
+        "attention_mask": torch.ones(1, int(kept.sum()), dtype=torch.long),
+    }
+    if not pictures:
+        return alone
+    routing = batch["routing"][pictures]
+    experts = {}
+    for name, features in batch["experts"].items():
+        index = EXPERTS.index(name)
+        order = batch["routing"][:, index].nonzero().flatten().tolist()
+        mine = [order.index(picture) for picture in pictures if picture in order]
+        if mine:
+            experts[name] = Features(features.tokens[mine], features.grid)
+    names = ("pixel_values", "text_input_ids", "text_attention_mask")
+    coarse = [batch["coarse"][picture] for picture in pictures]
+    return (
+        alone
+        | {name: batch[name][pictures] for name in names}
+        | {"experts": experts, "routing": routing, "coarse": coarse}
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "yi"])
+def test_any_causal_lm(kind, tmp_path):
+    """Forward, generate, saving and loading, with rows of every kind in one batch: each as if it were alone."""
+    model = with_llm(kind)
+    given = tiny_llm(kind).state_dict()
+    assert all(torch.equal(value, given[name]) for name, value in model.language_model.state_dict().items())
+    batch = mixed_batch(model)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    said = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    for row in range(4):
+        alone = row_of(batch, row)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**alone).logits[0, -1], logits[row, -1], atol=5e-5, rtol=0)
+        words = model.generate(**alone, max_new_tokens=5, do_sample=False)[0]
+        assert torch.equal(words, said[row, : len(words)])
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    assert type(again.language_model) is type(model.language_model)
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, logits, atol=5e-5, rtol=0)
+
+
+def test_gradient_checkpointing_of_llm_and_adapter_changes_no_gradient():
+    model = with_llm("qwen2").train()
+    batch = mixed_batch(model)
+    labels = batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | (batch["input_ids"] == 2), IGNORE)
+
+    def gradients():
+        model.zero_grad()
+        model(**batch, labels=labels, use_cache=False).loss.backward()
+        return {
+            name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    plain = gradients()
+    calls = []
+    hook = model.language_model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing and model.adapter.gradient_checkpointing
+    again = gradients()
+    hook.remove()
+    assert len(calls) == 2, "the LLM's layers are run once more"
+    assert plain.keys() == again.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, msg=name)
+    model.gradient_checkpointing_disable()
+    assert not model.adapter.gradient_checkpointing
+
+
+def test_dtype_and_device_map(tmp_path):
+    model = with_llm("llama")
+    batch = mixed_batch(model)
+    with torch.no_grad():
+        logits = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    half = MoVAForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        assert (half(**batch).logits.float() - logits)[real].abs().max() < 0.1
+    places = {"base_encoder": "cpu", "adapter": "cpu", "language_model": "disk"}
+    for device_map in ({"": "cpu"}, "auto", places):
+        mapped = MoVAForConditionalGeneration.from_pretrained(
+            tmp_path, device_map=device_map, offload_folder=tmp_path / "offload"
         )
+        with torch.no_grad():
+            torch.testing.assert_close(mapped(**batch).logits, logits)
+    assert {"LlamaDecoderLayer", "MoVAdapter", "Clip"} <= set(model._no_split_modules)
+
+
+def test_generate_streams():
+    model = with_llm("llama")
+    alone = row_of(mixed_batch(model), 1)
+    tokens = []
+
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        def put(self, value):
+            tokens.extend(value.flatten().tolist())
+
+        def end(self):
+            tokens.append(None)
+
+    said = model.generate(**alone, max_new_tokens=5, do_sample=False, streamer=Streamer())
+    assert tokens == [*said[0].tolist(), None]
+
+
+def test_one_batch_holds_routing_and_answer_rows_with_the_lora_on_for_some():
+    model = with_llm("llama")
+    batch = mixed_batch(model)
+    model.add_routing_lora(rank=4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        off = model(**batch).logits, model.generate(**batch, max_new_tokens=5, do_sample=False)
+        with model.expert_routing():
+            on = model(**batch).logits, model.generate(**batch, max_new_tokens=5, do_sample=False)
+        with model.expert_routing([False, False, True, False]):
+            mixed = model(**batch).logits, model.generate(**batch, max_new_tokens=5, do_sample=False)
+    assert not torch.equal(on[0][2], off[0][2])
+    for row, wanted in enumerate((off, off, on, off)):
+        real = batch["attention_mask"][row].bool()
+        torch.testing.assert_close(mixed[0][row][real], wanted[0][row][real], atol=5e-5, rtol=0)
+        assert torch.equal(mixed[1][row], wanted[1][row])
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, off[0]), "and off again"
+
+
+def test_wrong_pictures_are_named():
+    model = with_llm("llama")
+    batch = mixed_batch(model)
+
+    def run(**changes):
+        model(**{**batch, **changes})
+
+    with pytest.raises(ValueError, match="give input_ids or inputs_embeds"):
+        run(input_ids=None)
+    with pytest.raises(ValueError, match="hold the pictures already: give no pixel_values"):
+        run(inputs_embeds=torch.zeros(1, 2, 32))
+    with pytest.raises(ValueError, match="117 image tokens but the pictures give 144"):
+        run(coarse=False)
+    with pytest.raises(ValueError, match="coarse tells of 3 pictures, there are 4"):
+        run(coarse=[True] * 3)
+    with pytest.raises(ValueError, match="117 image tokens but the pictures give 0"):
+        run(pixel_values=None)
+    with pytest.raises(ValueError, match=r"routing is torch.bool \(4, 6\).*\(4, 7\)"):
+        run(routing=batch["routing"][:, :6])
+    with pytest.raises(ValueError, match="needs the gate's text"):
+        run(text_input_ids=None)
+    with pytest.raises(ValueError, match="sam: tokens are"):
+        run(experts={**batch["experts"], "sam": Features(batch["experts"]["sam"].tokens, (5, 6))})
+    with pytest.raises(ValueError, match="2 image tokens but there are 1 pictures"):
+        model.prepare_inputs(torch.tensor([[2, 5], [2, 6]]), torch.zeros(1, 4, 32))
+    unrouted = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values", "coarse")}
+    assert model(**unrouted).logits.shape[0] == 4, "no text is needed where nothing is routed"
+
+
+def test_light_router_learns_and_is_saved(tmp_path):
+    model = with_llm("llama")
+    model.add_light_router(hidden=16)
+    router = model.light_router
+    torch.manual_seed(0)
+    text, seen = torch.randn(64, 32), torch.randn(64, 128)
+    routing = torch.stack([text[:, 0] > 0, seen[:, 0] > 0, *[torch.zeros(64, dtype=torch.bool)] * 5], dim=1)
+    assert router.loss(text, seen, routing).item() == pytest.approx(0.6931, abs=1e-3), "even odds at first"
+    optimizer = torch.optim.AdamW(router.parameters(), lr=3e-2)
+    for _ in range(80):
+        loss = router.loss(text, seen, routing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert torch.equal(router(text, seen) > 0, routing)
+    assert router.choose(torch.tensor([0.1, 3.0, -1, 2, 1, 0, 0.2]), 2) == [
+        (1, pytest.approx(0.9526, abs=1e-4)),
+        (3, pytest.approx(0.8808, abs=1e-4)),
+    ]
+    model.save_pretrained(tmp_path)
+    again = MoVAForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.light_router is not None
+    assert torch.equal(again.light_router(text, seen), router(text, seen))
+
+
+def test_push_to_hub_takes_the_lora_along(monkeypatch, tmp_path):
+    """What would be uploaded, without a hub: `push_to_hub` hands a folder over, and the LoRA must lie in it by then."""
+    model = with_llm("llama")
+    model.add_routing_lora(rank=2)
+    uploaded = []
+
+    def push(self, repo_id, **options):
+        uploaded.append((repo_id, sorted(path.name for path in (tmp_path / "there").rglob("adapter_*"))))
+
+    monkeypatch.setattr(MoVAForConditionalGeneration, "push_to_hub", push)
+    model.save_pretrained(tmp_path / "there", push_to_hub=True, repo_id="me/mova")
+    assert uploaded == [("me/mova", ["adapter_config.json", "adapter_model.safetensors"])]

@@ -1,0 +1,63 @@
+"""Profile: how fast each expert is and what memory it takes, per batch size, on one kind of device of the cluster."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.expert_server import ExpertServer
+from cluster.planner import PoolSpec, fit_pools
+from mova_core.experts import expert_module
+from mova_core.experts.profile import Profile, write_profiles
+from pipelines.progress import progress_bar
+
+
+def profile(
+    experts: Sequence[str],
+    output: str | Path,
+    *,
+    place: PoolSpec,
+    weights: Mapping[str, str] | None = None,
+    size: str = "full",
+    dtype: str = "float32",
+    seconds: float = 60.0,
+    progress: bool = True,
+) -> list[Profile]:
+    """Measures one expert after the other, each in an actor of its own, and writes what it found. Needs a Ray session.
+
+    Args:
+        output: JSON file; profiles of other experts, sizes, dtypes and devices that it holds stay.
+        place: CPUs, GPUs and accelerator of the actor.
+        weights, size, dtype: as `precompute` takes them.
+        seconds: time to spend on each expert, about, beside loading it.
+
+    Raises:
+        PlanError: the cluster has no such place.
+        ProfileError: the file is there and is not one of profiles.
+    """
+    fit_pools({place.expert: place}, ray.cluster_resources())
+    write_profiles(output, [])  # fails now, not after the measuring, where it cannot be written
+    server = ray.remote(ExpertServer).options(
+        num_cpus=place.cpus, num_gpus=place.gpu, accelerator_type=place.accelerator
+    )
+    measured: list[Profile] = []
+    with progress_bar(len(experts), "profile", "experts", progress) as bar:
+        for name in experts:
+            actor: Any = server.remote(
+                name,
+                weights=(weights or {}).get(name),
+                size=size,
+                dtype=dtype,
+                device="cuda" if place.gpu else "cpu",
+                measure_seconds=seconds,
+                memory_share=min(1.0, place.gpu or 1.0),
+                module=expert_module(name),
+            )
+            try:
+                measured.append(ray.get(actor.__ray_call__.remote(lambda self: self.profile)))
+            finally:
+                ray.kill(actor)
+            write_profiles(output, measured[-1:])
+            bar.update()
+    return measured
