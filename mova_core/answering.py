@@ -32,14 +32,8 @@ from mova_core.routing import build_routing_prompt, parse_routing, read_reply
 PLAIN = "without experts"  # what a picture's visual tokens without any expert are kept as
 ROUTER_TOKENS = 16  # most tokens a router may say (published: 16)
 CONVERSATIONS = 32  # most that the LLM's keys and values are kept of, however small they are
-ONE_PATH = {
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "streamer",
-}  # sampling that reads one reply, token by token
+# Sampling in which one reply is read, token by token: its keys and values can be kept.
+ONE_PATH = {"do_sample", "temperature", "top_k", "top_p", "min_p", "streamer"}
 
 Router = Literal["llm", "light"]
 ROUTERS: tuple[Router, ...] = ("llm", "light")

@@ -369,8 +369,10 @@ class Tokens(list):
 
 def with_llm(mini, kind, config, **more):
     """The mini model with another random LLM, of the same width."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id")
+    names = [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id"),
+    ]
     torch.manual_seed(5)
     mini.config.text_config = config(**{name: getattr(mini.config.text_config, name) for name in names}, **more)
     mini.language_model = kind(mini.config.text_config).eval()
@@ -381,7 +383,8 @@ def with_llm(mini, kind, config, **more):
 
 def converse(answerer, asked, **about):
     """Per turn the reply, its tokens and how many tokens went through the LLM for it."""
-    history, turns, read = [], [], []
+    history: list[tuple[str, str]] = []
+    turns, read = [], []
     hook = answerer.model.language_model.model.layers[0].register_forward_pre_hook(
         lambda _layer, inputs: read.append(inputs[0].shape[1])
     )
@@ -399,7 +402,7 @@ def test_later_turns_are_read_from_where_they_differ(talkative, processor, local
     """Keys and values of the earlier turns are used again, and every token is as without."""
     model = talkative if llm == "llama" else with_llm(talkative, Qwen2ForCausalLM, Qwen2Config)
     rng = random.Random(1)
-    words = [*"0123456789", *"what is in the picture left right which none".split()]
+    words = [*"0123456789", "what", "is", "in", "the", "picture", "left", "right", "which", "none"]
     remembering = Answerer(model, processor, local_experts)
     forgetful = Answerer(model, processor, local_experts, keep_bytes=0)
     different, further = set(), 0
