@@ -2,7 +2,8 @@
 
 A picture's base tokens are computed once and serve both passes and every question on it; one routing pass serves equal
 questions on equal pictures; experts run only where the router asked, and their features are fetched in a thread from the
-moment a row of the routing pass is done, while the other rows are still being routed.
+moment a row of the routing pass is done, while the other rows are still being routed. A conversation that goes on, or a
+second question on a picture, is read by the LLM only from where it differs from what the LLM read before.
 """
 
 import os
@@ -17,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, Features
@@ -29,6 +31,9 @@ from mova_core.routing import build_routing_prompt, parse_routing, read_reply
 
 PLAIN = "without experts"  # what a picture's visual tokens without any expert are kept as
 ROUTER_TOKENS = 16  # most tokens a router may say (published: 16)
+CONVERSATIONS = 32  # most that the LLM's keys and values are kept of, however small they are
+# Sampling in which one reply is read, token by token: its keys and values can be kept.
+ONE_PATH = {"do_sample", "temperature", "top_k", "top_p", "min_p", "streamer"}
 
 Router = Literal["llm", "light"]
 ROUTERS: tuple[Router, ...] = ("llm", "light")
@@ -60,6 +65,7 @@ class Answer:
     readable: bool = True  # False: the router's words named nothing, so no expert was used
     gates: list[dict[str, float]] = field(default_factory=list)  # per adapter block: weight of each expert used
     seconds: dict[str, float] = field(default_factory=dict)  # per step, of the whole batch
+    reused_tokens: int = 0  # of the prompt, visual ones included, whose keys and values the LLM still had
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,9 @@ class Answerer:
         router: "llm" asks the LLM, with its expert-routing LoRA if it has one; "light" the model's light router.
         costs: expert -> what it costs per picture, in FLOP, milliseconds or any one unit; a question's `budget` needs it.
         compat: "published" reads pictures and the router's reply as the published code does, flaws included.
-        keep_bytes: how much of base tokens and features to keep in memory for later turns and questions.
+        keep_bytes: how much to keep in memory for later turns and questions: half of it for base tokens and features,
+            half for the LLM's keys and values of what it read. These serve batches of one, of an LLM whose every layer
+            keeps all it reads (no sliding window) and whose positions do not depend on the length read.
 
     Raises:
         ValueError: router "light" of a model that has none.
@@ -127,7 +135,8 @@ class Answerer:
         self.costs = dict(costs or {})
         self.compat = compat
         self.pool = model.config.experts
-        self._kept = _Kept(keep_bytes)
+        self._kept = _Kept(keep_bytes // 2)
+        self._said = _Said(0 if _rescales(model.config.text_config) else keep_bytes // 2)
         self._seconds: dict[str, float] = {}
 
     @torch.inference_mode()
@@ -175,11 +184,19 @@ class Answerer:
                 visual = [fused[view][0] for row in rows for view in row.views]
                 embeds = self.model.embed(batch["input_ids"], visual)
         clock = _Clock()
-        said = self._generate(embeds, batch["attention_mask"], max_new_tokens, [clock], **sampling)
+        own_cache = self.model.language_model.generation_config.cache_implementation  # takes no other beside it
+        past = None
+        if alone := len(rows) == 1 and sampling.keys() <= ONE_PATH and own_cache is None:
+            read = self._read_by_llm(batch["input_ids"][0], rows[0].views)
+            past = self._said.begun(read)
+            rows[0].answer.reused_tokens = past.get_seq_length() if past else 0
+        out = self._generate(embeds, batch["attention_mask"], max_new_tokens, [clock], past_key_values=past, **sampling)
+        if alone:
+            self._said.put(read, out.sequences[0].tolist(), out.past_key_values)
         self._seconds["first token"] = clock.first_token
         self._seconds["answer"] = time.perf_counter() - clock.started - clock.first_token
-        for row, text in zip(rows, said, strict=True):
-            row.answer.text = text
+        for row, ids in zip(rows, out.sequences, strict=True):
+            row.answer.text = self.processor.decode(ids)
             row.answer.seconds = self._seconds
             row.answer.gates = self._gates(row, fused)
         return [row.answer for row in rows]
@@ -312,6 +329,11 @@ class Answerer:
                 )
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
+    def _read_by_llm(self, input_ids: Tensor, views: Sequence[_View]) -> list[int | _View]:
+        """What stands at each position of a prompt (L,): the token, or the picture's view whose visual token it is."""
+        visual = iter([view for view in views for _ in range(self.model.config.image_tokens)])
+        return [next(visual) if token == self.model.config.image_token_id else token for token in input_ids.tolist()]
+
     def _gate_texts(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
         """Gate features (T,) of what was asked where an expert was chosen."""
         return self._encode_texts([row.asked for row in rows if row.answer.experts])
@@ -374,22 +396,23 @@ class Answerer:
         attention_mask: Tensor,
         max_new_tokens: int,
         listeners: Sequence[StoppingCriteria],
-        **sampling: Any,
-    ) -> list[str]:
+        **options: Any,
+    ) -> Any:
+        """What transformers' `generate` returns; greedy unless `options` say otherwise."""
         tokenizer = self.processor.tokenizer
-        options = {
+        defaults = {
             "do_sample": False,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         }
-        ids = self.model.generate(
+        return self.model.generate(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
             stopping_criteria=StoppingCriteriaList(listeners),
-            **(options | sampling),
+            return_dict_in_generate=True,
+            **(defaults | options),
         )
-        return [self.processor.decode(row) for row in ids]
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -462,6 +485,65 @@ class _Kept:
                 self.bytes += features.tokens.nbytes
             while self.bytes > self.limit:
                 self.bytes -= self.entries.popitem(last=False)[1].tokens.nbytes
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """What the LLM read and said, and the keys and values (1, H, L, d) per layer that came of it."""
+
+    read: list[int | _View]  # per position; longer than L by what was said last
+    prompt: int  # how many of them were read before the reply
+    layers: list[tuple[Tensor, Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    def common(self, read: Sequence[int | _View]) -> int:
+        """How many positions from the first on hold the same, so have the same keys and values."""
+        length = min(len(read), self.layers[0][0].shape[-2])
+        return next((at for at in range(length) if self.read[at] != read[at]), length)
+
+
+class _Said:
+    """The last conversations with the LLM, for those that begin like one of them; the longest unused let go first."""
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.conversations: list[_Conversation] = []
+        self.lock = threading.Lock()
+
+    def begun(self, read: Sequence[int | _View]) -> DynamicCache | None:
+        """Keys and values of the longest beginning the LLM has read; the last token is left for it to go on from."""
+        with self.lock:
+            begun = [conversation.common(read[:-1]) for conversation in self.conversations]
+            length = max(begun, default=0)
+            if not length:
+                return None
+            last = self.conversations.pop(begun.index(length))
+            self.conversations.append(last)
+        return DynamicCache([(keys[..., :length, :], values[..., :length, :]) for keys, values in last.layers])
+
+    def put(self, read: Sequence[int | _View], said: Sequence[int], cache: Any) -> None:
+        """Keeps a reply's cache, in place of those of the turns before it, if it holds every position of one row."""
+        layers = getattr(cache, "layers", [])
+        if not layers or not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
+            return  # a sliding window or a state of its own: it cannot be cut back
+        kept = [(layer.keys, layer.values) for layer in layers]
+        new = _Conversation([*read, *said], len(read), kept)
+        if len(new.layers[0][0]) > 1 or new.nbytes > self.limit:
+            return
+        with self.lock:
+            others = [one for one in self.conversations if one.common(read) < one.prompt]
+            self.conversations = [*others, new][-CONVERSATIONS:]
+            while sum(one.nbytes for one in self.conversations) > self.limit:
+                del self.conversations[0]
+
+
+def _rescales(llm: Any) -> bool:
+    """Whether the LLM turns its keys by how long all it reads is, so that those of a beginning are not its own."""
+    rope = str(getattr(llm, "rope_parameters", None))
+    return "dynamic" in rope or "longrope" in rope
 
 
 class _Fetching:

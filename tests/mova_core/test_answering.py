@@ -5,13 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM, TextIteratorStreamer
 
 from mova_core.answering import Answerer, Question
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import Features
 from mova_core.features import FeatureStore, MissingFeatures, Tiered
 from mova_core.images import ImageError, ImageRef
+from mova_core.routing import build_routing_prompt
 
 STEPS = {"preprocess", "base encoder", "routing", "experts", "fusion", "first token", "answer"}
 
@@ -354,6 +355,151 @@ def test_answer_can_be_streamed(talkative, processor, local_experts, images):
     pieces = list(streamer)
     thread.join()
     assert "".join(pieces).strip() == found[0].text != ""
+
+
+class Tokens(list):
+    """A streamer that keeps the tokens of a reply."""
+
+    def put(self, ids):
+        self.extend(ids.flatten().tolist())
+
+    def end(self):
+        pass
+
+
+def with_llm(mini, kind, config, **more):
+    """The mini model with another random LLM, of the same width."""
+    names = [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "max_position_embeddings", "eos_token_id", "pad_token_id"),
+    ]
+    torch.manual_seed(5)
+    mini.config.text_config = config(**{name: getattr(mini.config.text_config, name) for name in names}, **more)
+    mini.language_model = kind(mini.config.text_config).eval()
+    for parameter in mini.language_model.model.layers.parameters():
+        parameter.data *= 6 if parameter.ndim == 2 else 1  # it heeds what it reads
+    return mini
+
+
+def converse(answerer, asked, **about):
+    """Per turn the reply, its tokens and how many tokens went through the LLM for it."""
+    history: list[tuple[str, str]] = []
+    turns, read = [], []
+    hook = answerer.model.language_model.model.layers[0].register_forward_pre_hook(
+        lambda _layer, inputs: read.append(inputs[0].shape[1])
+    )
+    for text in asked:
+        tokens, before = Tokens(), sum(read)
+        [answer] = answerer.answer([Question(text=text, history=tuple(history), **about)], 6, streamer=tokens)
+        turns.append((answer, list(tokens), sum(read) - before))
+        history += [("user", text), ("assistant", answer.text)]
+    hook.remove()
+    return turns
+
+
+@pytest.mark.parametrize("llm", ["llama", "qwen2"])
+def test_later_turns_are_read_from_where_they_differ(talkative, processor, local_experts, images, llm):
+    """Keys and values of the earlier turns are used again, and every token is as without."""
+    model = talkative if llm == "llama" else with_llm(talkative, Qwen2ForCausalLM, Qwen2Config)
+    rng = random.Random(1)
+    words = [*"0123456789", "what", "is", "in", "the", "picture", "left", "right", "which", "none"]
+    remembering = Answerer(model, processor, local_experts)
+    forgetful = Answerer(model, processor, local_experts, keep_bytes=0)
+    different, further = set(), 0
+    for number in range(24):
+        asked = [" ".join(rng.choices(words, k=rng.randint(1, 8))) for _ in range(3)]
+        image = (rng.choice(images), rng.sample(images, 2))[number % 3 == 2]
+        about = [{}, {"image": image, "experts": ()}, {"image": image, "experts": ("sam", "vary")}, {"image": image}]
+        turns = converse(remembering, asked, **about[number % 4])
+        fresh = converse(forgetful, asked, **about[number % 4])
+        prompt = 0
+        for turn, ((answer, tokens, read), (whole, all_tokens, all_read)) in enumerate(zip(turns, fresh, strict=True)):
+            assert tokens == all_tokens
+            same(answer, whole)
+            assert whole.reused_tokens == 0 and read == all_read - answer.reused_tokens, "what is reused is not read"
+            if turn:
+                pictured = "image" in about[number % 4]
+                if answer.experts and pictured:
+                    assert 0 < answer.reused_tokens < 10, "the gate heard more, so the picture looks different"
+                elif not turns[turn - 1][0].experts:
+                    assert answer.reused_tokens >= prompt
+                    further += answer.reused_tokens > prompt
+            different.add(tuple(tokens))
+            prompt = all_read - len(all_tokens) + 1 if answer.router is None else 0
+    assert len(different) > 20 and further > 4, "some replies are reused too"
+    assert len(remembering._said.conversations) > 4 and not forgetful._said.conversations
+
+
+def test_questions_on_one_picture_share_its_keys_and_values(talkative, processor, local_experts, images):
+    answerer = Answerer(talkative, processor, local_experts)
+
+    def reused(text, history=(), image=images[0], answerer=answerer, **more):
+        experts = more.pop("experts", ())
+        question = Question(text=text, image=image, history=history, experts=experts)
+        [answer] = answerer.answer([question], 4, **more)
+        [whole] = Answerer(talkative, processor, local_experts, keep_bytes=0).answer([question], 4)
+        assert more or answer.text == whole.text
+        return answer.reused_tokens
+
+    shown = talkative.config.image_tokens
+    assert reused("what is it?") == 0
+    assert shown < reused("left?") < shown + 10, "the picture and what stands before it"
+    again = reused("left?")
+    assert again > shown, "all but the last token"
+    said = (("user", "left?"), ("assistant", "none"))
+    assert reused("what?", said) >= again, "the reply is another one"
+    assert shown < reused("what?", (("user", "right?"), said[1])) < again, "a turn was rewritten"
+    assert 0 < reused("left?", image=images[1]) < 10, "another picture"
+    assert 0 < reused("left?", experts=("sam",)) < 10, "another view of it"
+    assert reused("left?", experts=("sam",)) > shown
+    assert reused("left?", num_beams=2) == 0, "several replies at once"
+    assert reused("left?", do_sample=True) == again
+    assert reused("left?", answerer=Answerer(talkative, processor, local_experts)) == 0, "another model's"
+    assert [one.reused_tokens for one in answerer.answer([Question(text="left?")] * 2, 4)] == [0, 0]
+
+
+def test_routing_leaves_no_keys_and_values(talkative, processor, local_experts, images):
+    """The router reads with its LoRA: what it read may not serve the answer, nor a question in its own words."""
+    talkative.add_routing_lora(rank=4)
+    answerer = Answerer(talkative, processor, local_experts)
+    [answer] = answerer.answer([Question(text="what is in the picture?", image=images[0])], 4)
+    assert answer.router is not None and answer.reused_tokens == 0
+    [kept] = answerer._said.conversations
+    assert kept.prompt > talkative.config.image_tokens
+    prompt = build_routing_prompt("what is in the picture?", talkative.config.descriptions)
+    question = Question(text=prompt, image=images[0], experts=())
+    [again] = answerer.answer([question], 4)
+    assert again.reused_tokens < 10
+    same(again, Answerer(talkative, processor, local_experts).answer([question], 4)[0])
+
+
+def test_kept_keys_and_values_are_bounded(talkative, processor, local_experts):
+    answerer = Answerer(talkative, processor, local_experts, keep_bytes=200_000)
+    counts = []
+    for number in range(12):
+        answerer.answer([Question(text=f"{number} what is in the picture? " * (number % 4 + 1))], 4)
+        kept = answerer._said.conversations
+        counts.append(len(kept))
+        assert sum(one.nbytes for one in kept) <= 100_000
+    assert 1 < counts[-1] < 12
+    longer = Question(text="0123456789 " * 40)
+    answerer.answer([longer], 4)
+    assert answerer.answer([longer], 4)[0].reused_tokens < 10, "larger than all there is room for"
+    assert len(answerer._said.conversations) == counts[-1], "and nothing went for it"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sliding_window": 16, "head_dim": 16},
+        {"layer_types": ["full_attention"] * 2, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+    ],
+)
+def test_keys_and_values_that_cannot_be_cut_back_are_not_kept(mini, processor, local_experts, more):
+    kind = (Gemma3ForCausalLM, Gemma3TextConfig) if "sliding_window" in more else (Qwen2ForCausalLM, Qwen2Config)
+    answerer = Answerer(with_llm(mini, *kind, **more), processor, local_experts)
+    assert [answer.reused_tokens for answer, _, _ in converse(answerer, ["what?", "left?"])] == [0, 0]
+    assert not answerer._said.conversations
 
 
 def test_sources_are_interchangeable(mini, processor, local_experts, images, tmp_path):
