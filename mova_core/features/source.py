@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mova_core.features.store import ExpertShelf, FeatureStore, StoreError, wanted_by_expert
+from mova_core.images import Picture
 
 if TYPE_CHECKING:
     from mova_core.experts import Features, VisionExpert
@@ -57,7 +59,7 @@ class LocalExperts:
         return {name: fingerprint(description) for name, description in self.descriptions.items()}
 
     def fetch(self, images: Sequence[ImageRef], experts: Sequence[Sequence[str]]) -> list[dict[str, Features]]:
-        """See `FeatureSource.fetch`. An image asked for twice is computed once.
+        """See `FeatureSource.fetch`. An image asked for twice is computed once, and decoded once for all its experts.
 
         Raises:
             ValueError: an expert that is not among these.
@@ -68,7 +70,10 @@ class LocalExperts:
         from mova_core.experts import Features
 
         computed: dict[str, dict[str, Features]] = {}
-        for name, wanted in wanted_by_expert(images, experts).items():
+        by_expert = wanted_by_expert(images, experts)
+        readers = Counter(key for wanted in by_expert.values() for key in wanted)
+        pictures = {image.key: Picture(image) for image in images if readers[image.key] > 1}
+        for name, wanted in by_expert.items():
             if name not in self.experts:
                 raise ValueError(f"no expert {name!r} here: there are {', '.join(self.experts)}")
             expert = self.experts[name]
@@ -77,7 +82,7 @@ class LocalExperts:
             rows = computed[name] = {}
             for at in range(0, len(keys), self.batch_size):
                 chunk = keys[at : at + self.batch_size]
-                batch = expert.preprocess([wanted[key] for key in chunk])
+                batch = expert.preprocess([pictures.get(key, wanted[key]) for key in chunk])
                 with torch.no_grad():  # not inference_mode: training saves these tensors for its backward pass
                     tokens_BNC, grid = expert({key: value.to(parameter) for key, value in batch.items()})
                 rows.update(zip(chunk, (Features(tokens_NC, grid) for tokens_NC in tokens_BNC.cpu()), strict=True))

@@ -62,6 +62,23 @@ def test_local_experts(experts, images):
     assert source.fetch([], []) == []
 
 
+class CountingRef(ImageRef):
+    """Counts how often its bytes are read."""
+
+    reads = 0
+
+    def read(self):
+        self.reads += 1
+        return super().read()
+
+
+def test_a_picture_is_decoded_once_for_all_its_experts(experts, images):
+    image = CountingRef(path=images[0].path, key=images[0].key)
+    got = LocalExperts(experts).fetch([image], [NAMES])
+    assert image.reads == 1
+    assert equal(got, LocalExperts(experts).fetch(images[:1], [NAMES]))
+
+
 def test_what_local_experts_refuse(experts, images, tmp_path):
     with pytest.raises(ValueError, match=r"'vary'.*dinov2, sam, biomedclip"):
         LocalExperts(experts).fetch(images[:1], [["vary"]])
