@@ -164,8 +164,9 @@ def training_samples(config: TrainConfig) -> tuple[list[Sample], list[str]]:
         samples = [sample for sample in samples if sample.routing is not None]
         if not samples:
             raise DataError(f"{config.data} holds no routing label: run `mova label` and give the file it writes")
-    if config.batch_size < config.workers:
-        raise DataError(f"--batch-size {config.batch_size} is smaller than --workers {config.workers}: raise it")
+    least = config.workers * (2 if config.stage == "light-router" else 1)  # one sample has no statistics
+    if config.batch_size < least:
+        raise DataError(f"--batch-size {config.batch_size} is too small for --workers {config.workers}: give {least}")
     if len(samples) < config.batch_size:
         raise DataError(
             f"{config.data} holds {len(samples)} usable samples, fewer than --batch-size {config.batch_size}"
@@ -288,7 +289,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * len(batches)), len(batches))
     restore_optimizer(optimizer, schedule, learning, moments, done)
 
-    wrapped.train(learner is model)  # the light router has no dropout, and reads features as inference does
+    wrapped.train()
     loader = DataLoader(
         batches, batch_size=None, sampler=range(done, len(batches)), num_workers=config.loader_processes
     )
@@ -338,13 +339,19 @@ class LightRouting(nn.Module):
 
     def __init__(self, model: MoVAForConditionalGeneration):
         super().__init__()
+        assert model.light_router is not None
         self.base_encoder, self.adapter, self.light_router = model.base_encoder, model.adapter, model.light_router
+
+    def train(self, mode: bool = True) -> "LightRouting":
+        """The encoders stay as inference has them: no dropout."""
+        super().train(False)
+        self.light_router.train(mode)
+        return self
 
     def forward(
         self, pixel_values: Tensor, text_input_ids: Tensor, text_attention_mask: Tensor, routing: Tensor
     ) -> SequenceClassifierOutput:
         """Loss of pictures (B, 3, S, S) with questions (B, T) int64 against labels, bool (B, E) in pool order."""
-        assert self.light_router is not None
         with torch.no_grad():
             seen = self.base_encoder({"pixel_values": pixel_values}).tokens.mean(1)
             text = self.adapter.encode_text(text_input_ids, text_attention_mask)
