@@ -48,7 +48,7 @@ def read_rows(
 def tell_skipped(skipped: Sequence[str]) -> None:
     """Says on stderr, beside the progress bars, how many bad rows were left out, and what was wrong with the first."""
     if skipped:
-        tqdm.write(f"{len(skipped)} bad rows skipped:", file=sys.stderr)
+        tqdm.write(f"bad rows skipped: {len(skipped)}", file=sys.stderr)
         for line in skipped[:SHOWN]:
             tqdm.write(f"  {line}", file=sys.stderr)
         if len(skipped) > SHOWN:

@@ -97,7 +97,7 @@ def test_bad_rows_end_it_or_are_left_out_and_told(tmp_path, capsys):
     assert [found.name for found in find_images(path, None, "skip", skipped)] == ["a.png", "b.png", "c.png", "d.png"]
     assert len(skipped) == 7 and f"{path}, line 2: broken JSON" in skipped[0]
     told = capsys.readouterr().err.splitlines()
-    assert told == ["7 bad rows skipped:", *(f"  {line}" for line in skipped[:5]), "  and 2 more"]
+    assert told == ["bad rows skipped: 7", *(f"  {line}" for line in skipped[:5]), "  and 2 more"]
 
     samples, left_out = read_rows(path, None, "skip", check=lambda sample: sample.image)
     assert [sample.where for sample in samples] == [f"{path}, line 1", f"{path}, line 10"]
