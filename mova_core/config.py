@@ -19,6 +19,7 @@ class MoVAConfig(PretrainedConfig):
         expert_size: size of the experts whose features the adapter takes, as `load_expert` takes it.
         routing_grid: side of the grid the routing pass pools the adapter's output to (published: 12, so 144 tokens).
         max_experts: most experts one question may get (paper section 3.1: 3).
+        light_router: width of the light router's hidden layer; 0 where the model has none.
     """
 
     model_type = "mova"
@@ -34,6 +35,7 @@ class MoVAConfig(PretrainedConfig):
         expert_size: str = "full",
         routing_grid: int = 12,
         max_experts: int = 3,
+        light_router: int = 0,
         **kwargs: Any,
     ):
         if isinstance(text_config, dict):
@@ -46,6 +48,7 @@ class MoVAConfig(PretrainedConfig):
         self.expert_size = expert_size
         self.routing_grid = routing_grid
         self.max_experts = max_experts
+        self.light_router = light_router
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 

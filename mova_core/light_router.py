@@ -13,6 +13,23 @@ from transformers import initialization as init
 from mova_core.routing import MAX_EXPERTS
 
 
+class Standardise(nn.BatchNorm1d):
+    """Mean 0 and variance 1 per channel (B, C) by all that was seen in training, batches of over one.
+
+    Frozen features are mostly what all of them share; what tells them apart shows against their mean. Unlike in a plain
+    batch norm, training reads the same numbers that inference will.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width, momentum=None, affine=False)  # momentum None: the mean over all batches
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                super().forward(input)  # takes note
+        return F.batch_norm(input, self.running_mean, self.running_var, eps=self.eps)
+
+
 class LightRouter(nn.Module):
     """An MLP on frozen features that the answer needs anyway, so that routing costs next to nothing.
 
@@ -28,7 +45,7 @@ class LightRouter(nn.Module):
 
     def __init__(self, text_width: int, base_width: int, experts: int, hidden: int = 512):
         super().__init__()
-        self.norms = nn.ModuleList((nn.LayerNorm(text_width), nn.LayerNorm(base_width)))
+        self.norms = nn.ModuleList(Standardise(width) for width in (text_width, base_width))
         self.hidden = nn.Linear(text_width + base_width, hidden)
         self.out = nn.Linear(hidden, experts)
         self.reset_parameters()
@@ -39,7 +56,7 @@ class LightRouter(nn.Module):
         init.zeros_(self.out.bias)
 
     def forward(self, text_BT: Tensor, base_BC: Tensor) -> Tensor:
-        """Logits (B, E) in float32 from `MoVAdapter.encode_text` and the mean over base tokens."""
+        """Logits (B, E) in float32 from `MoVAdapter.encode_text` and the mean over base tokens; in training B is over 1."""
         dtype = self.out.weight.dtype
         parts = [norm(part.to(dtype)) for norm, part in zip(self.norms, (text_BT, base_BC), strict=True)]
         return self.out(F.gelu(self.hidden(torch.cat(parts, dim=1)))).float()

@@ -74,8 +74,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.adapter = MoVAdapter(AdapterConfig(**config.adapter))
         self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.light_router: LightRouter | None = None
-        if hidden := getattr(config, "light_router", 0):
-            self.add_light_router(hidden)
+        if config.light_router:
+            self.add_light_router(config.light_router)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:

@@ -36,7 +36,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 StorePath = Annotated[Path, typer.Option("--store", help="Folder of the feature store.")]
 DataPath = Annotated[Path, typer.Option("--data", help="LLaVA JSON array, or JSONL with one record a line.")]
 ImagesPath = Annotated[
-    Path | None, typer.Option("--images", help="Folder the records' images are relative to [default: the data file's].")
+    Path | None, typer.Option("--images", help="Folder the records' images are relative to (default: the data file's).")
 ]
 ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False)]
 Experts = Annotated[
@@ -47,11 +47,15 @@ Size = Annotated[
     Literal["full", "mini"], typer.Option("--size", help="Size of the experts: full as published, mini for a laptop.")
 ]
 Weights = Annotated[
-    list[str], typer.Option("--weights", help="NAME=PATH_OR_HUB_ID, once per expert [default: the public weights].")
+    list[str], typer.Option("--weights", help="NAME=PATH_OR_HUB_ID, once per expert (default: the public weights).")
 ]
 Imports = Annotated[
     list[str],
     typer.Option("--import", help="Module that registers an expert of your own (docs/custom_expert.md); repeatable."),
+]
+BadRow = Annotated[
+    Literal["raise", "skip"],
+    typer.Option("--bad-rows", help="Whether the first bad record of a data file ends it, or all are left out."),
 ]
 Gpu = Annotated[float, typer.Option("--gpu", help="GPUs per actor, fractions allowed.", min=0)]
 
@@ -134,15 +138,39 @@ def _weights(pairs: list[str], names: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def _costs(pairs: list[str]) -> dict[str, float]:
-    """Expert -> cost."""
-    costs = {}
-    for pair in pairs:
-        name, _, cost = pair.partition("=")
-        try:
-            costs[name] = float(cost)
-        except ValueError:
-            raise typer.BadParameter(f"--cost {pair}: write NAME=NUMBER") from None
+def _costs(pairs: list[str], profile: Path | None, config: Any) -> dict[str, float]:
+    """Expert of a model's pool -> cost per picture: as given, else in ms of this CPU as measured, else in GFLOPs."""
+    import torch
+
+    from mova_core.experts import expert_card
+    from mova_core.experts.profile import count_flops, device_kind, read_profiles, shapes_of
+
+    costs: dict[str, float] = {}
+    if pairs:
+        if profile is not None:
+            raise typer.BadParameter("--cost and --profile are of different units: give one of them")
+        for pair in pairs:
+            name, _, cost = pair.partition("=")
+            try:
+                costs[name] = float(cost)
+            except ValueError:
+                raise typer.BadParameter(f"--cost {pair}: write NAME=NUMBER") from None
+        fix = "give a --cost for each expert, or none for GFLOPs"
+    elif profile is not None:
+        device = device_kind(torch.device("cpu"))
+        measured = [one for one in read_profiles(profile) if one.device == device]
+        for name in config.experts:
+            dtype = config.feature_dtypes.get(name, "float32")
+            for one in measured:
+                if one.expert == name and one.is_of(expert_card(name), config.expert_size, dtype):
+                    costs[name] = 1000 / one.at(1).images_per_second
+        fix = f"{profile} has none on {device} at size {config.expert_size}: run `mova profile` here"
+    else:
+        counted = {name: count_flops(shapes_of(name, config.expert_size)) for name in config.experts}
+        costs = {name: flops / 1e9 for name, flops in counted.items() if flops is not None}
+        fix = "its FLOPs cannot be counted: give a --cost for each expert"
+    if unpriced := [name for name in config.experts if name not in costs]:
+        raise typer.BadParameter(f"--budget: no cost of {', '.join(unpriced)}; {fix}")
     return costs
 
 
@@ -178,26 +206,21 @@ def _experts(names: str | None) -> list[str]:
 @app.command()
 def experts(size: Size = "full", imports: Imports = [], as_json: Json = False) -> None:  # noqa: B006
     """List the pool: parameters, input, grid, channels, GFLOPs and bytes per picture of each expert, and its weights."""
-    import torch
-
-    from mova_core.experts import BASE, EXPERTS, expert_class, expert_names, found_here
-    from mova_core.experts.profile import count_flops
+    from mova_core.experts import BASE, EXPERTS, expert_names, found_here
+    from mova_core.experts.profile import count_flops, shapes_of
     from mova_core.routing import LETTERS
 
     _import(imports)
     rows: list[dict[str, Any]] = []
     for name in expert_names():
-        card = expert_class(name).card
-        arch = card.mini if size == "mini" else card.full
-        with torch.device("meta"):  # shapes without weights
-            expert = expert_class(name)(arch).eval()
-        (height, width), channels = expert.grid, expert.channels
+        expert = shapes_of(name, size)
+        card, (height, width), channels = expert.card, expert.grid, expert.channels
         rows.append(
             {
                 "expert": name,
                 "title": card.title,
                 "parameters": sum(p.numel() for p in expert.parameters()),
-                "input": arch.get("image_size"),
+                "input": expert.arch.get("image_size"),
                 "grid": [height, width],
                 "channels": channels,
                 "flops": count_flops(expert),
@@ -306,6 +329,7 @@ def precompute(
     source: Annotated[Path, typer.Argument(help="Folder of pictures, or LLaVA JSON/JSONL that names them.")],
     store: StorePath,
     images: ImagesPath = None,
+    bad_rows: BadRow = "raise",
     experts: Experts = None,
     pool: Annotated[
         list[str],
@@ -342,7 +366,8 @@ def precompute(
         except PlanError as error:
             raise typer.BadParameter(str(error)) from None
         profiles = () if profile is None else read_profiles(profile)
-        found = find_images(source, images)
+        skipped: list[str] = []
+        found = find_images(source, images, bad_rows, skipped)
         with ray_session():
             summary = run(
                 found,
@@ -367,11 +392,11 @@ def precompute(
         for row in summary.quarantined:
             print(f"quarantined {row['path']}: {row['reason']}")
 
-    emit(summary.to_dict(), as_json, show)
+    emit(summary.to_dict() | {"skipped": skipped}, as_json, show)
 
 
 def _train_command(
-    stage: Literal["pretrain", "sft", "router"], doc: str, learning_rate: float, batch_size: int
+    stage: Literal["pretrain", "sft", "router", "light-router"], doc: str, learning_rate: float, batch_size: int
 ) -> None:
     def command(
         data: DataPath,
@@ -381,6 +406,7 @@ def _train_command(
         ],
         output: Annotated[Path, typer.Option("--output", help="Folder the trained model goes to.")],
         images: ImagesPath = None,
+        bad_rows: BadRow = "raise",
         learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = learning_rate,
         batch_size: Annotated[int, typer.Option(help="Samples per step over all workers.", min=1)] = batch_size,
         epochs: Annotated[
@@ -414,6 +440,7 @@ def _train_command(
                 store=str(store.resolve()),
                 output=str(output.resolve()),
                 images=None if images is None else str(images.resolve()),
+                bad_rows=bad_rows,
                 learning_rate=learning_rate,
                 batch_size=batch_size,
                 epochs=epochs,
@@ -432,7 +459,11 @@ def _train_command(
         emit(
             result,
             as_json,
-            lambda: table(f"{stage} finished", ["", ""], [[key, str(value)] for key, value in result.items()]),
+            lambda: table(
+                f"{stage} finished",
+                ["", ""],
+                [[key, str(len(value) if key == "skipped" else value)] for key, value in result.items()],
+            ),
         )
 
     train_app.command(stage, help=doc)(command)
@@ -441,6 +472,12 @@ def _train_command(
 _train_command("pretrain", "Stage 1: MoV-Adapter and base encoder learn, the LLM is frozen.", 2e-4, 1024)
 _train_command("sft", "Stage 2: everything but the experts learns.", 2e-5, 128)
 _train_command("router", "The expert-routing LoRA learns from routing labels (see `mova label`).", 2e-4, 128)
+_train_command(
+    "light-router",
+    "The light router (`mova ask --router light`) learns from the same labels; fixed pool, no LLM pass.",
+    1e-3,
+    128,
+)
 
 
 @app.command()
@@ -450,6 +487,7 @@ def label(
     store: StorePath,
     output: Annotated[Path, typer.Option("--output", help="JSON file with the records and their routing.")],
     images: ImagesPath = None,
+    bad_rows: BadRow = "raise",
     actors: Annotated[int, typer.Option(help="Actors that measure losses.", min=1)] = 1,
     gpu: Gpu = 0.0,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 32,
@@ -470,6 +508,7 @@ def label(
                 str(store),
                 str(output),
                 images=None if images is None else str(images),
+                bad_rows=bad_rows,
                 actors=actors,
                 gpu=gpu,
                 batch_size=batch_size,
@@ -492,6 +531,7 @@ def evaluate(
     data: DataPath,
     store: StorePath,
     images: ImagesPath = None,
+    bad_rows: BadRow = "raise",
     train: Annotated[Path | None, typer.Option(help="Training file; gives the chance level.")] = None,
     answers: Annotated[Path | None, typer.Option(help="JSON file every single answer is written to.")] = None,
     actors: Annotated[int, typer.Option(help="Answer servers.", min=1)] = 1,
@@ -513,6 +553,7 @@ def evaluate(
                 str(data),
                 str(store),
                 images=None if images is None else str(images),
+                bad_rows=bad_rows,
                 train=None if train is None else str(train),
                 limit=limit,
                 actors=actors,
@@ -523,7 +564,7 @@ def evaluate(
             )
         if answers is not None:
             answers.write_text(json.dumps(result["answers"], indent=1))
-    emit({"kinds": result["kinds"]}, as_json, lambda: show_kinds(result["kinds"]))
+    emit({name: result[name] for name in ("kinds", "skipped")}, as_json, lambda: show_kinds(result["kinds"]))
 
 
 def show_kinds(kinds: dict[str, dict[str, Any]]) -> None:
@@ -561,12 +602,20 @@ def ask(
     forbid: Annotated[str | None, typer.Option(help="Experts that may not be used, comma-separated.")] = None,
     max_experts: Annotated[int | None, typer.Option(help="Most experts to use.", min=0)] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Most that the experts may cost together, in the unit of --cost.", min=0)
+        float | None,
+        typer.Option(
+            help="Most that the experts may cost together: GFLOPs, or ms with --profile, or in the unit of --cost.",
+            min=0,
+        ),
+    ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option("--profile", help="What `mova profile` wrote of this CPU; makes --budget milliseconds."),
     ] = None,
     cost: Annotated[
         list[str],
         typer.Option(
-            help="expert=COST per picture in one unit, say TFLOP or ms; may be given again; --budget needs all."
+            help="expert=COST per picture in a unit of your own; once for each (default: its GFLOPs, `mova experts`)."
         ),
     ] = [],  # noqa: B006
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
@@ -609,7 +658,7 @@ def ask(
             MoVAProcessor.from_pretrained(str(model)),
             source,
             router=router,  # type: ignore[arg-type]  # it names a wrong one itself
-            costs=_costs(cost),
+            costs=None if budget is None else _costs(cost, profile, loaded.config),
         )
         [answer] = answerer.answer([asked], max_new_tokens)
 
@@ -785,7 +834,7 @@ def store_verify(
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Option(help="Where data, store, models and report go [default: mova/demo in the user's cache folder]."),
+        typer.Option(help="Where data, store, models and report go (default: mova/demo in the user's cache folder)."),
     ] = None,
     images: Annotated[int, typer.Option(help="Pictures to draw.", min=60)] = 480,
     seed: Annotated[int, typer.Option(help="Of the data, the sample order and chance.")] = 0,

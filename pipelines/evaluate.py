@@ -7,10 +7,11 @@ from typing import Any
 
 from actors.answer_server import AnswerServer
 from mova_core.config import MoVAConfig
-from mova_core.data import Sample, read_samples, usable_samples
+from mova_core.data import Sample, usable_samples
 from mova_core.features import FeatureStore
 from mova_core.metrics import exact_match, normalise
 from pipelines.actor_pool import through_actors
+from pipelines.bad_rows import BadRows, read_rows, tell_skipped
 
 KIND, FORM = "kind", "form"  # fields a record may have: what is pictured, and which question template it is
 
@@ -23,6 +24,7 @@ def evaluate(
     images: str | None = None,
     train: str | None = None,
     limit: int | None = None,
+    bad_rows: BadRows = "raise",
     actors: int = 1,
     gpu: float = 0.0,
     batch_size: int = 16,
@@ -34,17 +36,23 @@ def evaluate(
     Args:
         train: training file; gives the chance level, which is the accuracy of always giving the answer most frequent there
             for the same `form` of question.
+        bad_rows: whether a bad row of either file ends it or is left out.
 
     Returns:
         {"kinds": {kind: {"questions", "accuracy", "chance", "experts"}}, "answers": [one mapping per record]}; accuracy and
-        chance from 0 to 1, `chance` None without `train`, `experts` how often each was routed; and "skipped", the number
-        of records without a picture or with one in quarantine.
+        chance from 0 to 1, `chance` None without `train`, `experts` how often each was routed; "unanswered", the number
+        of records without a picture or with one in quarantine; and "skipped": what was wrong with each bad row.
 
     Raises:
         DataError, StoreError: bad data; no features of the weights this model was trained on.
     """
     opened = FeatureStore(store, fingerprints=MoVAConfig.from_pretrained(model).fingerprints)
-    read = read_samples(data, images)
+    read, skipped = read_rows(data, images, bad_rows, check=lambda sample: sample.image)
+    guesses = None
+    if train:
+        seen, bad = read_rows(train, bad_rows=bad_rows)
+        guesses, skipped = most_frequent(seen), skipped + bad
+    tell_skipped(skipped)
     usable = usable_samples(read, opened.quarantined())
     samples = usable[:limit]
     rows = [
@@ -90,8 +98,12 @@ def evaluate(
                 "seconds": dict(row["seconds"]),
             }
         )
-    guesses = most_frequent(read_samples(train)) if train else None
-    return {"kinds": by_kind(answers, guesses), "answers": answers, "skipped": len(read) - len(usable)}
+    return {
+        "kinds": by_kind(answers, guesses),
+        "answers": answers,
+        "unanswered": len(read) - len(usable),
+        "skipped": skipped,
+    }
 
 
 def most_frequent(samples: Sequence[Sample]) -> dict[str, str]:

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from mova_core.config import MoVAConfig
-from mova_core.data import Sample, read_records, read_samples, usable_samples, write_records
+from mova_core.data import Sample, read_records, usable_samples, write_records
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import label_experts
 from pipelines.actor_pool import through_actors
+from pipelines.bad_rows import BadRows, read_rows, tell_skipped
 
 WITHOUT = "none"  # column of the loss without any expert
 
@@ -76,10 +77,11 @@ class LabelSummary:
     """How often each expert was found useful."""
 
     samples: int
-    skipped: int
+    unlabelled: int  # records that stay as they are
     experts: dict[str, int]
     per_sample: float  # mean number of experts
     output: str
+    skipped: list[str]  # what was wrong with each bad row; the output lacks them
 
 
 def label(
@@ -89,6 +91,7 @@ def label(
     output: str,
     *,
     images: str | None = None,
+    bad_rows: BadRows = "raise",
     actors: int = 1,
     gpu: float = 0.0,
     batch_size: int = 32,
@@ -97,7 +100,8 @@ def label(
 ) -> LabelSummary:
     """Writes the data file again with `routing` (expert names, lowest loss first) and `routing_losses` per record.
 
-    Needs an open Ray session. Records without an answer, without a picture or with one in quarantine stay as they are.
+    Needs an open Ray session. Records without an answer, without a picture or with one in quarantine stay as they are; bad
+    rows end it, or with `bad_rows` "skip" are left out.
 
     Raises:
         DataError, StoreError: bad data; features missing from the store.
@@ -105,7 +109,9 @@ def label(
     config = MoVAConfig.from_pretrained(model)
     opened = FeatureStore(store, fingerprints=config.fingerprints)  # refuses other weights before any actor starts
     pool = config.experts
-    usable = [sample for sample in usable_samples(read_samples(data, images), opened.quarantined()) if sample.answer]
+    read, skipped = read_rows(data, images, bad_rows, check=lambda sample: sample.image)
+    tell_skipped(skipped)
+    usable = [sample for sample in usable_samples(read, opened.quarantined()) if sample.answer]
     rows = [{"id": sample.where, "image": _path(sample), "turns": json.dumps(sample.turns)} for sample in usable]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     measured = through_actors(
@@ -121,10 +127,12 @@ def label(
         gpus=gpu,
     )
     losses = {row.pop("id"): row for row in measured}
-    records = []
+    good, records = {sample.where for sample in read}, []
     counts = dict.fromkeys(pool, 0)
-    for line, record in read_records(data):
-        if (by_expert := losses.get(f"{Path(data)}, line {line}")) is not None:
+    for line, record in read_records(data, broken=lambda _: None):  # told of above
+        if (where := f"{Path(data)}, line {line}") not in good:
+            continue
+        if (by_expert := losses.get(where)) is not None:
             chosen = label_experts(by_expert[WITHOUT], {name: by_expert[name] for name in pool}, max_experts)
             record |= {"routing": chosen, "routing_losses": {name: round(loss, 5) for name, loss in by_expert.items()}}
             for name in chosen:
@@ -133,10 +141,11 @@ def label(
     write_records(output, records)
     return LabelSummary(
         samples=len(usable),
-        skipped=len(records) - len(usable),
+        unlabelled=len(records) - len(usable),
         experts=counts,
         per_sample=sum(counts.values()) / max(1, len(usable)),
         output=output,
+        skipped=skipped,
     )
 
 

@@ -15,11 +15,12 @@ import torch
 
 from actors.expert_server import ExpertServer
 from cluster.planner import PoolSpec, fit_pools, know_memory, plan_pools
-from mova_core.data import DataError, read_samples
+from mova_core.data import DataError
 from mova_core.experts import EXPERTS, expert_card, expert_module, load_expert
 from mova_core.experts.profile import Profile
 from mova_core.features import FeatureStore
 from pipelines.actor_pool import Stopped, executions_stopped, through_actors
+from pipelines.bad_rows import BadRows, read_rows, tell_skipped
 from pipelines.errors import root_cause
 from pipelines.inspect_images import inspect_images
 from pipelines.progress import progress_bar
@@ -47,8 +48,18 @@ class Summary:
         return asdict(self)
 
 
-def find_images(source: str | Path, images: str | Path | None = None) -> list[Path]:
+def find_images(
+    source: str | Path,
+    images: str | Path | None = None,
+    bad_rows: BadRows = "raise",
+    skipped: list[str] | None = None,
+) -> list[Path]:
     """Pictures of a folder (at any depth, by suffix) or those that a LLaVA JSON/JSONL names, each once, sorted.
+
+    Args:
+        images: folder the records' images are relative to; default the data file's.
+        bad_rows: whether a broken record ends it or is left out.
+        skipped: takes what was wrong with each record left out.
 
     Raises:
         DataError: nothing there, no picture in it, or a broken record.
@@ -61,7 +72,10 @@ def find_images(source: str | Path, images: str | Path | None = None) -> list[Pa
                 f"folder {source} holds no picture ({', '.join(sorted(SUFFIXES))}): give the folder that does"
             )
         return found
-    samples = read_samples(source, images)
+    samples, left_out = read_rows(source, images, bad_rows)
+    tell_skipped(left_out)
+    if skipped is not None:
+        skipped += left_out
     found = sorted({Path(image.path).resolve() for sample in samples for image in sample.images if image.path})
     if not found:
         raise DataError(f"no record of {source} names an image")

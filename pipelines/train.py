@@ -1,7 +1,7 @@
 """Train: the paper's stages as Ray Train workers that read features from the store.
 
 pretrain: MoV-Adapter and base encoder learn, the LLM is frozen.   sft: everything learns but the experts (paper section 3.3).
-router:   only the expert-routing LoRA learns, on routing labels.
+router:   only the expert-routing LoRA learns, on routing labels.   light-router: only the light router, on the same labels.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +22,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mova_core.config import MoVAConfig
-from mova_core.data import REWRITTEN, DataError, Sample, read_samples, routing_turns, usable_samples
+from mova_core.data import REWRITTEN, DataError, Sample, routing_turns, usable_samples
 from mova_core.features import FeatureStore
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import MoVAProcessor
+from pipelines.bad_rows import BadRows, read_rows, tell_skipped
 from pipelines.progress import follow_progress, write_progress
 
-Stage = Literal["pretrain", "sft", "router"]
-STAGES: tuple[Stage, ...] = ("pretrain", "sft", "router")
+Stage = Literal["pretrain", "sft", "router", "light-router"]
+OF_LABELS: tuple[Stage, ...] = ("router", "light-router")  # learn from routing labels and read no features
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"  # beside the model in a checkpoint
 PROGRESS = "progress.json"  # in the run's folder
 
@@ -45,6 +48,7 @@ class TrainConfig:
     store: str  # feature store
     output: str  # folder the trained model goes to
     images: str | None = None  # folder the records' images are relative to; default the data file's
+    bad_rows: BadRows = "raise"
     learning_rate: float = 2e-4
     batch_size: int = 32  # samples per step, over all workers
     epochs: float = 1.0
@@ -65,7 +69,8 @@ class TrainConfig:
 def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
     """Runs one stage to its end, from the last checkpoint if an earlier run of the same config was cut off.
 
-    Needs an open Ray session. Returns {"stage", "steps", "samples", "loss", "seconds", "output", "resumed_from"}.
+    Needs an open Ray session. Returns {"stage", "steps", "samples", "skipped", "loss", "seconds", "output", "resumed_from"},
+    `skipped` telling of each bad row what was wrong with it.
 
     Raises:
         DataError: the data cannot be read or lacks what the stage needs.
@@ -73,7 +78,8 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
     """
     started = time.perf_counter()
     config = pinned(config)
-    samples = training_samples(config)  # refuse bad input before any worker starts
+    samples, skipped = training_samples(config)  # refuse bad input before any worker starts
+    tell_skipped(skipped)
     check_features(config, samples)
     storage = run_folder(config)
     storage.mkdir(parents=True, exist_ok=True)
@@ -102,6 +108,7 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
     return {
         "stage": config.stage,
         "samples": len(samples),
+        "skipped": skipped,
         "seconds": time.perf_counter() - started,
         "output": config.output,
         **{key: metrics[key] for key in ("steps", "loss", "resumed_from") if key in metrics},
@@ -135,38 +142,45 @@ def identity(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps([asdict(config), files], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def training_samples(config: TrainConfig) -> list[Sample]:
-    """The records a stage can learn from: with an answer and a picture that is not in quarantine, for the router with a label.
+def training_samples(config: TrainConfig) -> tuple[list[Sample], list[str]]:
+    """The records a stage can learn from: with an answer and a picture that is not in quarantine, for a router with a label.
+
+    Returns:
+        them, and what was wrong with each bad row left out.
 
     Raises:
-        DataError: too few of them, or one that names an expert which the model's pool does not have.
+        DataError: too few of them, or a bad row: broken, with several pictures, or naming an expert the pool does not have.
     """
     pool = MoVAConfig.from_pretrained(config.model).experts
-    usable = usable_samples(read_samples(config.data, config.images), FeatureStore(config.store).quarantined())
-    samples = [sample for sample in usable if sample.answer]
-    for sample in samples:
+
+    def check(sample: Sample) -> None:
         if unknown := sorted(set(sample.routing or ()) - set(pool)):
             raise DataError(f"{sample.where}: `routing` names {', '.join(unknown)}; the model has {', '.join(pool)}")
-    if config.stage == "router":
+        _ = sample.image  # one at most
+
+    read, skipped = read_rows(config.data, config.images, config.bad_rows, check)
+    samples = [sample for sample in usable_samples(read, FeatureStore(config.store).quarantined()) if sample.answer]
+    if config.stage in OF_LABELS:
         samples = [sample for sample in samples if sample.routing is not None]
         if not samples:
             raise DataError(f"{config.data} holds no routing label: run `mova label` and give the file it writes")
-    if config.batch_size < config.workers:
-        raise DataError(f"--batch-size {config.batch_size} is smaller than --workers {config.workers}: raise it")
+    least = config.workers * (2 if config.stage == "light-router" else 1)  # one sample has no statistics
+    if config.batch_size < least:
+        raise DataError(f"--batch-size {config.batch_size} is too small for --workers {config.workers}: give {least}")
     if len(samples) < config.batch_size:
         raise DataError(
             f"{config.data} holds {len(samples)} usable samples, fewer than --batch-size {config.batch_size}"
         )
-    return samples
+    return samples, skipped
 
 
 def check_features(config: TrainConfig, samples: list[Sample], probes: int = 64) -> None:
-    """Looks for the features of a few samples before any worker starts; the router stage reads none.
+    """Looks for the features of a few samples before any worker starts; the routers' stages read none.
 
     Raises:
         MissingFeatures: some are not in the store.
     """
-    if config.stage == "router":
+    if config.stage in OF_LABELS:
         return
     pool = MoVAConfig.from_pretrained(config.model).experts
     probed = random.Random(config.seed).sample(samples, min(probes, len(samples)))
@@ -184,6 +198,7 @@ class Batches(Dataset):
         self, config: TrainConfig, samples: list[Sample], processor: MoVAProcessor, pool: list[dict[str, Any]]
     ):
         self.config, self.samples, self.processor, self.pool = config, samples, processor, pool
+        self.names = [expert["name"] for expert in pool]
         self.store = FeatureStore(config.store, fingerprints=config.fingerprints)
         self.rank, self.world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
         self.per_epoch = len(samples) // config.batch_size
@@ -200,20 +215,21 @@ class Batches(Dataset):
             self.order = epoch, random.Random(f"{self.config.seed}/{epoch}").sample(everyone, len(everyone))
         mine = self.order[1][at * self.config.batch_size : (at + 1) * self.config.batch_size][self.rank :: self.world]
         chosen = [(self.samples[index], random.Random(f"{self.config.seed}/{epoch}/{index}")) for index in mine]
-        return self.routing_batch(chosen) if self.config.stage == "router" else self.answer_batch(chosen)
+        if self.config.stage == "router":
+            return self.routing_batch(chosen)
+        return self.label_batch(chosen) if self.config.stage == "light-router" else self.answer_batch(chosen)
 
     def answer_batch(self, chosen: list[tuple[Sample, random.Random]]) -> dict[str, Any]:
         """Questions with the features of their labelled experts; a sample nobody labelled gets 0 to 3 experts by chance."""
-        names = [expert["name"] for expert in self.pool]
         routed = [
-            list(sample.routing) if sample.routing is not None else rng.sample(names, rng.randint(0, 3))
+            list(sample.routing) if sample.routing is not None else rng.sample(self.names, rng.randint(0, 3))
             for sample, rng in chosen
         ]
         images = [sample.image for sample, _ in chosen if sample.image is not None]
         batch = dict(self._process([sample.turns for sample, _ in chosen], images, False, None))
         features = self.store.fetch(images, routed)
-        batch["experts"] = stack_features(features, names, torch.device("cpu"), torch.float32)
-        batch["routing"] = torch.tensor([[name in experts for name in names] for experts in routed])
+        batch["experts"] = stack_features(features, self.names, torch.device("cpu"), torch.float32)
+        batch["routing"] = self._mask(routed)
         return batch
 
     def routing_batch(self, chosen: list[tuple[Sample, random.Random]]) -> dict[str, Any]:
@@ -225,6 +241,18 @@ class Batches(Dataset):
             questions.append(sample.question)
         images = [sample.image for sample, _ in chosen if sample.image is not None]
         return {**self._process(turns, images, True, questions), "coarse": True}
+
+    def label_batch(self, chosen: list[tuple[Sample, random.Random]]) -> dict[str, Any]:
+        """What `LightRouting` takes: pictures and questions in, the labelled experts out."""
+        images = [sample.image for sample, _ in chosen if sample.image is not None]
+        return {
+            "pixel_values": self.processor.base.preprocess(images)["pixel_values"],
+            **self.processor.gate_text([sample.question for sample, _ in chosen]),
+            "routing": self._mask([sample.routing or () for sample, _ in chosen]),
+        }
+
+    def _mask(self, routed: Sequence[Collection[str]]) -> Tensor:
+        return torch.tensor([[name in experts for name in self.names] for experts in routed])
 
     def _process(self, turns: Any, images: Any, routing: bool, questions: list[str] | None) -> Any:
         return self.processor(
@@ -248,12 +276,14 @@ def train_worker(settings: dict[str, Any]) -> None:
         before, moments = _progress_of(folder)
     done = before.get("steps", 0)
     choose_parameters(model, config)
-    batches = Batches(config, training_samples(config), processor, model.config.pool)
+    samples, _ = training_samples(config)
+    batches = Batches(config, samples, processor, model.config.pool)
     for expert in model.config.pool:
         shelf = batches.store.shelf(expert["name"])
         expert.update(fingerprint=shelf.fingerprint, dtype=shelf.description["dtype"])
     device = ray.train.torch.get_device()
-    wrapped = prepare_model(model, parallel_strategy_kwargs={"find_unused_parameters": True})
+    learner = LightRouting(model) if config.stage == "light-router" else model
+    wrapped = prepare_model(learner, parallel_strategy_kwargs={"find_unused_parameters": True})
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(learning.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * len(batches)), len(batches))
@@ -289,10 +319,43 @@ def choose_parameters(model: MoVAForConditionalGeneration, config: TrainConfig) 
         if not model.has_routing_lora:
             model.add_routing_lora(rank=config.lora_rank, alpha=2 * config.lora_rank)
         model.language_model.enable_adapters()
+    if config.stage == "light-router" and model.light_router is None:
+        model.add_light_router()
     for name, parameter in model.named_parameters():
-        lora = "lora_" in name
+        lora, light = "lora_" in name, name.startswith("light_router.")
         of_llm = name.startswith("language_model.")
-        parameter.requires_grad_({"pretrain": not of_llm, "sft": not lora, "router": lora}[config.stage])
+        parameter.requires_grad_(
+            {
+                "pretrain": not (of_llm or light),
+                "sft": not (lora or light),
+                "router": lora,
+                "light-router": light,
+            }[config.stage]
+        )
+
+
+class LightRouting(nn.Module):
+    """The light router's loss on what the frozen base and text encoders make of a batch; the LLM has no part in it."""
+
+    def __init__(self, model: MoVAForConditionalGeneration):
+        super().__init__()
+        assert model.light_router is not None
+        self.base_encoder, self.adapter, self.light_router = model.base_encoder, model.adapter, model.light_router
+
+    def train(self, mode: bool = True) -> "LightRouting":
+        """The encoders stay as inference has them: no dropout."""
+        super().train(False)
+        self.light_router.train(mode)
+        return self
+
+    def forward(
+        self, pixel_values: Tensor, text_input_ids: Tensor, text_attention_mask: Tensor, routing: Tensor
+    ) -> SequenceClassifierOutput:
+        """Loss of pictures (B, 3, S, S) with questions (B, T) int64 against labels, bool (B, E) in pool order."""
+        with torch.no_grad():
+            seen = self.base_encoder({"pixel_values": pixel_values}).tokens.mean(1)
+            text = self.adapter.encode_text(text_input_ids, text_attention_mask)
+        return SequenceClassifierOutput(loss=self.light_router.loss(text, seen, routing))
 
 
 def report(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mova_core.experts import expert_class
 from mova_core.experts.expert import ExpertCard, VisionExpert
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "device_kind",
     "measure",
     "read_profiles",
+    "shapes_of",
     "write_profiles",
 ]
 
@@ -98,6 +100,17 @@ def device_kind(device: torch.device) -> str:
 def example(expert: VisionExpert) -> dict[str, Tensor]:
     """A batch of one grey picture, as `preprocess` gives it."""
     return expert.preprocess([np.full((64, 64, 3), 127, dtype=np.uint8)])
+
+
+def shapes_of(name: str, size: str) -> VisionExpert:
+    """An expert of the pool on the meta device: its shapes without weights, as `count_flops` takes it.
+
+    Raises:
+        ValueError: no such expert.
+    """
+    kind = expert_class(name)
+    with torch.device("meta"):
+        return kind(kind.card.mini if size == "mini" else kind.card.full).eval()
 
 
 def count_flops(expert: VisionExpert) -> int | None:

@@ -6,18 +6,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
-from mova_core.data import read_samples
+from mova_core.answering import Answerer, Question
+from mova_core.data import DataError, read_samples
 from mova_core.experts import EXPERTS
 from mova_core.features import FeatureStore, StoreError
 from mova_core.model import MoVAForConditionalGeneration
+from mova_core.processing import MoVAProcessor
+from pipelines.cli import app
 from pipelines.demo import DemoConfig, demo
 from pipelines.evaluate import evaluate
+from pipelines.label import label
 from pipelines.train import TrainConfig, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -138,6 +145,72 @@ def test_ask_evaluate_and_store_on_the_command_line(ran):
     assert {name: row["features"] for name, row in stat["experts"].items()} == dict.fromkeys(EXPERTS, 60)
     assert mova("store", "verify", str(root / "store"))["damaged"] == []
     assert {row["expert"] for row in mova("store", "ls", str(root / "store"))} == set(EXPERTS)
+
+
+def test_a_light_router_learns_and_bad_rows_are_left_out(ran, tmp_path):
+    """Labels by kind of picture, which a question and a picture tell; in between rows that nobody can use."""
+    root = Path(ran[0].folder)
+    useful = {"chart": ["deplot", "pix2struct"], "medical": ["biomedclip"], "photo": ["dinov2"], "document": ["vary"]}
+    records = json.loads((root / "data" / "train.json").read_text())
+    lines = [json.dumps(record | {"routing": useful.get(record["kind"], [])}) for record in records]
+    data = tmp_path / "routed.jsonl"
+    data.write_text("\n".join(["{torn}", *lines, json.dumps(records[0] | {"routing": ["telescope"]})]))
+    images = str(root / "data" / "images")
+    settings = TrainConfig(
+        stage="light-router", model=str(root / "router"), data=str(data), images=images, store=str(root / "store"),
+        output=str(tmp_path / "light"), learning_rate=1e-2, batch_size=16, epochs=6, workers=1, bad_rows="skip",
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"routed.jsonl, line 1: broken JSON"):
+        train(replace(settings, bad_rows="raise"))
+    done = train(settings, progress=False)
+    assert done["samples"] == len(records) and done["steps"] == 6 * (len(records) // 16)
+    assert [line.split(":")[0] for line in done["skipped"]] == [f"{data}, line 1", f"{data}, line {len(lines) + 2}"]
+    assert "telescope" in done["skipped"][1]
+
+    before = MoVAForConditionalGeneration.from_pretrained(root / "router")
+    model = MoVAForConditionalGeneration.from_pretrained(tmp_path / "light")
+    trained = model.state_dict()
+    assert all(value.equal(trained[name]) for name, value in before.state_dict().items()), "nothing else learns"
+    assert {name.split(".")[0] for name in trained.keys() - before.state_dict().keys()} == {"light_router"}
+    assert model.has_routing_lora and model.config.light_router == 512
+
+    data.write_text("\n".join(lines))
+    samples = read_samples(data, images)
+    answerer = Answerer(
+        model,
+        MoVAProcessor.from_pretrained(tmp_path / "light"),
+        FeatureStore(root / "store", fingerprints=model.config.fingerprints),
+        router="light",
+    )
+    replies = answerer.answer([Question(image=sample.images, text=sample.question) for sample in samples], 1)
+    right = [set(reply.experts) == set(sample.routing or ()) for reply, sample in zip(replies, samples, strict=True)]
+    most = Counter(sample.routing for sample in samples).most_common(1)[0][1]
+    assert sum(right) > 0.9 * len(samples) > 3 * most
+
+    chart = next(sample for sample in samples if sample.routing == ("deplot", "pix2struct"))
+    ask = ["ask", str(chart.images[0].path), chart.question, "--model", str(tmp_path / "light"), "--router", "light"]
+    for limit, experts in (([], {"deplot", "pix2struct"}), (["--budget", "0"], set())):
+        said = CliRunner().invoke(app, [*ask, *limit, "--json"])
+        assert said.exit_code == 0, said.output
+        assert set(json.loads(said.stdout)["experts"]) == experts
+
+
+def test_bad_rows_of_a_test_set(ran, tmp_path):
+    """Labelled and evaluated are the rest, and both tell."""
+    root = Path(ran[0].folder)
+    records = json.loads((root / "data" / "test.json").read_text())[:4]
+    several = records[0] | {"image": [records[0]["image"], records[1]["image"]]}
+    data = tmp_path / "test.jsonl"
+    data.write_text("\n".join([*map(json.dumps, records), json.dumps(several).replace("<image>", ""), "[]"]))
+    common: dict[str, Any] = {"images": str(root / "data" / "images"), "bad_rows": "skip", "progress": False}
+    judged = evaluate(str(root / "router"), str(data), str(root / "store"), train=str(data), **common)
+    assert len(judged["answers"]) == 4 and judged["unanswered"] == 0
+    assert [line.split(":")[0] for line in judged["skipped"]] == [f"{data}, line {n}" for n in (6, 5, 6)]
+    done = label(str(root / "sft"), str(data), str(root / "store"), str(tmp_path / "labelled.json"), **common)
+    assert done.samples == 4 and done.unlabelled == 0 and len(done.skipped) == 2
+    labelled = json.loads((tmp_path / "labelled.json").read_text())
+    assert [record["id"] for record in labelled] == [record["id"] for record in records]
+    assert all("routing" in record for record in labelled)
 
 
 def test_training_goes_on_from_its_last_checkpoint(ran, tmp_path):

@@ -343,8 +343,9 @@ def test_light_router_learns_and_is_saved(tmp_path):
     model.add_light_router(hidden=16)
     router = model.light_router
     torch.manual_seed(0)
-    text, seen = torch.randn(64, 32), torch.randn(64, 128)
-    routing = torch.stack([text[:, 0] > 0, seen[:, 0] > 0, *[torch.zeros(64, dtype=torch.bool)] * 5], dim=1)
+    shared = torch.randn(32)  # as frozen features are: what tells them apart is small
+    text, seen = shared + torch.randn(64, 32) / 100, torch.randn(64, 128)
+    routing = torch.stack([text[:, 0] > shared[0], seen[:, 0] > 0, *[torch.zeros(64, dtype=torch.bool)] * 5], dim=1)
     assert router.loss(text, seen, routing).item() == pytest.approx(0.6931, abs=1e-3), "even odds at first"
     optimizer = torch.optim.AdamW(router.parameters(), lr=3e-2)
     for _ in range(80):
@@ -352,6 +353,7 @@ def test_light_router_learns_and_is_saved(tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    router.eval()
     assert torch.equal(router(text, seen) > 0, routing)
     assert router.choose(torch.tensor([0.1, 3.0, -1, 2, 1, 0, 0.2]), 2) == [
         (1, pytest.approx(0.9526, abs=1e-4)),
