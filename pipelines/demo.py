@@ -58,7 +58,7 @@ class DemoConfig:
     seed: int = 0
     language_steps: int = 200
     pretrain_epochs: float = 1.0
-    sft_epochs: float = 5.0
+    sft_epochs: float = 4.0
     router_epochs: float = 0.8
     batch_size: int = 32
     workers: int = 2
@@ -192,7 +192,10 @@ class Stages:
 
 
 class PeakMemory:
-    """Measures the most memory this process and all its children held at once (proportional set size), every second."""
+    """Measures the most memory this process and all its children held at once (proportional set size).
+
+    It looks every three seconds: each look walks the page tables of some thirty processes.
+    """
 
     peak = 0
 
@@ -216,7 +219,7 @@ class PeakMemory:
                 except psutil.Error:  # it ended meanwhile
                     continue
             self.peak = max(self.peak, total)
-            if self.stop.wait(1.0):
+            if self.stop.wait(3.0):
                 return
 
 
