@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, islice
 
 from cluster.nodes import GIB, Nodes, PlanError, accelerator_of
 from cluster.planner import CONTEXT, SHARES, PoolSpec, plan_placement
@@ -91,22 +91,16 @@ def merged(pools: Sequence[PoolSpec]) -> list[PoolSpec]:
 
 def round_robin(wanted: Mapping[str, int], nodes: Sequence[Nodes], profiles: Sequence[Profile]) -> list[PoolSpec]:
     """A GPU to each expert in turn; experts left over wait for the first that ends."""
-    kinds = [one for one in nodes for _ in range(one.count * one.gpus)]
-    turns = [kinds, *([kinds] if len(kinds) < len(wanted) else [])]
-    experts, pools = cycle(wanted), []
-    for one in [gpu for turn in turns for gpu in turn][: max(len(kinds), len(wanted))] or kinds:
-        if (pool := sized(next(experts), one, 1.0, profiles)) is not None:
-            pools.append(pool)
-    for name in wanted:  # fewer GPUs than experts
-        if name not in {pool.expert for pool in pools} and (pool := sized(name, kinds[0], 1.0, profiles)) is not None:
-            pools.append(pool)
+    gpus = [one for one in nodes for _ in range(one.count * one.gpus)]
+    dealt = zip(islice(cycle(gpus), max(len(gpus), len(wanted))), cycle(wanted))
+    pools = [pool for one, name in dealt if (pool := sized(name, one, 1.0, profiles)) is not None]
     return merged(pools)
 
 
 def everywhere(wanted: Mapping[str, int], nodes: Sequence[Nodes], profiles: Sequence[Profile]) -> list[PoolSpec]:
     """Every expert on every GPU, in equal shares; those that do not fit one wait."""
     share = next(share for share in reversed(SHARES) if share * len(wanted) >= 1) if len(wanted) > 1 else 1.0
-    pools = []
+    pools: list[PoolSpec] = []
     for one in nodes:
         for name in wanted:
             for wider in [each for each in reversed(SHARES) if each >= share]:
