@@ -193,13 +193,25 @@ def _check_disk(store: FeatureStore, work: dict[str, list[dict[str, Any]]], desc
         )
 
 
+def _divided(
+    shards: list[dict[str, Any]], pools: Sequence[PoolSpec]
+) -> Iterable[tuple[PoolSpec, list[dict[str, Any]]]]:
+    """Each pool of an expert with its part of the shards, in proportion to its rate, else to its actors."""
+    rates = [pool.rate or 0.0 for pool in pools]
+    if not all(rates):
+        rates = [float(pool.max_size) for pool in pools]
+    ends = [round(len(shards) * sum(rates[: index + 1]) / sum(rates)) for index in range(len(pools))]
+    for pool, begin, end in zip(pools, [0, *ends], ends, strict=False):
+        yield pool, shards[begin:end]
+
+
 class _Run:
     """The executions of one precompute, as many at once as the cluster's CPUs and GPUs carry."""
 
     def __init__(
         self,
         store: FeatureStore,
-        pools: dict[str, PoolSpec],
+        pools: dict[str, tuple[PoolSpec, ...]],
         arguments: dict[str, dict[str, Any]],
         progress: bool,
         summary: Summary,
@@ -218,9 +230,16 @@ class _Run:
     def all(self, work: dict[str, list[dict[str, Any]]]) -> None:
         """Runs every expert's shards; an expert that fails does not stop the others."""
         failures: dict[str, BaseException] = {}
-        threads = ThreadPoolExecutor(max(1, len(work)), thread_name_prefix="precompute")
+        threads = ThreadPoolExecutor(
+            max(1, sum(len(self.pools[name]) for name in work)), thread_name_prefix="precompute"
+        )
         try:
-            running = {threads.submit(self.one, name, shards): name for name, shards in work.items()}
+            running = {
+                threads.submit(self.one, pool, part): name
+                for name, shards in work.items()
+                for pool, part in _divided(shards, self.pools[name])
+                if part
+            }
             for done in as_completed(running):
                 if (error := done.exception()) is not None:
                     failures[running[done]] = error
@@ -234,9 +253,9 @@ class _Run:
             name, error = next(iter(failures.items()))
             raise PrecomputeError(f"{', '.join(failures)} did not finish; {name}: {root_cause(error)}") from error
 
-    def one(self, name: str, shards: list[dict[str, Any]]) -> None:
-        """One expert's execution: shards in, references out."""
-        pool = self.pools[name]
+    def one(self, pool: PoolSpec, shards: list[dict[str, Any]]) -> None:
+        """One pool's execution: shards in, references out."""
+        name = pool.expert
         actors = self._take(pool, len(shards))
         try:
             references = through_actors(
@@ -262,7 +281,8 @@ class _Run:
             )
             for row in references:
                 if row["error"] is None:
-                    self.summary.computed[name] += 1
+                    with self.changed:
+                        self.summary.computed[name] += 1
                 else:
                     self.summary.quarantined.append({"path": row["image"], "reason": f"{name}: {row['error']}"})
             self.store.shelf(name).snapshot()
@@ -274,8 +294,7 @@ class _Run:
         least, most = min(pool.min_size, shards), min(pool.max_size, shards)
 
         def room() -> int:
-            each = {"cpu": pool.cpus, "gpu": pool.gpu, "memory": pool.memory}
-            return min([most, *(int(self.free[kind] / share + 1e-6) for kind, share in each.items() if share)])
+            return min([most, *(int(self.free[kind] / share + 1e-6) for kind, share in pool.holds.items() if share)])
 
         with self.changed:
             self.changed.wait_for(lambda: self.stopping or room() >= least)
@@ -291,6 +310,5 @@ class _Run:
             self.changed.notify_all()
 
     def _held(self, pool: PoolSpec, actors: int) -> None:
-        self.free["cpu"] -= actors * pool.cpus
-        self.free["gpu"] -= actors * pool.gpu
-        self.free["memory"] -= actors * pool.memory
+        for kind, share in pool.holds.items():
+            self.free[kind] -= actors * share
