@@ -1,7 +1,6 @@
 """Precompute: warm the feature store in bulk, one Ray Data execution and one actor pool per expert, side by side."""
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -125,10 +124,10 @@ def _check_disk(store: FeatureStore, work: dict[str, list[dict[str, Any]]], desc
         sum(len(shard["keys"]) for shard in shards) * _feature_bytes(descriptions[name])
         for name, shards in work.items()
     )
-    free = shutil.disk_usage(store.path).free
-    if need > free:
+    free = store.free_bytes()
+    if free is not None and need > free:
         raise PrecomputeError(
-            f"the features need {need / 2**20:,.0f} MiB but the disk of {store.path} has {free / 2**20:,.0f} MiB free: "
+            f"the features need {need / 2**20:,.0f} MiB but the disk of {store.location} has {free / 2**20:,.0f} MiB free: "
             "free some, choose another --store, or ask for fewer --experts"
         )
 
@@ -186,7 +185,7 @@ class _Run:
                     "expert": name,
                     **self.arguments[name],
                     "batch_size": pool.batch,
-                    "store": str(self.store.path.resolve()),
+                    "store": self.store.location,
                     "device": "cuda" if pool.gpu else "cpu",
                     "memory_share": min(1.0, pool.gpu or 1.0),
                 },
