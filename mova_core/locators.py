@@ -165,6 +165,8 @@ def read(locator: str, newer_than: float = 0.0) -> bytes:
                 return _whole(os.pread(opened.fileno(), place.length, place.offset), place)
             _check_size(os.fstat(opened.fileno()).st_size)
             return opened.read()
+    except Unavailable:
+        raise
     except OSError as error:
         raise _unavailable(error) from error
 
@@ -268,15 +270,20 @@ def _row_group(file: str, column: str, group: int, stamp: int, newer_than: float
 
     def decoded(source: Any) -> pa.Table:
         try:
-            return pq.ParquetFile(source).read_row_group(group, columns=[column])
+            parquet = pq.ParquetFile(source)
+            if column not in parquet.schema_arrow.names:
+                raise IndexError(f"the Parquet file has no column {column!r} any more")
+            return parquet.read_row_group(group, columns=[column])
         except (pa.ArrowException, IndexError) as error:
             raise Unavailable(f"cannot be read ({_said(error)})") from error
 
     if not is_url(file):
         try:
             return decoded(file)[0]
+        except Unavailable:
+            raise
         except OSError as error:
-            raise error if isinstance(error, Unavailable) else _unavailable(error) from error
+            raise _unavailable(error) from error
 
     def fetched() -> bytes:
         system, path = filesystem(file)

@@ -24,10 +24,6 @@ from pipelines.bad_rows import BadRows, tell_skipped
 from pipelines.progress import progress_bar
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
-FORMS = (
-    "A folder of pictures at any depth, of Parquet files or of webdataset tars; or such files by name, glob (data/*.parquet) "
-    "or range (train-{000..099}.tar); or LLaVA JSON/JSONL. A path or a URL (s3://, gs://, https://, ...)."
-)
 IMAGES = pa.schema([("image", pa.string()), ("experts", pa.list_(pa.string()))])
 CHUNK = 65_536  # strings that are Python objects at once
 FILES = 16  # remote files read at once
@@ -49,9 +45,12 @@ def find_images(
     column: str | None = None,
     progress: bool = False,
 ) -> pa.Table:
-    """The images of a source, each once. What a source may be, `FORMS` says; its kind shows in the names of its files.
+    """The images of a source, each once. All may be local, or remote by a URL; the names of files tell their kind.
 
     Args:
+        source: a folder that holds at any depth either pictures, or Parquet files, or webdataset tars (uncompressed, pictures
+            by the suffixes of their members); such files by name, glob (data/*.parquet) or ranges and choices
+            (train-{000..099}.tar); or any other file: LLaVA JSON/JSONL.
         images: folder or URL that the names in records, and in Parquet columns of names, are relative to; default the file's.
         bad_rows: whether a broken record, tar or Parquet file ends it or is left out.
         skipped: takes what was wrong with each of those left out.
@@ -290,7 +289,7 @@ def _members(file: str) -> list[str]:
     with _opened(file, HEADERS) as opened, TarFile(fileobj=opened) as tar:
         end = 0
         while (member := tar.next()) is not None:
-            tar.members = []  # it keeps them all
+            tar.members = []  # type: ignore[attr-defined]  # it keeps them all
             end = member.offset_data + (-(-member.size // BLOCKSIZE) * BLOCKSIZE if member.isreg() else 0)
             if member.isreg() and not member.issparse() and _kind(member.name) == "picture":
                 found.append(str(Member(file, member.name, member.offset_data, member.size)))
