@@ -26,7 +26,7 @@ from pipelines.progress import progress_bar
 if TYPE_CHECKING:  # workers load this file
     from mova_core.features import FeatureStore
 
-ROWS = 256  # images per task, at most
+ROWS = 1024  # images per task, at most
 FETCHES = 16  # remote images that a task fetches at once
 KEY = pa.binary(32)
 SEEN = pa.schema([("image", pa.string()), ("version", pa.string()), ("key", KEY), ("error", pa.string())])
@@ -59,7 +59,9 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
     size = max(1, min(ROWS, len(rows) // int(4 * ray.cluster_resources().get("CPU", 1))))
     blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
     since = {"newer_than": time.time()}
-    found = []
+    keys = np.zeros((len(images), 32), dtype=np.uint8)
+    errors: dict[int, tuple[bool, str]] = {}  # row -> whether there were bytes, and what is wrong
+    told = []
     with progress_bar(len(images), "inspect", "images", progress) as bar:
         looked_at = ray.data.from_arrow(blocks).map_batches(
             inspect_images, batch_format="pyarrow", batch_size=None, fn_kwargs=since
@@ -67,31 +69,31 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
         for batch in looked_at.iter_batches(batch_format="pyarrow", batch_size=None):
             assert isinstance(batch, pa.Table)
             bar.update(len(batch))
-            found.append(batch)
-    del rows, blocks
-    told = pa.concat_tables(found).combine_chunks()
-    told = told.take(np.argsort(told["row"].to_numpy())).combine_chunks()
-
-    bad = np.flatnonzero(told["error"].is_valid().to_numpy())
-    refused = pa.table(
-        {
-            "path": images["image"].take(pa.array(bad)),
-            "reason": told["error"].take(pa.array(bad)),
-            "key": told["key"].take(pa.array(bad)),
-        }
-    ).to_pylist()
+            at, there = batch["row"].to_numpy(), batch["key"].is_valid().to_numpy()
+            keys[at[there]] = _bytes(batch["key"].drop_null())
+            for row in np.flatnonzero(batch["error"].is_valid().to_numpy()).tolist():
+                errors[int(at[row])] = bool(there[row]), batch["error"][row].as_py()
+            told.append(batch.select(["row", "version"]))
+    bad = np.array(sorted(errors), np.int64)
+    refused = [
+        {"path": path, "reason": errors[row][1], "row": row}
+        for row, path in zip(bad.tolist(), images["image"].take(pa.array(bad)).to_pylist(), strict=True)
+    ]
     store.quarantine(
         [
-            {"image": row["path"], "sha256": row["key"].hex(), "reason": row["reason"], "expert": None}
-            for row in refused
-            if row["key"] is not None and (row["path"], row["reason"]) not in quarantined
+            {"image": one["path"], "sha256": keys[one["row"]].tobytes().hex(), "reason": one["reason"], "expert": None}
+            for one in refused
+            if errors[one["row"]][0] and (one["path"], one["reason"]) not in quarantined
         ]
     )
-    _keep_listing(images["image"], told, seen, covered, store)
-    good = told["error"].is_null()
+    versions = pa.concat_tables(told)
+    versions = versions["version"].take(pa.array(np.argsort(versions["row"].to_numpy())))
+    _keep_listing(images["image"], versions, keys, errors, seen, covered, store)
+    if refused:
+        good = np.setdiff1d(np.arange(len(images)), bad, assume_unique=True)
+        images, keys = images.take(pa.array(good)), keys[good]
     return Inspected(
-        readable=_each_once(images.filter(good), told["key"].filter(good)),
-        refused=[{"path": row["path"], "reason": row["reason"]} for row in refused],
+        readable=_each_once(images, keys), refused=[{"path": one["path"], "reason": one["reason"]} for one in refused]
     )
 
 
@@ -177,13 +179,24 @@ def _seen_before(
 
 
 def _keep_listing(
-    images: pa.ChunkedArray, told: pa.Table, seen: dict[str, pa.ChunkedArray], covered: list[str], store: "FeatureStore"
+    images: pa.ChunkedArray,
+    versions: pa.ChunkedArray,
+    keys: np.ndarray,
+    errors: dict[int, tuple[bool, str]],
+    seen: dict[str, pa.ChunkedArray],
+    covered: list[str],
+    store: "FeatureStore",
 ) -> None:
     """Writes what is known now, in the place of the listings it covers; two runs at once leave one each."""
-    kept = pc.and_(told["version"].is_valid(), told["key"].is_valid())
-    if pc.all(pc.fill_null(pc.equal(told["version"], seen["version"]), False).filter(kept)).as_py() is not False:
+    had = np.ones(len(images), dtype=bool)
+    had[[row for row, (there, _) in errors.items() if not there]] = False
+    kept = pc.and_(versions.is_valid(), pa.array(had))
+    if pc.all(pc.fill_null(pc.equal(versions, seen["version"]), False).filter(kept)).as_py() is not False:
         return
-    table = pa.table([images, told["version"], told["key"], told["error"]], schema=SEEN).filter(kept)
+    reasons = np.full(len(images), None, dtype=object)
+    for row, (_, reason) in errors.items():
+        reasons[row] = reason
+    table = pa.table([images, versions, _array(keys), pa.array(reasons, pa.string())], schema=SEEN).filter(kept)
     content = pa.BufferOutputStream()
     pq.write_table(table, content, compression="zstd", use_dictionary=False)
     system, folder = locators.filesystem(f"{store.location}/listings")
@@ -197,21 +210,30 @@ def _keep_listing(
                 system.rm_file(file)
 
 
-def _each_once(images: pa.Table, key: pa.ChunkedArray) -> pa.Table:
+def _each_once(images: pa.Table, keys: np.ndarray) -> pa.Table:
     """One row per key, where it first stands; it needs the experts that any of its rows needs."""
     from pipelines.sources import united  # only here: it costs workers the seconds that torch takes to start
 
-    flat = key.combine_chunks()
-    keys = np.frombuffer(flat.buffers()[1], np.uint8).reshape(-1, 32)[flat.offset : flat.offset + len(flat)]
-    _, first, group = np.unique(keys.view("V32").reshape(-1), return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    kept = np.ascontiguousarray(keys[first[order]])
+    each = _array(keys).dictionary_encode()
+    group = each.indices.to_numpy()  # numbered as they first appear
+    first = np.flatnonzero(np.diff(np.maximum.accumulate(group), prepend=-1))
+    if len(first) == len(images):
+        return images.add_column(0, "key", _array(keys))
     return pa.table(
         {
-            "key": pa.FixedSizeBinaryArray.from_buffers(KEY, len(kept), [None, pa.py_buffer(kept)]),
-            "image": images["image"].take(pa.array(first[order])),
-            "experts": united(images["experts"], place[group.reshape(-1)], len(order)),
+            "key": each.dictionary,
+            "image": images["image"].take(pa.array(first)),
+            "experts": united(images["experts"], group, len(first)),
         }
     )
+
+
+def _array(keys: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """(N, 32) bytes as N keys, not copied."""
+    return pa.FixedSizeBinaryArray.from_buffers(KEY, len(keys), [None, pa.py_buffer(keys)])
+
+
+def _bytes(keys: pa.ChunkedArray) -> np.ndarray:
+    """N keys as (N, 32) bytes."""
+    flat = keys.combine_chunks()
+    return np.frombuffer(flat.buffers()[1] or b"", np.uint8).reshape(-1, 32)[flat.offset : flat.offset + len(flat)]
