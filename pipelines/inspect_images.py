@@ -175,14 +175,17 @@ def _seen_before(
         counts = np.ones(len(listing), dtype=bool)
         counts[bad.to_numpy()] = [refusal in quarantined for refusal in refusals]
         known = pc.if_else(pa.array(counts), listing["version"], None)
+        found = {"version": known, "key": listing["key"], "error": listing["error"]}
+        if listing["image"].equals(images):  # the same source again: no table of ten million strings is hashed for it
+            seen = found
+            covered.append(file)
+            continue
         place = pc.index_in(images, value_set=listing["image"].combine_chunks())
         if len(images) - place.null_count == len(listing):
             covered.append(file)
-        for name, column in (("version", known), ("key", listing["key"]), ("error", listing["error"])):
+        for name, column in found.items():
             before = seen[name].cast(column.type) if pa.types.is_null(seen[name].type) else seen[name]
-            seen[name] = (
-                column.take(place) if not place.null_count else pc.if_else(place.is_valid(), column.take(place), before)
-            )
+            seen[name] = pc.if_else(place.is_valid(), column.take(place), before)
     return seen, covered
 
 
@@ -198,17 +201,21 @@ def _keep_listing(
     had = np.ones(len(images), dtype=bool)
     had[[row for row, (there, _) in errors.items() if not there]] = False
     kept = pc.and_(versions.is_valid(), pa.array(had))
-    reasons = np.full(len(images), None, dtype=object)
-    for row, (_, reason) in errors.items():
-        reasons[row] = reason
-    table = pa.table([images, versions, _array(keys), pa.array(reasons, pa.string())], schema=SEEN).filter(kept)
-    content = pa.BufferOutputStream()
-    pq.write_table(table, content, compression="zstd", use_dictionary=False)
+    reasons = pa.nulls(len(images), pa.string())
+    if errors:
+        bad = sorted(errors)
+        mask = np.zeros(len(images), dtype=bool)
+        mask[bad] = True
+        reasons = pc.replace_with_mask(reasons, pa.array(mask), pa.array([errors[row][1] for row in bad], pa.string()))
+    table = pa.table([images, versions, _array(keys), reasons], schema=SEEN)
+    if not pc.all(kept).as_py():
+        table = table.filter(kept)
     system, folder = locators.filesystem(f"{store.location}/listings")
     draft = f"{folder}/.{uuid.uuid4().hex}.tmp"  # `gc` removes it where its writer died
     with contextlib.suppress(OSError):  # it saves time and nothing else
         system.makedirs(folder, exist_ok=True)
-        system.pipe_file(draft, content.getvalue().to_pybytes())
+        with system.open(draft, "wb") as opened:
+            pq.write_table(table, opened, compression="zstd", use_dictionary=False)
         system.mv(draft, f"{folder}/{time.time_ns():020d}-{uuid.uuid4().hex}.parquet")
         for file in covered:
             with contextlib.suppress(FileNotFoundError):  # another run, too
