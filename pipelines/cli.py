@@ -36,7 +36,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 StorePath = Annotated[Path, typer.Option("--store", help="Folder of the feature store.")]
 DataPath = Annotated[Path, typer.Option("--data", help="LLaVA JSON array, or JSONL with one record a line.")]
 ImagesPath = Annotated[
-    Path | None, typer.Option("--images", help="Folder the records' images are relative to (default: the data file's).")
+    str | None,
+    typer.Option("--images", help="Folder or URL the records' images are relative to (default: the data file's)."),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Where the pictures are; a path or a URL (s3://, gs://, https://, ...): a folder of pictures at any depth, of "
+        "Parquet files or of webdataset tars; such files by name, glob (data/*.parquet, quoted) or range "
+        "(train-{000..099}.tar); or LLaVA JSON/JSONL that names them. What is far away is fetched once per node, into "
+        "$MOVA_CACHE (default: mova-<user id> in the temporary folder), of which $MOVA_CACHE_GB (default 10) are kept."
+    ),
 ]
 ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False)]
 Experts = Annotated[
@@ -55,7 +65,7 @@ Imports = Annotated[
 ]
 BadRow = Annotated[
     Literal["raise", "skip"],
-    typer.Option("--bad-rows", help="Whether the first bad record of a data file ends it, or all are left out."),
+    typer.Option("--bad-rows", help="Whether the first bad record, tar or Parquet file ends it, or all are left out."),
 ]
 Gpu = Annotated[float, typer.Option("--gpu", help="GPUs per actor, fractions allowed.", min=0)]
 
@@ -460,7 +470,7 @@ def _wanted(pairs: list[str], names: Sequence[str]) -> dict[str, int]:
 
 @app.command()
 def precompute(
-    source: Annotated[Path, typer.Argument(help="Folder of pictures, or LLaVA JSON/JSONL that names them.")],
+    source: Source,
     store: StorePath,
     images: ImagesPath = None,
     bad_rows: BadRow = "raise",
@@ -489,8 +499,8 @@ def precompute(
         from cluster.planner import PlanError, plan_pools
         from cluster.session import ray_session
         from mova_core.experts.profile import read_profiles
-        from pipelines.precompute import find_images
         from pipelines.precompute import precompute as run
+        from pipelines.sources import find_images
 
         _import(imports)
         names = _experts(experts)
@@ -565,6 +575,7 @@ def _train_command(
     ) -> None:
         with results_only():
             from cluster.session import ray_session
+            from mova_core.locators import absolute
             from pipelines.train import TrainConfig, train
 
             config = TrainConfig(
@@ -573,7 +584,7 @@ def _train_command(
                 data=str(data.resolve()),
                 store=str(store.resolve()),
                 output=str(output.resolve()),
-                images=None if images is None else str(images.resolve()),
+                images=None if images is None else absolute(images),
                 bad_rows=bad_rows,
                 learning_rate=learning_rate,
                 batch_size=batch_size,
@@ -641,7 +652,7 @@ def label(
                 str(data),
                 str(store),
                 str(output),
-                images=None if images is None else str(images),
+                images=images,
                 bad_rows=bad_rows,
                 actors=actors,
                 gpu=gpu,
@@ -686,7 +697,7 @@ def evaluate(
                 str(model.resolve()),
                 str(data),
                 str(store),
-                images=None if images is None else str(images),
+                images=images,
                 bad_rows=bad_rows,
                 train=None if train is None else str(train),
                 limit=limit,

@@ -1,7 +1,6 @@
 """Precompute: warm the feature store in bulk, one Ray Data execution and one actor pool per expert, side by side."""
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -10,24 +9,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 import torch
 
 from actors.expert_server import ExpertServer
 from cluster.planner import PoolSpec, fit_pools, know_memory, plan_pools
-from mova_core.data import DataError
 from mova_core.experts import EXPERTS, expert_card, expert_module, load_expert
 from mova_core.experts.profile import Profile
 from mova_core.features import FeatureStore
 from pipelines.actor_pool import Stopped, executions_stopped, through_actors
-from pipelines.bad_rows import BadRows, read_rows, tell_skipped
 from pipelines.errors import root_cause
-from pipelines.inspect_images import inspect_images
-from pipelines.progress import progress_bar
+from pipelines.inspect_images import inspect
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 
 
 class PrecomputeError(RuntimeError):
@@ -48,42 +43,8 @@ class Summary:
         return asdict(self)
 
 
-def find_images(
-    source: str | Path,
-    images: str | Path | None = None,
-    bad_rows: BadRows = "raise",
-    skipped: list[str] | None = None,
-) -> list[Path]:
-    """Pictures of a folder (at any depth, by suffix) or those that a LLaVA JSON/JSONL names, each once, sorted.
-
-    Args:
-        images: folder the records' images are relative to; default the data file's.
-        bad_rows: whether a broken record ends it or is left out.
-        skipped: takes what was wrong with each record left out.
-
-    Raises:
-        DataError: nothing there, no picture in it, or a broken record.
-    """
-    source = Path(source).resolve()  # the same in every process: Ray's workers have their own current directory
-    if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        if not found:
-            raise DataError(
-                f"folder {source} holds no picture ({', '.join(sorted(SUFFIXES))}): give the folder that does"
-            )
-        return found
-    samples, left_out = read_rows(source, images, bad_rows)
-    tell_skipped(left_out)
-    if skipped is not None:
-        skipped += left_out
-    found = sorted({Path(image.path).resolve() for sample in samples for image in sample.images if image.path})
-    if not found:
-        raise DataError(f"no record of {source} names an image")
-    return found
-
-
 def precompute(
-    images: Sequence[Path],
+    images: pa.Table,
     store_path: str | Path,
     *,
     experts: Sequence[str] = EXPERTS,
@@ -98,7 +59,7 @@ def precompute(
     """Computes the features of `images` that the store does not have yet. Needs an open Ray session.
 
     Args:
-        images: files every node can read.
+        images: as `find_images` gives them; every node can read them.
         store_path: the store's folder; made if it is not there.
         pools: what `PoolSpec.parse` reads, per expert; one CPU actor for an expert not named.
         profiles: as `pipelines.profile` measures them: batch sizes, and the memory of actors on CPUs.
@@ -118,7 +79,13 @@ def precompute(
     modules = {name: expert_module(name) for name in experts}
     store = FeatureStore(store_path, create=True)
     summary = Summary(images=len(images))
-    readable = _inspect(images, store, summary, progress)
+    inspected = inspect(images, store, progress)
+    summary.quarantined += inspected.refused
+    if not inspected.readable.num_rows:
+        reason = summary.quarantined[0]["reason"]
+        raise PrecomputeError(f"none of {len(images)} pictures can be read; the first: {reason}")
+    keys = (key.hex() for key in inspected.readable["key"].to_pylist())
+    readable = dict(sorted(zip(keys, inspected.readable["image"].to_pylist(), strict=True)))
     descriptions = {}
     for name in experts:
         with_weights = load_expert(name, weights=(weights or {}).get(name), size=size, dtype=getattr(torch, dtype))
@@ -131,34 +98,6 @@ def precompute(
     run.all({name: shards for name, shards in work.items() if shards})
     summary.seconds = time.perf_counter() - started
     return summary
-
-
-def _inspect(images: Sequence[Path], store: FeatureStore, summary: Summary, progress: bool) -> dict[str, str]:
-    """Key -> path of every readable picture, each decoded once here; the others go to the quarantine with their reason."""
-    known = {(row["image"], row["reason"]) for row in store.quarantined()}
-    readable: dict[str, str] = {}
-    refused: list[dict[str, str | None]] = []
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.from_items([{"image": str(path)} for path in images], override_num_blocks=max(1, len(images) // 64))
-    checked = rows.map_batches(inspect_images, batch_format="pyarrow", batch_size=64)
-    with progress_bar(len(images), "inspect", "images", progress) as bar:
-        for row in checked.iter_rows():
-            bar.update()
-            if row["error"] is None:
-                readable.setdefault(row["key"], row["image"])
-                continue
-            summary.quarantined.append({"path": row["image"], "reason": row["error"]})
-            if (
-                row["key"] is not None and (row["image"], row["error"]) not in known
-            ):  # a file that is away may come back
-                refused.append({"image": row["image"], "sha256": row["key"], "reason": row["error"], "expert": None})
-    if refused:
-        store.quarantine(refused)
-    if not readable:
-        raise PrecomputeError(
-            f"none of {len(images)} pictures can be read; the first: {summary.quarantined[0]['reason']}"
-        )
-    return dict(sorted(readable.items()))
 
 
 def _plan(
@@ -185,10 +124,10 @@ def _check_disk(store: FeatureStore, work: dict[str, list[dict[str, Any]]], desc
         sum(len(shard["keys"]) for shard in shards) * _feature_bytes(descriptions[name])
         for name, shards in work.items()
     )
-    free = shutil.disk_usage(store.path).free
-    if need > free:
+    free = store.free_bytes()
+    if free is not None and need > free:
         raise PrecomputeError(
-            f"the features need {need / 2**20:,.0f} MiB but the disk of {store.path} has {free / 2**20:,.0f} MiB free: "
+            f"the features need {need / 2**20:,.0f} MiB but the disk of {store.location} has {free / 2**20:,.0f} MiB free: "
             "free some, choose another --store, or ask for fewer --experts"
         )
 
@@ -265,7 +204,7 @@ class _Run:
                     "expert": name,
                     **self.arguments[name],
                     "batch_size": pool.batch,
-                    "store": str(self.store.path.resolve()),
+                    "store": self.store.location,
                     "device": "cuda" if pool.gpu else "cpu",
                     "memory_share": min(1.0, pool.gpu or 1.0),
                 },
