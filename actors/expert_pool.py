@@ -86,8 +86,7 @@ class ExpertPool:
                 out[row][name] = result
         return out
 
-    @staticmethod
-    def _got(ref: Any, actor: Any, images: Sequence[ImageRef], until: float) -> list[Features | ImageError]:
+    def _got(self, ref: Any, actor: Any, images: Sequence[ImageRef], until: float) -> list[Features | ImageError]:
         """What was asked for, asked again while the actor has no room."""
         pause = 0.02
         while True:
@@ -100,8 +99,16 @@ class ExpertPool:
                 pause = min(2 * pause, 1.0)
                 ref = actor.features.remote(images)
             except ServerError:
-                ray.kill(actor, no_restart=False)
+                self._replace(actor)
                 raise
+
+    def _replace(self, broken: Any) -> None:
+        """Starts another actor in place of one that answers nothing any more. A restart would keep the handle, over
+        which requests go to the old process until Ray has noticed its end."""
+        for name, actors in self._actors.items():
+            if broken in actors:
+                actors[actors.index(broken)] = self._started(name)
+        ray.kill(broken)
 
     def close(self) -> None:
         """Ends the actors."""
@@ -114,20 +121,23 @@ class ExpertPool:
         if name not in self.experts:
             raise ValueError(f"no expert {name!r} in this pool; it serves {', '.join(self.experts)}")
         if name not in self._actors:
-            how = self.experts[name]
-            remote = ray.remote(ExpertServer).options(
-                num_cpus=how.num_cpus,
-                num_gpus=how.num_gpus,
-                max_restarts=-1,
-                max_task_retries=2,
-                max_concurrency=REQUESTS,
-            )
-            arguments = {
-                "batch_size": how.batch_size,
-                "device": "cuda" if how.num_gpus else "cpu",
-                "memory_share": min(1.0, how.num_gpus or 1.0),
-                "module": expert_module(name),
-                **how.server,
-            }
-            self._actors[name] = [remote.remote(name, **arguments) for _ in range(how.actors)]
+            self._actors[name] = [self._started(name) for _ in range(self.experts[name].actors)]
         return self._actors[name]
+
+    def _started(self, name: str) -> Any:
+        how = self.experts[name]
+        remote = ray.remote(ExpertServer).options(
+            num_cpus=how.num_cpus,
+            num_gpus=how.num_gpus,
+            max_restarts=-1,
+            max_task_retries=2,
+            max_concurrency=REQUESTS,
+        )
+        arguments = {
+            "batch_size": how.batch_size,
+            "device": "cuda" if how.num_gpus else "cpu",
+            "memory_share": min(1.0, how.num_gpus or 1.0),
+            "module": expert_module(name),
+            **how.server,
+        }
+        return remote.remote(name, **arguments)
