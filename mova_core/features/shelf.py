@@ -118,6 +118,11 @@ class ExpertShelf:
         index, newer = self._catalog()
         return len(index.distinct()) + int((index.find(newer.distinct()) < 0).sum())
 
+    def keys(self) -> np.ndarray:
+        """What is stored, as of the last `refresh` or `write` here: raw sha256, dtype S32, each once, ascending."""
+        index, newer = self._catalog()
+        return np.union1d(index.distinct(), newer.distinct())
+
     def has(self, keys: Sequence[str]) -> np.ndarray:
         """Which of the keys are stored, as of the last `refresh` or `write` here: bool, one per key."""
         binary = binary_keys(keys)

@@ -1,4 +1,3 @@
-import gc
 import os
 import re
 import signal
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from actors.expert_pool import SERVE_NAMESPACE, ExpertPool, Servers
-from actors.expert_server import ExpertServer, ServerError
+from actors.expert_server import ServerError
 from actors.telemetry import RayTelemetry
 from mova_core.experts import load_expert
 from mova_core.features import FeatureStore, LocalExperts, Tiered
@@ -94,7 +93,8 @@ def call(actor: str, function):
 
 def make_slow() -> None:
     """From now on the server in this process waits long for more pictures than will come."""
-    [server] = [one for one in gc.get_objects() if isinstance(one, ExpertServer)]
+    [gathering] = [thread for thread in threading.enumerate() if thread.name == "sam-_gather"]
+    server = gathering._target.__self__  # type: ignore[attr-defined]
     server.batch_size, server.queue, server.wait = 64, 64, 10.0
 
 
