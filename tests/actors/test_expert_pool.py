@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,21 @@ def prometheus(expert: str) -> dict[str, float]:
         found = re.findall(rf'^ray_mova_expert_(\w+)\{{[^}}]*expert="{expert}"[^}}]*\}} (\S+)$', page, re.M)
         told = {name: float(value) for name, value in found}
     return told
+
+
+@pytest.mark.ray
+def test_the_page_on_features_runs_as_it_stands(ray_cluster, tmp_path, images, monkeypatch, capsys):
+    """docs/features.md: serve, then read in training what serving has stored."""
+    snippets = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "features.md").read_text(), re.S
+    )
+    monkeypatch.chdir(tmp_path)
+    for image, name in zip(images, ("cat", "dog"), strict=False):
+        (tmp_path / f"{name}.png").write_bytes(Path(image.path).read_bytes())
+    names: dict[str, object] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "docs/features.md", "exec"), names)
+    assert len(snippets) == 2 and capsys.readouterr().out == "torch.Size([64, 32]) (8, 8)\n2 epochs done\n"
 
 
 def test_outside_of_a_session_nobody_is_told():
