@@ -36,6 +36,7 @@ REQUEST = 32  # most pictures per request: what is refused is asked for again as
 ONGOING = 16  # requests a server holds at once, whose pictures share its batches
 QUEUED = 64  # requests that one process may have waiting for a server of an expert; Serve refuses more
 ASKING = 64  # requests that a pool has under way; fetches beyond wait for their turn
+LOOK = 2.0  # seconds between looks at what Serve says of an expert that does not answer
 SERVE_NAMESPACE = "serve"  # where Serve's actors have their names
 
 
@@ -322,36 +323,35 @@ class ExpertPool:
 
     def _answered(self, name: str, ask: Callable[[], Any], hedged: bool) -> Any:
         """The first answer to a request."""
-        until = time.monotonic() + self.answer_within
-        first = ask()
-        try:
-            if not hedged or self.hedge_after is None:
-                return first.result(timeout_s=self.answer_within)
-            with suppress(TimeoutError):
-                return first.result(timeout_s=self.hedge_after)
-            self._tell("hedged_total", 1, name)
-            try:
-                asked = [first, ask()]
-            except BackPressureError:
-                return first.result(timeout_s=self.answer_within)
-            while time.monotonic() < until:
-                for response in list(asked):
-                    try:
-                        answer = response.result(timeout_s=0.01)
-                    except TimeoutError:
-                        continue
-                    except Exception:
-                        asked.remove(response)
-                        if not asked:
-                            raise
-                        continue
-                    for loser in asked:
-                        if loser is not response:
-                            loser.cancel()
-                    return answer
-            raise TimeoutError
-        except TimeoutError:
-            raise ServerError(f"{self._why_not(name)} (no answer within {self.answer_within:g} s)") from None
+        started = time.monotonic()
+        hedge_at = started + self.hedge_after if hedged and self.hedge_after is not None else None
+        asked, looked = [ask()], started
+        while (now := time.monotonic()) < started + self.answer_within:
+            if hedge_at is not None and now >= hedge_at:
+                hedge_at = None
+                with suppress(BackPressureError):  # no room for a second one
+                    asked.append(ask())
+                    self._tell("hedged_total", 1, name)
+            if now - looked > LOOK:  # a request that waits is not told that no server will ever come
+                looked = now
+                if self._told(name).status == ApplicationStatus.DEPLOY_FAILED:
+                    raise ServerError(self._why_not(name))
+            for response in list(asked):
+                wait = min(LOOK, hedge_at - now if hedge_at is not None else LOOK) if len(asked) == 1 else 0.01
+                try:
+                    answer = response.result(timeout_s=max(0.001, wait))
+                except TimeoutError:
+                    continue
+                except Exception:
+                    asked.remove(response)
+                    if not asked:
+                        raise
+                    continue
+                for loser in asked:
+                    if loser is not response:
+                        loser.cancel()
+                return answer
+        raise ServerError(f"{self._why_not(name)} (no answer within {self.answer_within:g} s)")
 
     def _why_not(self, name: str) -> str:
         """What Serve says of an expert that gives no answers."""

@@ -96,7 +96,7 @@ def make_slow() -> None:
     """From now on the server in this process waits long for more pictures than will come."""
     [gathering] = [thread for thread in threading.enumerate() if thread.name == "sam-_gather"]
     server = gathering._target.__self__  # type: ignore[attr-defined]
-    server.batch_size, server.queue, server.wait = 64, 64, 10.0
+    server.batch_size, server.queue, server.wait = 64, 64, 40.0
 
 
 def until(done, seconds=60.0):
@@ -147,7 +147,7 @@ def test_scaled_up_and_down_no_request_is_dropped(pool, images, same):
             assert first in actors("sam"), "to scale starts no server anew"
             call(first, make_slow)
             pool.hedge_after, hedged, quick = 0.3, pool._telemetry.total("hedged_total"), len(answered)
-            until(lambda: pool._telemetry.total("hedged_total") > hedged and len(answered) > quick + 2, 8)
+            until(lambda: pool._telemetry.total("hedged_total") > hedged and len(answered) > quick + 2, 30)
             pool.hedge_after = None
             pool.scale("sam", 1)
             until(lambda: len(actors("sam")) == 1 and answered[-1:] == [1])
