@@ -324,7 +324,8 @@ class ExpertPool:
     def _answered(self, name: str, ask: Callable[[], Any], hedged: bool) -> Any:
         """The first answer to a request."""
         started = time.monotonic()
-        hedge_at = started + self.hedge_after if hedged and self.hedge_after is not None else None
+        hedge_after = self.hedge_after if hedged else None
+        hedge_at = None if hedge_after is None else started + hedge_after
         asked, looked = [ask()], started
         while (now := time.monotonic()) < started + self.answer_within:
             if hedge_at is not None and now >= hedge_at:
@@ -346,6 +347,7 @@ class ExpertPool:
                     asked.remove(response)
                     if not asked:
                         raise
+                    hedge_at = None if hedge_after is None else now + hedge_after
                     continue
                 for loser in asked:
                     if loser is not response:

@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,14 +93,16 @@ def call(actor: str, function):
     return ray.get(ray.get_actor(actor, namespace=SERVE_NAMESPACE).__ray_call__.remote(lambda self: function()))
 
 
-def make_slow() -> None:
-    """From now on the server in this process waits long for more pictures than will come."""
+def pace(batch_size: int, queue: int, wait: float) -> None:
+    """From now on the server in this process waits so long, seconds, for so many pictures."""
     [gathering] = [thread for thread in threading.enumerate() if thread.name == "sam-_gather"]
     server = gathering._target.__self__  # type: ignore[attr-defined]
-    server.batch_size, server.queue, server.wait = 64, 64, 40.0
+    with server._changed:
+        server.batch_size, server.queue, server.wait = batch_size, queue, wait
+        server._changed.notify_all()
 
 
-def until(done, seconds=60.0):
+def until(done, seconds=100.0):
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, "it took too long"
@@ -131,6 +134,7 @@ def test_pool_serves_what_the_experts_compute(pool, images, same, local, tmp_pat
 def test_scaled_up_and_down_no_request_is_dropped(pool, images, same):
     pool.fetch(images, WANTED)
     stop, answered = threading.Event(), []
+    pool.hedge_after = 0.3
 
     def ask():
         while not stop.is_set():
@@ -145,10 +149,11 @@ def test_scaled_up_and_down_no_request_is_dropped(pool, images, same):
             pool.scale("sam", 2)
             until(lambda: answered[-1:] == [2])
             assert first in actors("sam"), "to scale starts no server anew"
-            call(first, make_slow)
-            pool.hedge_after, hedged, quick = 0.3, pool._telemetry.total("hedged_total"), len(answered)
-            until(lambda: pool._telemetry.total("hedged_total") > hedged and len(answered) > quick + 2, 30)
+            hedged, quick = pool._telemetry.total("hedged_total"), len(answered)
+            call(first, partial(pace, 64, 64, 120.0))  # a straggler: what it was asked, the other answers
+            until(lambda: pool._telemetry.total("hedged_total") > hedged and len(answered) > quick + 2)
             pool.hedge_after = None
+            call(first, partial(pace, 2, 1, 0.01))
             pool.scale("sam", 1)
             until(lambda: len(actors("sam")) == 1 and answered[-1:] == [1])
         finally:
