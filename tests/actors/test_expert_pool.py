@@ -163,11 +163,16 @@ def test_scaled_up_and_down_no_request_is_dropped(pool, images, same):
 
 
 @pytest.mark.ray
-def test_a_server_that_dies_or_breaks_is_replaced_and_its_work_redone(pool, images, same):
+def test_a_server_that_dies_or_breaks_is_replaced_and_its_work_redone(pool, images, same, tmp_path):
     same(pool.fetch(images, WANTED))
+    (tmp_path / "words.png").write_text("no picture")
+    with pytest.raises(ImageError, match=r"words\.png"):
+        pool.fetch([ImageRef(path=str(tmp_path / "words.png"))], [["deplot"]])
     told = prometheus("deplot")
-    assert told["images_total"] >= 4 and told["errors_total"] == 1
-    assert told["latency_seconds_count"] == told["images_total"] + 1 and told["batch_size_count"] >= 2
+    assert told["images_total"] >= 2 and told["errors_total"] >= 1
+    assert (
+        told["latency_seconds_count"] == told["images_total"] + told["errors_total"] and told["batch_size_count"] >= 1
+    )
     assert 0 < told["latency_seconds_sum"] < 60 and told["batch_size_sum"] > 0  # Ray's sums are of bucket middles
     assert told["queue_depth"] == 0 and told["images_per_second"] > 0
 
