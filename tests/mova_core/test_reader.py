@@ -48,8 +48,8 @@ def test_positions(store):
     given = FeatureReader(store, ["sam"], [key(5), ImageRef(path="somewhere", key=key(0)), key(5)])
     assert numbers(given.__getitems__([0, 1, 2, 1])) == [5, 0, 5, 0] and numbers([given[2]]) == [5]
     own = FeatureReader(store, [["sam"], [], ["dinov2", "sam"], ["sam"]], [key(1), key(2), key(4), key(2)])
-    for row, number, names in zip(own.__getitems__(range(4)), (1, 2, 4, 2), own._choice, strict=True):
-        assert list(row) == list(own._choices[names])
+    for at, (row, number) in enumerate(zip(own.__getitems__(range(4)), (1, 2, 4, 2), strict=True)):
+        assert list(row) == list(own.experts(at)) == [["sam"], [], ["dinov2", "sam"], ["sam"]][at]
         for name, got in row.items():
             wanted = feature(number, name)
             assert torch.equal(got.tokens, wanted.tokens) and got.grid == wanted.grid

@@ -176,8 +176,9 @@ def test_lazy_experts_answer_as_the_shelf_they_are_wanted_for(experts, images, t
     wanted = FeatureStore(tmp_path / "store").fingerprints
     lazy = LazyExperts(NAMES, size="mini", fingerprints=wanted, dtypes={"sam": dtype})
     assert equal(lazy.fetch(images, [["sam"]] * 3), stored) and lazy.fingerprints == wanted
-    again = Tiered(FeatureStore(tmp_path / "store"), LazyExperts(NAMES, size="mini", fingerprints=wanted))
-    assert equal(again.fetch(images, [["sam"]] * 3), stored) and not again.source.experts, "nothing was computed"
+    idle = LazyExperts(NAMES, size="mini", fingerprints=wanted)
+    again = Tiered(FeatureStore(tmp_path / "store"), idle)
+    assert equal(again.fetch(images, [["sam"]] * 3), stored) and not idle.experts, "nothing was computed"
 
 
 class Slow(Counting):
@@ -219,7 +220,8 @@ def test_who_asks_for_the_same_at_once_has_it_computed_once(experts, images, tmp
 
 def test_flights_go_on_whoever_fails():
     """Many threads, overlapping wishes, every third computation fails: each gets all it wants or its own error."""
-    flights, lock, times = Flights(), threading.Lock(), itertools.count()
+    flights: Flights[int, int] = Flights()
+    lock, times = threading.Lock(), itertools.count()
     under_way: set[int] = set()
 
     def compute(keys):
