@@ -15,6 +15,13 @@ _METRICS = {  # name -> kind, what it tells, boundaries of a histogram's buckets
     "mova_expert_errors_total": (Counter, "Pictures that got an error instead of features.", None),
     "mova_expert_refused_total": (Counter, "Pictures refused because the queue was full.", None),
     "mova_expert_splits_total": (Counter, "Batches split because they did not fit the memory.", None),
+    "mova_pool_in_flight": (Gauge, "Pictures that a pool has asked for and not yet got.", None),
+    "mova_pool_joined_total": (Counter, "Pictures that were being computed for somebody else already.", None),
+    "mova_pool_retried_total": (Counter, "Requests asked again: no room, or their server died.", None),
+    "mova_pool_hedged_total": (Counter, "Requests slow enough that another server was asked too.", None),
+    "mova_tiered_hits_total": (Counter, "Features that were stored.", None),
+    "mova_tiered_misses_total": (Counter, "Features that had to be computed.", None),
+    "mova_tiered_dropped_total": (Counter, "Computed features that could not be stored.", None),
 }
 
 
@@ -25,7 +32,7 @@ class RayTelemetry:
         self._metrics: dict[str, Metric] = {}
 
     def observe(self, name: str, value: float, **tags: str) -> None:
-        """See `Telemetry.observe`. A name that is not among `mova_expert_*` above is a KeyError."""
+        """See `Telemetry.observe`. A name that is not among those above is a KeyError."""
         kind, description, boundaries = _METRICS[name]
         if not ray.is_initialized():
             return

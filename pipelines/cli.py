@@ -825,6 +825,8 @@ def ask(
             costs=None if budget is None else _costs(cost, profile, loaded.config),
         )
         [answer] = answerer.answer([asked], max_new_tokens)
+        if isinstance(source, Tiered):
+            source.close()
 
     def show() -> None:
         print(answer.text or "(the model said nothing)")

@@ -10,9 +10,12 @@ from mova_core.features.store import ExpertShelf, FeatureStore, MissingFeatures,
 
 if TYPE_CHECKING:
     from mova_core.experts import Features
+    from mova_core.features.reader import FeatureBatches, FeatureReader
 
 __all__ = [
     "ExpertShelf",
+    "FeatureBatches",
+    "FeatureReader",
     "FeatureSource",
     "FeatureStore",
     "Features",
@@ -30,4 +33,8 @@ def __getattr__(name: str) -> Any:
         from mova_core.experts import Features
 
         return Features
+    if name in ("FeatureBatches", "FeatureReader"):
+        from mova_core.features import reader
+
+        return getattr(reader, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

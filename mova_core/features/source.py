@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
+from mova_core.features.codec import CODECS
 from mova_core.features.store import ExpertShelf, FeatureStore, StoreError, wanted_by_expert
 from mova_core.images import Picture
 
 if TYPE_CHECKING:
     from mova_core.experts import Features, VisionExpert
     from mova_core.images import ImageRef
+    from mova_core.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class FeatureSource(Protocol):
@@ -98,8 +109,10 @@ class LazyExperts(LocalExperts):
         names: the experts that may be asked for.
         size, device: as `load_expert` takes them.
         weights: name -> weights as `load_expert` takes them; an expert not named here gets its default.
-        fingerprints: name -> the one that the expert must have, where it is known.
-        dtypes: name -> name of the dtype to compute in; float32 for an expert not named here.
+        fingerprints: name -> the one of the features wanted, where it is known. That of a shelf which keeps another
+            dtype than was computed in, say int8, gives what reading that shelf would.
+        dtypes: name -> name of the dtype to compute in; float32 for an expert not named here, or where this is one that
+            only a store keeps. Where the fingerprint wants another it is found.
         batch_size: images per forward pass.
     """
 
@@ -136,96 +149,356 @@ class LazyExperts(LocalExperts):
             for name in dict.fromkeys(name for names in experts for name in names):
                 if name not in self.experts and name in self.names:
                     self._load(name)
-        return super().fetch(images, experts)
+        rows = super().fetch(images, experts)
+        return [{name: _as_stored(one, self._descriptions[name]["dtype"]) for name, one in row.items()} for row in rows]
 
     def _load(self, name: str) -> None:
         import torch
 
         from mova_core.experts import fingerprint, load_expert
 
-        expert = load_expert(
-            name,
-            self.weights.get(name),
-            size=self.size,
-            device=self.device,
-            dtype=getattr(torch, self.dtypes.get(name, "float32")),
-        )
-        description = expert.describe()
         expected = self._expected.get(name)
-        if expected is not None and fingerprint(description) != expected:
-            raise ValueError(
-                f"expert {name} has fingerprint {fingerprint(description)}, wanted {expected}: "
-                f"give the weights, size and dtype that its features were made with"
+        asked = self.dtypes.get(name, "float32")
+        computing = [dtype for dtype, codec in CODECS.items() if codec.peak is None]
+        found = ""
+        for dtype in sorted(computing, key=lambda dtype: (dtype != asked, computing.index(dtype))):
+            expert = load_expert(
+                name, self.weights.get(name), size=self.size, device=self.device, dtype=getattr(torch, dtype)
             )
-        self.experts[name] = expert
-        self._descriptions[name] = description
+            description = expert.describe()
+            found = found or fingerprint(description)
+            stored = (description, *({**description, "dtype": stored} for stored in CODECS))
+            wanted = (one for one in stored if expected in (None, fingerprint(one)))
+            if description := next(wanted, {}):
+                self.experts[name], self._descriptions[name] = expert, description
+                return
+        raise ValueError(
+            f"expert {name} has fingerprint {found}, wanted {expected}: "
+            f"give the weights and size that its features were made with"
+        )
+
+
+class Flights(Generic[K, V]):
+    """What is being computed right now, so that who asks for the same meanwhile waits for it and computes nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: dict[K, Future[V | None]] = {}
+
+    def share(
+        self,
+        wanted: Collection[K],
+        compute: Callable[[list[K]], Mapping[K, V]],
+        joined: Callable[[list[K]], object] | None = None,
+    ) -> dict[K, V]:
+        """The values of all that is wanted.
+
+        What another thread is at is awaited, after computing the rest; where that thread failed it is computed here.
+
+        Args:
+            wanted: distinct keys.
+            compute: gets those that nobody is at; what it raises is raised here, and not to those who waited.
+            joined: gets those that somebody is at.
+        """
+        got: dict[K, V] = {}
+        while len(got) < len(wanted):
+            with self._lock:
+                open_ = [key for key in wanted if key not in got]
+                others = {key: self._under_way[key] for key in open_ if key in self._under_way}
+                mine: dict[K, Future[V | None]] = {key: Future() for key in open_ if key not in others}
+                self._under_way.update(mine)
+            if others and joined:
+                joined(list(others))
+            values: Mapping[K, V] = {}
+            try:
+                if mine:
+                    values = compute(list(mine))
+            finally:
+                with self._lock:
+                    for key in mine:
+                        del self._under_way[key]
+                for key, future in mine.items():
+                    future.set_result(values.get(key))
+            got.update({key: values[key] for key in mine})
+            got.update({key: value for key, other in others.items() if (value := other.result()) is not None})
+        return got
 
 
 class Tiered:
-    """Reads through: from the store what is there, the rest from `source`, written back.
+    """Reads through: from the store what is there, the rest from `source`, written back. Any number of threads may ask.
 
-    What comes back was read from the store, so a first and a second request give the same bits, also where the store
-    keeps a smaller dtype than the source computes. A source that tells `descriptions` (expert name -> what
-    `VisionExpert.describe` tells) gets its shelves made; for another, call `store.add_expert` before.
+    What comes back has the stored bits, so a first and a second request give the same, also where the store keeps a
+    smaller dtype than the source computes. Two that ask for the same at the same time have it computed once. A source
+    that tells `descriptions` (expert name -> what `VisionExpert.describe` tells) gets its shelves made; for another, call
+    `store.add_expert` before.
+
+    Features are written by a thread that gathers them, for a shard and a receipt per request would be many small files.
+    `flush` waits until all is stored; so do `close`, the end of a `with` block and the end of the process.
+
+    Args:
+        store: read and written.
+        source: computes what is not stored.
+        dtypes: expert -> name of the dtype to store where that is not the one the source computes in: any of `CODECS`.
+        shard_bytes: features gathered for a shard, about, bytes; with twice as many waiting, requests wait for the disk.
+        shard_seconds: longest time a feature waits for others to fill its shard.
+        telemetry: takes hits, misses and what could not be stored.
     """
 
-    def __init__(self, store: FeatureStore, source: FeatureSource):
+    def __init__(
+        self,
+        store: FeatureStore,
+        source: FeatureSource,
+        *,
+        dtypes: Mapping[str, str] | None = None,
+        shard_bytes: int = 128 << 20,
+        shard_seconds: float = 5.0,
+        telemetry: Telemetry | None = None,
+    ):
         self.store = store
         self.source = source
+        self.dtypes = dict(dtypes or {})
+        self._telemetry = telemetry
         self._shelves: dict[str, ExpertShelf] = {}
+        self._flights: Flights[tuple[str, str], Features] = Flights()
+        self._writer = _Writer(shard_bytes, shard_seconds, telemetry)
+        self._settings: dict[str, Any] = {
+            "dtypes": self.dtypes,
+            "shard_bytes": shard_bytes,
+            "shard_seconds": shard_seconds,
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Tiered, **self._settings), (self.store, self.source)
+
+    def __enter__(self) -> Tiered:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def flush(self) -> None:
+        """Returns when all that was computed so far is stored, or could not be."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """As `flush`, and ends the writing thread; what is asked for later is answered and not stored."""
+        self._writer.close()
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """Expert name -> fingerprint of the features served."""
-        return self.source.fingerprints
+        """Expert name -> fingerprint of the features served, which are as the store keeps them."""
+        from mova_core.experts import fingerprint
+
+        known = dict(self.source.fingerprints)
+        for name in self.dtypes:
+            known.pop(name, None)
+            if (description := self._description(name)) is not None:
+                known[name] = fingerprint(description)
+        return known
 
     def fetch(self, images: Sequence[ImageRef], experts: Sequence[Sequence[str]]) -> list[dict[str, Features]]:
         """See `FeatureSource.fetch`.
 
         Raises:
             StoreError: a damaged row; a store opened for other weights than the source has, or with no shelf for them.
+            ValueError: a feature that the stored dtype cannot hold.
         """
         wanted = wanted_by_expert(images, experts)
-        missing: dict[str, set[str]] = {}
-        absent: dict[str, list[str]] = {}  # image key -> experts to compute
-        for name, asked in wanted.items():
-            shelf = self._held(name)
-            missing[name] = set(shelf.missing(list(asked)) if shelf else asked)
-            for key in missing[name]:
-                absent.setdefault(key, []).append(name)
-        refs = {image.key: image for image in images if image.key in absent}
-        rows = self.source.fetch(list(refs.values()), [absent[key] for key in refs]) if refs else []
-        computed = dict(zip(refs, rows, strict=True))
-
-        features: dict[str, dict[str, Features]] = {}
-        for name, asked in wanted.items():
-            shelf = self._held(name) or self._made(name)
-            keys = list(asked)
-            features[name] = {key: computed[key][name] for key in keys if key in missing[name]}
-            try:
-                shelf.write(shelf.shard_id(features[name]), features[name])
-            except StoreError as error:  # a full disk must not stop a server
-                logger.warning("%s (answering with what was just computed)", error)
-            stored = [key for key, there in zip(keys, shelf.has(keys), strict=True) if there]
-            features[name].update(zip(stored, shelf.read(stored), strict=True))
+        features = self._kept({name: list(refs) for name, refs in wanted.items()})
+        absent = {(name, key): ref for name, refs in wanted.items() for key, ref in refs.items()}
+        absent = {pair: ref for pair, ref in absent.items() if pair not in features}
+        for name, refs in wanted.items():
+            lacking = sum((name, key) in absent for key in refs)
+            self._tell("hits_total", len(refs) - lacking, name)
+            self._tell("misses_total", lacking, name)
+        features.update(self._flights.share(absent, lambda mine: self._computed(mine, absent)))
         return [
-            {name: features[name][image.key] for name in names} for image, names in zip(images, experts, strict=True)
+            {name: features[name, image.key] for name in names} for image, names in zip(images, experts, strict=True)
         ]
 
+    def _kept(self, wanted: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], Features]:
+        """Of the keys wanted of each expert those that are stored, or wait to be."""
+        got: dict[tuple[str, str], Features] = {}
+        for name, keys in wanted.items():
+            if (shelf := self._held(name)) is None:
+                continue
+            # In this order: a feature leaves the writer when it is in the store.
+            waiting = self._writer.waiting(shelf, keys)
+            got.update({(name, key): _as_stored(one, shelf.description["dtype"]) for key, one in waiting.items()})
+            rest = [key for key in keys if key not in waiting]
+            absent = set(shelf.missing(rest))
+            stored = [key for key in rest if key not in absent]
+            got.update(zip([(name, key) for key in stored], shelf.read(stored), strict=True))
+        return got
+
+    def _computed(
+        self, pairs: Sequence[tuple[str, str]], refs: Mapping[tuple[str, str], ImageRef]
+    ) -> dict[tuple[str, str], Features]:
+        """Features that were not there a moment ago: another thread may have stored some since."""
+        by_expert: dict[str, list[str]] = {}
+        for name, key in pairs:
+            by_expert.setdefault(name, []).append(key)
+        got = self._kept(by_expert)
+        absent: dict[str, list[str]] = {}  # image key -> experts to compute
+        for name, key in pairs:
+            if (name, key) not in got:
+                absent.setdefault(key, []).append(name)
+        images = {key: refs[names[0], key] for key, names in absent.items()}
+        rows = self.source.fetch(list(images.values()), list(absent.values())) if images else []
+        computed: dict[str, dict[str, Features]] = {}
+        for key, row in zip(images, rows, strict=True):
+            for name in absent[key]:
+                computed.setdefault(name, {})[key] = row[name]
+        for name, features in computed.items():
+            if name not in self._shelves:  # a source that tells only now what it computes
+                shelf = self._held(name) or self._made(name)
+                kept = self._kept({name: list(features)})
+                got.update(kept)
+                features = {key: one for key, one in features.items() if (name, key) not in kept}
+            shelf = self._shelves[name]
+            got.update({(name, key): _as_stored(one, shelf.description["dtype"]) for key, one in features.items()})
+            self._writer.put(shelf, features)
+        return got
+
+    def _description(self, name: str) -> Mapping[str, Any] | None:
+        """All that the fingerprint of what is stored covers, where the source tells it."""
+        description = getattr(self.source, "descriptions", {}).get(name)
+        if description is None or name not in self.dtypes:
+            return description
+        return {**description, "dtype": self.dtypes[name]}
+
     def _held(self, name: str) -> ExpertShelf | None:
-        """The shelf of what the source serves, if the store has it."""
+        """The shelf of what is served, if the store has it."""
         if name not in self._shelves:
-            fingerprint = self.source.fingerprints.get(name)
+            fingerprint = self.fingerprints.get(name)
             if fingerprint is None or fingerprint not in self.store.experts().get(name, []):
                 return None
             self._shelves[name] = self.store.shelf(name, fingerprint)
         return self._shelves[name]
 
     def _made(self, name: str) -> ExpertShelf:
-        description = getattr(self.source, "descriptions", {}).get(name)
+        description = self._description(name)
         if description is None:
             raise StoreError(
                 f"store {self.store.location} has no shelf for the {name} features of this source: "
                 f"call store.add_expert with what the expert's describe() tells"
             )
         return self._shelves.setdefault(name, self.store.add_expert(description))
+
+    def _tell(self, name: str, value: float, expert: str) -> None:
+        if self._telemetry is not None:
+            self._telemetry.observe(f"mova_tiered_{name}", value, expert=expert)
+
+
+class _Writer:
+    """Writes features gathered into shards, in a thread that lives while there are any."""
+
+    def __init__(self, shard_bytes: int, shard_seconds: float, telemetry: Telemetry | None):
+        self._shard_bytes, self._shard_seconds = shard_bytes, shard_seconds
+        self._telemetry = telemetry
+        self._changed = threading.Condition()  # of all below
+        self._batches: dict[str, _Batch] = {}  # fingerprint -> being gathered
+        self._full: deque[_Batch] = deque()  # to be written, the first right now
+        self._bytes = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        _WRITERS.add(self)
+
+    def waiting(self, shelf: ExpertShelf, keys: Sequence[str]) -> dict[str, Features]:
+        """Those of the keys that are not written yet."""
+        with self._changed:
+            batches = [*self._full, *self._batches.values()]
+            mine = [batch.features for batch in batches if batch.shelf.fingerprint == shelf.fingerprint]
+        return {key: features[key] for features in mine for key in keys if key in features}
+
+    def put(self, shelf: ExpertShelf, features: Mapping[str, Features]) -> None:
+        """Takes features to be written; waits where too many are."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._bytes <= 2 * self._shard_bytes or self._closed)
+            if self._closed:
+                return
+            batch = self._batches.setdefault(shelf.fingerprint, _Batch(shelf))
+            for key, one in features.items():
+                # Copied: a row of a batch would keep the whole batch in memory.
+                size = one.tokens.numel() * one.tokens.element_size()
+                whole = one.tokens.untyped_storage().nbytes() == size
+                batch.features[key] = one if whole else one._replace(tokens=one.tokens.clone())
+                batch.bytes += size
+                self._bytes += size
+            if batch.bytes >= self._shard_bytes:
+                self._full.append(self._batches.pop(shelf.fingerprint))
+            if self._thread is None and self._bytes:
+                self._thread = threading.Thread(target=self._run, name="mova-store-writer", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        with self._changed:
+            self._full.extend(self._batches.values())
+            self._batches.clear()
+            self._changed.notify_all()
+            last = self._full[-1] if self._full else None
+            self._changed.wait_for(lambda: last not in self._full)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.flush()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._full:
+                    if not self._batches:
+                        self._thread = None
+                        return
+                    now = time.monotonic()
+                    name, oldest = min(self._batches.items(), key=lambda item: item[1].since)
+                    if now - oldest.since >= self._shard_seconds:
+                        self._full.append(self._batches.pop(name))
+                    else:
+                        self._changed.wait(oldest.since + self._shard_seconds - now)
+                batch = self._full[0]
+            try:
+                batch.shelf.write(batch.shelf.shard_id(batch.features), batch.features)
+            except Exception as error:  # a full disk must not stop a server
+                logger.warning("%s (%d features are not stored)", error, len(batch.features))
+                if self._telemetry is not None:
+                    name, count = batch.shelf.expert, len(batch.features)
+                    self._telemetry.observe("mova_tiered_dropped_total", count, expert=name)
+            with self._changed:
+                self._full.popleft()
+                self._bytes -= batch.bytes
+                self._changed.notify_all()
+
+
+_WRITERS: weakref.WeakSet[_Writer] = weakref.WeakSet()
+
+
+@atexit.register
+def _flush_all() -> None:
+    """What waits to be written at the end of the process would be lost with its thread."""
+    for writer in list(_WRITERS):
+        writer.flush()
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Features of one shelf that will be a shard."""
+
+    shelf: ExpertShelf
+    features: dict[str, Features] = field(default_factory=dict)
+    bytes: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+def _as_stored(features: Features, dtype: str) -> Features:
+    """What reading gives of these features when they were stored."""
+    import torch
+
+    codec = CODECS[dtype]
+    if codec.peak is None and features.tokens.dtype is getattr(torch, dtype):
+        return features
+    row, _ = codec.encode(features.tokens)
+    return features._replace(tokens=codec.decode(torch.from_numpy(row), features.tokens.shape[1]))

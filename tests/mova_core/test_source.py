@@ -1,14 +1,29 @@
 """Sources of features: experts run here, loaded when asked for, and a store in front of them."""
 
+import itertools
 import logging
+import random
 import resource
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
 import torch
 
 from mova_core.experts import fingerprint, load_expert
-from mova_core.features import FeatureStore, LazyExperts, LocalExperts, MissingFeatures, StoreError, Tiered
+from mova_core.features import (
+    ExpertShelf,
+    FeatureStore,
+    LazyExperts,
+    LocalExperts,
+    MissingFeatures,
+    StoreError,
+    Tiered,
+)
+from mova_core.features.source import Flights
 from mova_core.images import ImageError, ImageRef
 
 NAMES = ("dinov2", "sam", "biomedclip")
@@ -108,6 +123,8 @@ def test_tiered_computes_once(experts, images, tmp_path, lazy):
     asked = [["sam"], ["sam", "dinov2"], []]
     first = tiered.fetch(images, asked)
     assert equal(first, LocalExperts(experts).fetch(images, asked))
+    assert equal(first, tiered.fetch(images, asked)), "also while they wait to be written"
+    tiered.flush()
     assert equal(first, tiered.fetch(images, asked)) and equal(first, FeatureStore(store.location).fetch(images, asked))
     more = tiered.fetch([*images, images[0]], [["dinov2"], ["dinov2", "sam"], ["sam"], ["sam"]])
     assert torch.equal(more[3]["sam"].tokens, first[0]["sam"].tokens)
@@ -115,6 +132,7 @@ def test_tiered_computes_once(experts, images, tmp_path, lazy):
         assert sorted(source.computed) == sorted({(images[at].key, name) for at, name in [
             (0, "sam"), (1, "sam"), (1, "dinov2"), (0, "dinov2"), (2, "sam"),
         ]})  # fmt: skip
+    tiered.close()
     stat = FeatureStore(store.location).stat()["experts"]
     assert {name: row["features"] for name, row in stat.items() if row["features"]} == {"sam": 3, "dinov2": 2}
     assert tiered.fingerprints["sam"] == store.fingerprints["sam"] == fingerprint(experts["sam"].describe())
@@ -123,24 +141,160 @@ def test_tiered_computes_once(experts, images, tmp_path, lazy):
 
 def test_a_tiered_store_alone_tells_what_is_missing(experts, images, tmp_path):
     store = FeatureStore(tmp_path / "store", create=True)
-    Tiered(store, LocalExperts(experts)).fetch(images[:1], [["sam"]])
+    with Tiered(store, LocalExperts(experts)) as tiered:
+        tiered.fetch(images[:1], [["sam"]])
     with pytest.raises(MissingFeatures) as caught:
         FeatureStore(store.location).fetch(images[:2], [["sam"], ["sam", "dinov2"]])
     assert caught.value.missing == [(images[1].key, "sam"), (images[1].key, "dinov2")]
 
 
-def test_a_smaller_stored_dtype_gives_the_same_bits_both_times(experts, images, tmp_path):
-    """The first answer is as rounded as the second."""
-
-    class Rounding(LocalExperts):
-        @property
-        def descriptions(self):
-            return {name: expert.describe(torch.bfloat16) for name, expert in self.experts.items()}
-
-    store = FeatureStore(tmp_path / "store", create=True)
-    tiered = Tiered(store, Rounding(experts))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "float8_e4m3fn"])
+def test_a_smaller_stored_dtype_gives_the_same_bits_each_time(experts, images, tmp_path, dtype):
+    """The first answer is as rounded as the one while it waits to be written, and as the one out of the store."""
+    source = Counting(experts)
+    tiered = Tiered(FeatureStore(tmp_path / "store", create=True), source, dtypes={"sam": dtype})
     first, second = (tiered.fetch(images, [["sam"]] * 3) for _ in range(2))
-    assert first[0]["sam"].tokens.dtype == torch.bfloat16 and equal(first, second)
+    tiered.flush()
+    third = tiered.fetch(images, [["sam"]] * 3)
+    assert equal(first, second) and equal(first, third) and len(source.computed) == 3
+    store = FeatureStore(tmp_path / "store")
+    assert equal(first, store.fetch(images, [["sam"]] * 3)) and store.shelf("sam").description["dtype"] == dtype
+    assert tiered.fingerprints["sam"] == store.fingerprints["sam"] != source.fingerprints["sam"]
+    exact = LocalExperts(experts).fetch(images, [["sam"]] * 3)
+    for got, wanted in zip(first, exact, strict=True):
+        assert 0 < (got["sam"].tokens.float() - wanted["sam"].tokens).norm() / wanted["sam"].tokens.norm() < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
+def test_lazy_experts_answer_as_the_shelf_they_are_wanted_for(experts, images, tmp_path, dtype, computed):
+    expert = load_expert("sam", size="mini", dtype=computed)
+    with Tiered(
+        FeatureStore(tmp_path / "store", create=True), LocalExperts({"sam": expert}), dtypes={"sam": dtype}
+    ) as tiered:
+        stored = tiered.fetch(images, [["sam"]] * 3)
+    wanted = FeatureStore(tmp_path / "store").fingerprints
+    lazy = LazyExperts(NAMES, size="mini", fingerprints=wanted, dtypes={"sam": dtype})
+    assert equal(lazy.fetch(images, [["sam"]] * 3), stored) and lazy.fingerprints == wanted
+    idle = LazyExperts(NAMES, size="mini", fingerprints=wanted)
+    again = Tiered(FeatureStore(tmp_path / "store"), idle)
+    assert equal(again.fetch(images, [["sam"]] * 3), stored) and not idle.experts, "nothing was computed"
+
+
+class Slow(Counting):
+    """Computes when it is let; the first time it may fail."""
+
+    def __init__(self, experts, fails=False):
+        super().__init__(experts)
+        self.open, self.fails = threading.Event(), fails
+
+    def fetch(self, images, experts):
+        fails, self.fails = self.fails, False
+        assert self.open.wait(20)
+        if fails:
+            raise ImageError("not today")
+        return super().fetch(images, experts)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_asks_for_the_same_at_once_has_it_computed_once(experts, images, tmp_path, fails):
+    source = Slow(experts, fails)
+    expected = LocalExperts(experts).fetch(images, [["sam", "biomedclip"]] * 3)
+    with Tiered(FeatureStore(tmp_path / "store", create=True), source) as tiered, ThreadPoolExecutor(12) as threads:
+        asked = [
+            threads.submit(tiered.fetch, images[at:] + images[:at], [["sam", "biomedclip"]] * 3)
+            for at in (0, 1, 2, 0) * 3
+        ]
+        time.sleep(0.2)
+        source.open.set()
+        errors = 0
+        for at, answer in zip((0, 1, 2, 0) * 3, asked, strict=True):
+            if isinstance(answer.exception(20), ImageError):
+                errors += 1
+            else:
+                assert equal(answer.result(), expected[at:] + expected[:at])
+    assert errors == fails, "the error is of who computed, the others try themselves"
+    assert len(source.computed) == len(set(source.computed)) == 6
+    assert len(FeatureStore(tmp_path / "store").shelf("sam")) == 3
+
+
+def test_flights_go_on_whoever_fails():
+    """Many threads, overlapping wishes, every third computation fails: each gets all it wants or its own error."""
+    flights: Flights[int, int] = Flights()
+    lock, times = threading.Lock(), itertools.count()
+    under_way: set[int] = set()
+
+    def compute(keys):
+        with lock:
+            assert under_way.isdisjoint(keys), "twice at a time"
+            under_way.update(keys)
+        time.sleep(0.001)
+        with lock:
+            under_way.difference_update(keys)
+        if next(times) % 3 == 2:
+            raise KeyError("mine")
+        return {key: key * key for key in keys}
+
+    def ask(seed):
+        wanted = random.Random(seed).sample(range(12), 5)
+        try:
+            return flights.share(wanted, compute) == {key: key * key for key in wanted}
+        except KeyError:
+            return True
+
+    with ThreadPoolExecutor(16) as threads:
+        assert all(threads.map(ask, range(400)))
+    assert not flights._under_way
+
+
+def test_what_is_written_back_is_gathered(experts, images, tmp_path):
+    """One request a picture makes one shard, not one each; a full one is written at once, a lone one after its time."""
+    store, told = FeatureStore(tmp_path / "store", create=True), []
+
+    class Telemetry:
+        def observe(self, name, value, **tags):
+            told.append((name, value, tags["expert"]))
+
+    tiered = Tiered(store, LocalExperts(experts), shard_seconds=60, telemetry=Telemetry())
+    for image in (*images, *images):
+        tiered.fetch([image], [["sam"]])
+    assert len(FeatureStore(store.location).shelf("sam")) == 0, "they wait"
+    tiered.flush()
+    assert FeatureStore(store.location).stat()["experts"]["sam"]["shards"] == 1
+    assert Counter(told) == {("mova_tiered_hits_total", 1, "sam"): 3, ("mova_tiered_misses_total", 0, "sam"): 3} | {
+        ("mova_tiered_hits_total", 0, "sam"): 3, ("mova_tiered_misses_total", 1, "sam"): 3
+    }  # fmt: skip
+
+    size = store.shelf("sam").stat()["bytes_per_feature"]
+    full = Tiered(FeatureStore(tmp_path / "full", create=True), LocalExperts(experts), shard_bytes=2 * size)
+    for image in images:
+        full.fetch([image], [["sam"]])
+    quick = Tiered(FeatureStore(tmp_path / "quick", create=True), LocalExperts(experts), shard_seconds=0.05)
+    quick.fetch(images[:1], [["sam"]])
+    until = time.monotonic() + 20
+    while len(full.store.shelf("sam")) < 2 or len(quick.store.shelf("sam")) < 1:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    full.close()
+    assert full.store.stat()["experts"]["sam"]["shards"] == 2
+    full.fetch(images[:1], [["dinov2"]])  # closed, it still answers
+    assert "dinov2" not in full.store.stat()["experts"] or not len(full.store.shelf("dinov2"))
+
+
+def test_a_slow_disk_holds_requests_back(experts, images, tmp_path, monkeypatch):
+    """What waits to be written is bounded."""
+    store = FeatureStore(tmp_path / "store", create=True)
+    tiered, open_ = Tiered(store, LocalExperts(experts), shard_bytes=1), threading.Event()
+    write = ExpertShelf.write
+    monkeypatch.setattr(ExpertShelf, "write", lambda *given: (open_.wait(20), write(*given))[1])
+    with ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(lambda: [tiered.fetch([image], [["sam"]]) for image in images])
+        time.sleep(0.3)
+        assert not asked.done()
+        open_.set()
+        asked.result(20)
+    tiered.close()
+    assert len(FeatureStore(store.location).shelf("sam")) == 3
 
 
 def test_a_store_of_other_weights_is_refused(experts, images, tmp_path):
@@ -153,6 +307,7 @@ def test_a_store_of_other_weights_is_refused(experts, images, tmp_path):
         FeatureStore(tmp_path / "store"), LocalExperts(experts)
     )  # not pinned: the new weights get their shelf
     beside.fetch(images[:1], [["sam"]])
+    beside.close()
     assert len(beside.store.experts()["sam"]) == 2
 
     class Bare:
@@ -179,9 +334,13 @@ def test_a_full_disk_does_not_stop_answers(experts, images, tmp_path, caplog):
     source = Counting(experts)
     tiered = Tiered(store, source)
     first = tiered.fetch(images[:2], [["sam"], []])
+    tiered.flush()
     with caplog.at_level(logging.WARNING), no_room():
         got = tiered.fetch(images, [["sam"]] * 3)
+        tiered.flush()
     assert equal(got[:1], first[:1]) and equal(got[1:], LocalExperts(experts).fetch(images[1:], [["sam"]] * 2))
     assert store.location in caplog.text and len(store.shelf("sam")) == 1
-    assert equal(got, tiered.fetch(images, [["sam"]] * 3)) and len(store.shelf("sam")) == 3
+    assert equal(got, tiered.fetch(images, [["sam"]] * 3))
+    tiered.close()
+    assert len(store.shelf("sam")) == 3
     assert len(source.computed) == 5 and list(store.verify()) == []

@@ -1,0 +1,232 @@
+"""Features for training: random access by position, and shuffled batches that can be broken off and resumed.
+
+`FeatureReader` is a torch map-style Dataset, so any DataLoader takes it. `FeatureBatches` adds what a training run needs:
+an order that seed and epoch decide, each rank its share of every batch, reading ahead, and a state to go on from.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from mova_core.features.index import binary_keys
+from mova_core.features.store import FeatureStore, MissingFeatures
+from mova_core.images import ImageRef
+
+if TYPE_CHECKING:
+    from mova_core.experts import Features
+
+KEY_BYTES = 32
+
+
+class FeatureReader(Dataset["dict[str, Features]"]):
+    """Position -> expert -> Features, tokens (H*W, C) in the dtype stored. Reads of several positions share a buffer.
+
+    What it holds is 32 bytes an image and a number for its experts, so workers get it quickly; features are read there.
+
+    Args:
+        store: where they are.
+        experts: names, for every image; or for each image its own.
+        images: keys (hex sha256) or references, in the order of the positions; default all images of which the store
+            has the features of all `experts`, ordered by key.
+
+    Raises:
+        ValueError: no image, no expert, or experts for another number of images.
+        MissingFeatures: tells every pair that is not stored.
+        StoreError: the store has no such expert, or several and cannot tell which.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        experts: Sequence[str] | Sequence[Sequence[str]],
+        images: Sequence[str | ImageRef] | None = None,
+    ):
+        self.store = store
+        everywhere = [name for name in experts if isinstance(name, str)]
+        if images is None:
+            if not everywhere:
+                raise ValueError("without images, give the names of the experts whose images are wanted")
+            held = [store.shelf(name).keys() for name in everywhere]
+            found = held[0]
+            for keys in held[1:]:
+                found = np.intersect1d(found, keys, assume_unique=True)
+        else:
+            hexes = [image.key if isinstance(image, ImageRef) else image for image in images]
+            found = binary_keys(hexes).astype(f"S{KEY_BYTES}")
+        if not len(found):
+            raise ValueError(f"{store!r} has no image with features of {', '.join(everywhere)}: run `mova precompute`")
+        self._keys = np.ascontiguousarray(found).view(np.uint8).reshape(-1, KEY_BYTES)
+        self._choices: list[tuple[str, ...]] = [tuple(everywhere)]  # the different lists of experts
+        self._choice: np.ndarray | None = None  # of each image; None: the first
+        if not everywhere:
+            if len(experts) != len(self._keys):
+                raise ValueError(f"{len(experts)} lists of experts for {len(self._keys)} images: give one for each")
+            numbers: dict[tuple[str, ...], int] = {}
+            chosen = [numbers.setdefault(tuple(names), len(numbers)) for names in experts]
+            self._choices, self._choice = list(numbers), np.array(chosen, np.uint32)
+        if images is not None:
+            self._check()
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, position: int) -> str:
+        """The hex sha256 of the image at a position."""
+        return self._keys[position].tobytes().hex()
+
+    def experts(self, position: int) -> tuple[str, ...]:
+        """The experts whose features a position has."""
+        return self._choices[0 if self._choice is None else int(self._choice[position])]
+
+    def __getitem__(self, position: int) -> dict[str, Features]:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Features]]:
+        """The features of several positions, each picture's read once.
+
+        Raises:
+            StoreError: a damaged row, or one withdrawn since.
+        """
+        wanted: dict[str, dict[str, None]] = {}
+        for position in positions:
+            for name in self.experts(position):
+                wanted.setdefault(name, {})[self.key(position)] = None
+        read = {
+            name: dict(zip(keys, self.store.shelf(name).read(list(keys)), strict=True)) for name, keys in wanted.items()
+        }
+        return [{name: read[name][self.key(at)] for name in self.experts(at)} for at in positions]
+
+    def _check(self) -> None:
+        """Refuses to start what would end in the middle of an epoch."""
+        missing: list[tuple[str, str]] = []
+        for name in dict.fromkeys(name for choice in self._choices for name in choice):
+            with_it = [number for number, choice in enumerate(self._choices) if name in choice]
+            rows = slice(None) if self._choice is None else np.isin(self._choice, with_it)
+            hexes = [row.tobytes().hex() for row in self._keys[rows]]
+            missing += [(key, name) for key in dict.fromkeys(self.store.missing(hexes, name))]
+        if missing:
+            raise MissingFeatures.of(self.store.location, missing)
+
+
+class FeatureBatches:
+    """Shuffled batches of a reader; iterating gives the rest of the epoch.
+
+    A batch is `batch_size` positions over all ranks, dealt by turns, and the last incomplete one of an epoch is left out.
+    So the batches are the same for any number of ranks and workers, and a run of two ranks can go on with three.
+
+    Args:
+        reader: what to read; anything with `__len__` and `__getitems__`.
+        batch_size: positions per batch, over all ranks.
+        seed: decides, with the epoch, the order.
+        shuffle: False keeps the order of the positions in every epoch.
+        rank, world: this rank's number, and how many there are.
+        workers: DataLoader processes; 0: a thread reads ahead, which is as fast unless pictures are decoded too.
+        ahead: batches read ahead, of each worker.
+
+    Attributes:
+        epoch, batch: what comes next.
+
+    Raises:
+        ValueError: not one whole batch, or more ranks than positions in it.
+    """
+
+    def __init__(
+        self,
+        reader: Any,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        ahead: int = 2,
+    ):
+        if not 0 < world <= batch_size <= len(reader):
+            raise ValueError(
+                f"batch_size {batch_size} must be at least the {world} ranks and at most the {len(reader)} samples"
+            )
+        self.reader = reader
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.rank, self.world = rank, world
+        self.workers, self.ahead = workers, ahead
+        self.epoch = self.batch = 0
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.reader) // self.batch_size
+
+    def positions(self, epoch: int) -> np.ndarray:
+        """The order of an epoch: int64."""
+        if not self.shuffle:
+            return np.arange(len(self.reader))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.reader))
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        order = self.positions(self.epoch)
+        starts = range(self.batch * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        mine = (order[at : at + self.batch_size][self.rank :: self.world].tolist() for at in starts)
+        for batch in self._in_processes(list(mine)) if self.workers else self._in_a_thread(mine):
+            self.batch += 1  # counted when it is handed over, however many were read ahead
+            if self.batch == len(self):
+                self.epoch, self.batch = self.epoch + 1, 0
+            yield batch
+
+    def _in_processes(self, batches: list[list[int]]) -> Iterator[list[Any]]:
+        return iter(
+            DataLoader(
+                self.reader,
+                batch_sampler=batches,
+                num_workers=self.workers,
+                prefetch_factor=self.ahead,
+                collate_fn=_as_they_are,
+            )
+        )
+
+    def _in_a_thread(self, batches: Iterator[list[int]]) -> Iterator[list[Any]]:
+        with ThreadPoolExecutor(1, thread_name_prefix="mova-read-ahead") as thread:
+            reading: deque[Future[list[Any]]] = deque(
+                thread.submit(self.reader.__getitems__, batch) for batch in islice(batches, self.ahead)
+            )
+            try:
+                while reading:
+                    ready = reading.popleft().result()
+                    reading.extend(thread.submit(self.reader.__getitems__, batch) for batch in islice(batches, 1))
+                    yield ready
+            finally:
+                for future in reading:
+                    future.cancel()
+
+    def state_dict(self) -> dict[str, int]:
+        """Where to go on: after the batch that was handed over last. Plain numbers."""
+        return {"epoch": self.epoch, "batch": self.batch, **self._decides()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from there at the next iteration.
+
+        Raises:
+            ValueError: a state of other batches, which would repeat some samples and leave others out.
+        """
+        for name, value in self._decides().items():
+            if state[name] != value:
+                raise ValueError(f"the state is of batches with {name} {state[name]}, these have {value}")
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+    def _decides(self) -> dict[str, int]:
+        return {
+            "samples": len(self.reader),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": int(self.shuffle),
+        }
+
+
+def _as_they_are(batch: list[Any]) -> list[Any]:
+    return batch

@@ -1,0 +1,135 @@
+"""Reading a store in training: positions, order, broken-off epochs."""
+
+import itertools
+import pickle
+
+import pytest
+import torch
+
+from mova_core.experts import Features
+from mova_core.features import FeatureBatches, FeatureReader, FeatureStore, MissingFeatures
+from mova_core.images import ImageRef
+
+COUNT = 26
+
+
+def key(number: int) -> str:
+    """A sha256 would be as arbitrary; some end in zero bytes, which text would lose."""
+    return f"{number * 7919 % 256:02x}{number:060x}00"
+
+
+def feature(number: int, name: str) -> Features:
+    grid = (2, 3 + number % 2)
+    return Features(torch.full((grid[0] * grid[1], 4), number + (0.5 if name == "sam" else 0.0)), grid)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """`sam` has all, `dinov2` those of even numbers."""
+    store = FeatureStore(tmp_path_factory.mktemp("reader") / "store", create=True)
+    for name, step in (("sam", 1), ("dinov2", 2)):
+        shelf = store.add_expert({"expert": name, "dtype": "float32", "weights": "w", "grid": [2, 3], "channels": 4})
+        for half in (range(0, COUNT // 2), range(COUNT // 2, COUNT)):
+            features = {key(number): feature(number, name) for number in half if number % step == 0}
+            shelf.write(shelf.shard_id(features), features)
+    return store
+
+
+def numbers(batch) -> list[int]:
+    """What was read, by the values of its tokens."""
+    return [int(row["sam"].tokens[0, 0]) for row in batch]
+
+
+def test_positions(store):
+    every = FeatureReader(store, ["sam"])
+    assert len(every) == COUNT and [every.key(at) for at in range(COUNT)] == sorted(map(key, range(COUNT)))
+    both = FeatureReader(store, ["sam", "dinov2"])
+    assert sorted(both.key(at) for at in range(len(both))) == sorted(key(number) for number in range(0, COUNT, 2))
+    given = FeatureReader(store, ["sam"], [key(5), ImageRef(path="somewhere", key=key(0)), key(5)])
+    assert numbers(given.__getitems__([0, 1, 2, 1])) == [5, 0, 5, 0] and numbers([given[2]]) == [5]
+    own = FeatureReader(store, [["sam"], [], ["dinov2", "sam"], ["sam"]], [key(1), key(2), key(4), key(2)])
+    for at, (row, number) in enumerate(zip(own.__getitems__(range(4)), (1, 2, 4, 2), strict=True)):
+        assert list(row) == list(own.experts(at)) == [["sam"], [], ["dinov2", "sam"], ["sam"]][at]
+        for name, got in row.items():
+            wanted = feature(number, name)
+            assert torch.equal(got.tokens, wanted.tokens) and got.grid == wanted.grid
+
+
+def test_what_a_reader_refuses(store, tmp_path):
+    with pytest.raises(MissingFeatures) as caught:
+        FeatureReader(store, [["sam"], ["sam", "dinov2"], ["dinov2"]], [key(1), key(3), key(4)])
+    assert caught.value.missing == [(key(3), "dinov2")]
+    with pytest.raises(ValueError, match="2 lists of experts for 1 images"):
+        FeatureReader(store, [["sam"], ["sam"]], [key(1)])
+    with pytest.raises(ValueError, match="give the names of the experts"):
+        FeatureReader(store, [])
+    with pytest.raises(ValueError, match="no image key"):
+        FeatureReader(store, ["sam"], ["cat.png"])
+    for size, world in ((0, 1), (27, 1), (2, 3)):
+        with pytest.raises(ValueError, match=f"batch_size {size} must be"):
+            FeatureBatches(FeatureReader(store, ["sam"]), size, world=world)
+
+
+def test_a_reader_pickles_to_32_bytes_an_image(store):
+    reader = FeatureReader(store, ["sam"], [key(at % COUNT) for at in range(2000)])
+    packed = pickle.dumps(reader)
+    assert len(packed) < 2000 * 32 + 2000
+    assert numbers(pickle.loads(packed).__getitems__([3, 1999])) == [3, 1999 % COUNT]
+
+
+def test_the_order_of_an_epoch(store):
+    reader = FeatureReader(store, ["sam"])
+    batches = FeatureBatches(reader, 5, seed=3)
+    first, second = ([numbers(batch) for batch in batches] for _ in range(2))
+    assert len(first) == len(second) == len(batches) == 5 and first != second and batches.epoch == 2
+    assert all(len(set(itertools.chain(*epoch))) == 25 for epoch in (first, second)), "each once"
+    assert [numbers(batch) for batch in FeatureBatches(reader, 5, seed=3)] == first
+    assert [numbers(batch) for batch in FeatureBatches(reader, 5, seed=4)] != first
+    plain = FeatureBatches(reader, 5, shuffle=False)
+    for _ in range(2):
+        keys = [key(number) for batch in plain for number in numbers(batch)]
+        assert keys == [reader.key(at) for at in range(25)]
+    thirds = [FeatureBatches(reader, 5, seed=3, rank=rank, world=3) for rank in range(3)]
+    for whole, *parts in zip(first, *thirds, strict=True):
+        assert [len(part) for part in parts] == [2, 2, 1]
+        assert sorted(whole) == sorted(itertools.chain(*map(numbers, parts)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_broken_off_goes_on_as_if_it_had_not_been(store, workers):
+    reader = FeatureReader(store, ["sam"])
+
+    def batches(state=None, **more):
+        made = FeatureBatches(reader, 5, seed=1, workers=workers, **more)
+        if state is not None:
+            made.load_state_dict(state)
+        return made
+
+    unbroken = FeatureBatches(reader, 5, seed=1)
+    wanted = [numbers(batch) for _ in range(2) for batch in unbroken]
+    for end in range(1, 6) if workers == 0 else (2, 5):
+        broken = batches()
+        got = [numbers(batch) for batch in itertools.islice(broken, end)]
+        resumed = batches(pickle.loads(pickle.dumps(broken.state_dict())))
+        while resumed.epoch < 2:
+            got += [numbers(batch) for batch in resumed]
+        assert got == wanted, f"broken off after {end}"
+    state = {**batches().state_dict(), "batch": 3}
+    ranks = [batches(state, rank=rank, world=2) for rank in range(2)]  # of one rank, gone on with two
+    for whole, *parts in zip(wanted[3:5], *ranks, strict=True):
+        assert sorted(whole) == sorted(itertools.chain(*map(numbers, parts)))
+    for name, value in (("seed", 2), ("samples", 27), ("batch_size", 4)):
+        with pytest.raises(ValueError, match=f"batches with {name} {value}, these have"):
+            batches({**state, name: value})
+
+
+def test_a_damaged_row_ends_the_epoch_with_its_reason(tmp_path):
+    store = FeatureStore(tmp_path / "store", create=True)
+    shelf = store.add_expert({"expert": "sam", "dtype": "float32", "weights": "w"})
+    shelf.write("0" * 32, {key(number): feature(number, "sam") for number in range(4)})
+    [shard] = (Path(shelf.location) / "shards").iterdir()
+    content = bytearray(shard.read_bytes())
+    content[-4096] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(Exception, match=r"damaged.*mova store verify"):
+        list(FeatureBatches(FeatureReader(store, ["sam"]), 2))
