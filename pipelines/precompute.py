@@ -1,7 +1,6 @@
 """Precompute: warm the feature store in bulk, one Ray Data execution and one actor pool per expert, side by side."""
 
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -185,12 +184,24 @@ def _check_disk(store: FeatureStore, work: dict[str, list[dict[str, Any]]], desc
         sum(len(shard["keys"]) for shard in shards) * _feature_bytes(descriptions[name])
         for name, shards in work.items()
     )
-    free = shutil.disk_usage(store.path).free
-    if need > free:
+    free = store.free_bytes()
+    if free is not None and need > free:
         raise PrecomputeError(
-            f"the features need {need / 2**20:,.0f} MiB but the disk of {store.path} has {free / 2**20:,.0f} MiB free: "
+            f"the features need {need / 2**20:,.0f} MiB but the disk of {store.location} has {free / 2**20:,.0f} MiB free: "
             "free some, choose another --store, or ask for fewer --experts"
         )
+
+
+def _divided(
+    shards: list[dict[str, Any]], pools: Sequence[PoolSpec]
+) -> Iterable[tuple[PoolSpec, list[dict[str, Any]]]]:
+    """Each pool of an expert with its part of the shards, in proportion to its rate, else to its actors."""
+    rates = [pool.rate or 0.0 for pool in pools]
+    if not all(rates):
+        rates = [float(pool.max_size) for pool in pools]
+    ends = [round(len(shards) * sum(rates[: index + 1]) / sum(rates)) for index in range(len(pools))]
+    for pool, begin, end in zip(pools, [0, *ends], ends, strict=False):
+        yield pool, shards[begin:end]
 
 
 class _Run:
@@ -199,7 +210,7 @@ class _Run:
     def __init__(
         self,
         store: FeatureStore,
-        pools: dict[str, PoolSpec],
+        pools: dict[str, tuple[PoolSpec, ...]],
         arguments: dict[str, dict[str, Any]],
         progress: bool,
         summary: Summary,
@@ -218,9 +229,16 @@ class _Run:
     def all(self, work: dict[str, list[dict[str, Any]]]) -> None:
         """Runs every expert's shards; an expert that fails does not stop the others."""
         failures: dict[str, BaseException] = {}
-        threads = ThreadPoolExecutor(max(1, len(work)), thread_name_prefix="precompute")
+        threads = ThreadPoolExecutor(
+            max(1, sum(len(self.pools[name]) for name in work)), thread_name_prefix="precompute"
+        )
         try:
-            running = {threads.submit(self.one, name, shards): name for name, shards in work.items()}
+            running = {
+                threads.submit(self.one, pool, part): name
+                for name, shards in work.items()
+                for pool, part in _divided(shards, self.pools[name])
+                if part
+            }
             for done in as_completed(running):
                 if (error := done.exception()) is not None:
                     failures[running[done]] = error
@@ -234,9 +252,9 @@ class _Run:
             name, error = next(iter(failures.items()))
             raise PrecomputeError(f"{', '.join(failures)} did not finish; {name}: {root_cause(error)}") from error
 
-    def one(self, name: str, shards: list[dict[str, Any]]) -> None:
-        """One expert's execution: shards in, references out."""
-        pool = self.pools[name]
+    def one(self, pool: PoolSpec, shards: list[dict[str, Any]]) -> None:
+        """One pool's execution: shards in, references out."""
+        name = pool.expert
         actors = self._take(pool, len(shards))
         try:
             references = through_actors(
@@ -246,7 +264,7 @@ class _Run:
                     "expert": name,
                     **self.arguments[name],
                     "batch_size": pool.batch,
-                    "store": str(self.store.path.resolve()),
+                    "store": self.store.location,
                     "device": "cuda" if pool.gpu else "cpu",
                     "memory_share": min(1.0, pool.gpu or 1.0),
                 },
@@ -262,7 +280,8 @@ class _Run:
             )
             for row in references:
                 if row["error"] is None:
-                    self.summary.computed[name] += 1
+                    with self.changed:
+                        self.summary.computed[name] += 1
                 else:
                     self.summary.quarantined.append({"path": row["image"], "reason": f"{name}: {row['error']}"})
             self.store.shelf(name).snapshot()
@@ -274,8 +293,7 @@ class _Run:
         least, most = min(pool.min_size, shards), min(pool.max_size, shards)
 
         def room() -> int:
-            each = {"cpu": pool.cpus, "gpu": pool.gpu, "memory": pool.memory}
-            return min([most, *(int(self.free[kind] / share + 1e-6) for kind, share in each.items() if share)])
+            return min([most, *(int(self.free[kind] / share + 1e-6) for kind, share in pool.holds.items() if share)])
 
         with self.changed:
             self.changed.wait_for(lambda: self.stopping or room() >= least)
@@ -291,6 +309,5 @@ class _Run:
             self.changed.notify_all()
 
     def _held(self, pool: PoolSpec, actors: int) -> None:
-        self.free["cpu"] -= actors * pool.cpus
-        self.free["gpu"] -= actors * pool.gpu
-        self.free["memory"] -= actors * pool.memory
+        for kind, share in pool.holds.items():
+            self.free[kind] -= actors * share
