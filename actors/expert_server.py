@@ -219,7 +219,7 @@ class ExpertServer:
                     for row in done["failed"]
                 ]
             )
-            self._tell_watch()
+            self._tell_watch(every=0.0)
             yield pa.Table.from_pylist([done], schema=DONE)
 
     def load(self) -> dict[str, Any]:
@@ -227,8 +227,8 @@ class ExpertServer:
         on its device and spent to `prepare` pixels (of all threads); and `waiting`, pictures in its queue now."""
         return self._load | {"waiting": len(self._waiting)}
 
-    def _tell_watch(self) -> None:
-        if self._watch is not None and time.monotonic() - self._watched > 1:
+    def _tell_watch(self, every: float = 1.0) -> None:
+        if self._watch is not None and time.monotonic() - self._watched >= every:
             self._watched = time.monotonic()
             self._watch(self.load())
 

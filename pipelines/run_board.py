@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 NAMESPACE = "mova"
 PREFIX = "precompute:"
@@ -60,7 +61,9 @@ def put_up(job: str) -> Any:
     """
     if job in running():
         raise RunError(f"a run named {job} is under way on this cluster: give another --name")
-    return ray.remote(Board).options(name=PREFIX + job, namespace=NAMESPACE, num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # dies with no other node
+    options = {"name": PREFIX + job, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1}
+    return ray.remote(Board).options(**options, scheduling_strategy=here).remote()
 
 
 def running() -> list[str]:
