@@ -245,12 +245,12 @@ def draw_run(log: RunLog, path: str | Path) -> None:
         rates.plot(seconds[there], rate[there], color=colors(number), label=name, linewidth=1.6)
         # Beside each other, not upon: equal pools would hide one another.
         sizes.step(seconds, actors + 0.05 * number, where="post", color=colors(number), label=name, linewidth=1.6)
-    for seconds, text in log.events:
+    for at, text in log.events:
         for axes in (rates, sizes):
-            axes.axvline(seconds, color="0.6", linewidth=0.8, linestyle=":")
+            axes.axvline(at, color="0.6", linewidth=0.8, linestyle=":")
         rates.annotate(
             text[:60],
-            (seconds, 0.02),
+            (at, 0.02),
             xycoords=("data", "axes fraction"),
             rotation=90,
             fontsize=6,
