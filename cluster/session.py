@@ -25,12 +25,11 @@ if not os.environ.get("RAY_ADDRESS"):
 
 import ray
 
+LOCAL_CPUS = 4  # least slots of a cluster on this machine: three actors side by side and one for reading tasks
+
 
 class SessionError(RuntimeError):
     """No Ray cluster answers, or it refuses; the message says what to check."""
-
-
-LOCAL_CPUS = 4  # least slots of a cluster on this machine: three actors side by side and one for reading tasks
 
 
 @contextlib.contextmanager
