@@ -1,6 +1,7 @@
 """The executions of one precompute: each expert's pools side by side on one cluster, until no feature is missing."""
 
 import logging
+import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -96,6 +97,12 @@ class Pool:
         return min(self.spec.max_size, len(self.blocks), going)
 
 
+def rotated(shards: pa.Table) -> pa.Table:
+    """Shards from a random one on: of two runs at once on one store each then meets what the other has done."""
+    start = random.randrange(len(shards)) if len(shards) else 0
+    return pa.concat_tables([shards.slice(start), shards.slice(0, start)])
+
+
 def divide(shards: pa.Table, pools: Sequence[PoolSpec]) -> list[Pool]:
     """Shards among the pools of an expert, by the rate predicted for each, else by the most actors each may have."""
     rates = [pool.rate or 0.0 for pool in pools]
@@ -120,7 +127,7 @@ class ExpertRun:
         self.error: BaseException | None = None
         self.ended = False
         self._done: set[str] = set()  # shards of this round
-        self._shards = work.shards()
+        self._shards = rotated(work.shards())
         self._missing = len(work.absent)
         self._again = False  # ended at a shard boundary, to go on otherwise
         self._divide()
@@ -180,7 +187,7 @@ class ExpertRun:
         elif self._missing < before:
             reason = f": {root_cause(self.error)}" if self.error else ""
             log.say(f"{self.work.expert}: {self._missing:,} features are still missing, going on with those{reason}")
-            self.error, self._again, self._done, self._shards = None, False, set(), self.work.shards()
+            self.error, self._again, self._done, self._shards = None, False, set(), rotated(self.work.shards())
             self._divide()
         else:
             self.error = self.error or RuntimeError(

@@ -110,6 +110,9 @@ class ExpertLog:
             "computed": self.computed,
             "reused": self.reused,
             "quarantined": len(self.failed),
+            "lost": max(
+                0, computed - self.computed - len(self.failed)
+            ),  # computed, and not stored: by actors that died
             "bytes": self.bytes,
             "seconds": round(seconds, 2),
             "images_per_second": round(self.computed / seconds, 2) if seconds else None,
@@ -172,7 +175,7 @@ class RunLog:
             else:
                 log.samples.append(new)
             if len(log.samples) > SAMPLES:
-                log.samples[:-1:2] = []
+                del log.samples[1:-1:2]
                 self._every = 2 * now / SAMPLES
         self._draw()
         for name, log in self.experts.items():
