@@ -203,18 +203,22 @@ class ExpertRun:
 
 
 class Room:
-    """What the nodes have free for more actors, beside a CPU that stays free for reading tasks (ray#44687)."""
+    """What the nodes have for more actors, but for one CPU in all that stays free for reading tasks (ray#44687).
 
-    def __init__(self) -> None:
+    Args:
+        empty: as if nothing ran on them.
+    """
+
+    def __init__(self, empty: bool = False) -> None:
         free = available_resources_per_node()
         self.nodes = []
         for node in ray.nodes():
-            if node["Alive"] and (has := free.get(node["NodeID"])) is not None:
+            has = node["Resources"] if empty else free.get(node["NodeID"])
+            if node["Alive"] and has is not None:
                 kinds = {key.removeprefix("accelerator_type:") for key in has if key.startswith("accelerator_type:")}
                 share = {"cpu": has.get("CPU", 0.0), "gpu": has.get("GPU", 0.0), "memory": has.get("memory", 0.0)}
                 self.nodes.append((share, kinds))
-        if self.nodes:
-            max(self.nodes, key=lambda node: node[0]["cpu"])[0]["cpu"] -= 1
+        self.cpus = sum(share["cpu"] for share, _ in self.nodes) - 1
 
     def take(self, pool: PoolSpec, actors: int) -> int:
         """Takes room for up to so many actors; returns for how many there was."""
@@ -224,12 +228,30 @@ class Room:
                 for share, kinds in self.nodes
                 if (not pool.accelerator or pool.accelerator in kinds)
                 and all(share[kind] + ROUNDING >= held for kind, held in pool.holds.items() if held)
+                and (not pool.cpus or self.cpus + ROUNDING >= pool.cpus)
             )
             if (share := max(fitting, key=lambda share: share["cpu"], default=None)) is None:
                 return taken
+            self.cpus -= pool.cpus
             for kind, held in pool.holds.items():
                 share[kind] -= held
         return actors
+
+
+def check_nodes(pools: Sequence[PoolSpec]) -> None:
+    """Whether single nodes can hold the least actors of an expert's pools; `fit_pools` looks at all of them together.
+
+    Raises:
+        PlanError: they cannot, even if nothing else ran there.
+    """
+    room = Room(empty=True)
+    for pool in sorted(pools, key=lambda pool: (-pool.gpu, -pool.cpus)):
+        if (actors := room.take(pool, pool.min_size)) < pool.min_size:
+            holds = " and ".join(f"{held:g} {kind}" for kind, held in pool.holds.items() if held)
+            raise PlanError(
+                f"pool {in_words(pool)}: each actor holds {holds}, and no more than {actors} of {pool.min_size} find that "
+                f"on one of {len(room.nodes)} nodes: lower the size, cpu= or gpu= of --pool {pool.expert}"
+            )
 
 
 class BulkRun:
@@ -326,6 +348,11 @@ class BulkRun:
             expert.log.started += pool.execution.size
             pool.ended = threads.submit(self._follow, expert, pool.execution)
         if waiting and not starting and not going:
+            for expert, _ in waiting:
+                try:
+                    check_nodes(expert.work.pools)
+                except PlanError as error:  # since nodes have gone
+                    expert.error, expert.ended, expert.pools = error, True, []
             self._waited += TICK
             if self._waited % 60 < TICK:
                 names = ", ".join(dict.fromkeys(expert.work.expert for expert, _ in waiting))

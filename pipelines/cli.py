@@ -91,7 +91,9 @@ def main() -> None:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         missing = (error.name or "").split(".")[0]
-        extra = {"ray": "ray,train", "psutil": "ray", "yaml": "ray", "scipy": "ray"}.get(missing, "demo" if missing in DEMO_PACKAGES else "")
+        extra = {"ray": "ray,train", "psutil": "ray", "yaml": "ray", "scipy": "ray"}.get(
+            missing, "demo" if missing in DEMO_PACKAGES else ""
+        )
         if extra:
             return f"this command needs the package {missing}: pip install 'mova-ray[{extra}]'"
     text = " ".join(str(error).split())

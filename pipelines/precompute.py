@@ -18,7 +18,7 @@ from cluster.planner import PoolSpec, fit_pools, know_memory, plan_pools
 from mova_core.experts import EXPERTS, expert_card, expert_module, fingerprint, load_expert
 from mova_core.experts.profile import Profile
 from mova_core.features import FeatureStore, StoreError
-from pipelines.bulk_run import BulkRun, Work, binary
+from pipelines.bulk_run import BulkRun, Work, binary, check_nodes
 from pipelines.errors import root_cause
 from pipelines.inspect_images import Inspected, inspect
 from pipelines.run_board import put_up
@@ -107,6 +107,8 @@ def precompute(
     of = Settings(**settings)
     profiles, pools = _profiles_of(of, profiles), list(pools)
     planned = fit_pools(know_memory(plan_pools(of.experts, pools), profiles), ray.cluster_resources())
+    for specs in planned.values():
+        check_nodes(specs)
     store = FeatureStore(store_path, create=True)
     job = name or time.strftime("%m%d-%H%M%S")
     board = put_up(job)  # starts while images are looked at
