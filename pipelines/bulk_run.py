@@ -20,7 +20,7 @@ from cluster.planner import ROUNDING, PlanError, PoolSpec
 from mova_core.features import ExpertShelf
 from pipelines.actor_pool import Execution, executions_stopped
 from pipelines.errors import root_cause
-from pipelines.run_board import Teller, in_words, place, resized
+from pipelines.run_board import Teller, place, resized
 from pipelines.run_log import ExpertLog, RunLog
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class ExpertRun:
             self._shards = self._shards.filter(pc.invert(pc.is_in(self._shards["shard"], value_set=there)))
             self._done = set()
         self.pools = divide(self._shards, self.work.pools)
-        self.log.pools = [in_words(pool) for pool in self.work.pools]
+        self.log.pools = [str(pool) for pool in self.work.pools]
 
     def account(self, row: Mapping[str, Any]) -> None:
         """A shard is done. Called from the threads of its pools."""
@@ -158,7 +158,7 @@ class ExpertRun:
     def resize(self, pools: tuple[PoolSpec, ...]) -> None:
         """Takes other sizes: at once where pools grow, else at the next shard boundary."""
         self.work.pools = pools
-        self.log.pools = [in_words(pool) for pool in pools]
+        self.log.pools = [str(pool) for pool in pools]
         specs = {place(spec): spec for spec in pools}
         if any(pool.execution and pool.execution.size > specs[place(pool.spec)].max_size for pool in self.pools):
             self.again()
@@ -249,7 +249,7 @@ def check_nodes(pools: Sequence[PoolSpec]) -> None:
         if (actors := room.take(pool, pool.min_size)) < pool.min_size:
             holds = " and ".join(f"{held:g} {kind}" for kind, held in pool.holds.items() if held)
             raise PlanError(
-                f"pool {in_words(pool)}: each actor holds {holds}, and no more than {actors} of {pool.min_size} find that "
+                f"pool {pool}: each actor holds {holds}, and no more than {actors} of {pool.min_size} find that "
                 f"on one of {len(room.nodes)} nodes: lower the size, cpu= or gpu= of --pool {pool.expert}"
             )
 

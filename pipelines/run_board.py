@@ -120,7 +120,7 @@ def resize(job: str, pools: list[str]) -> dict[str, list[str]]:
         if (name := PoolSpec.parse(text).expert) not in told:
             raise RunError(f"{job} computes no {name} ({', '.join(told) or 'it is still looking at its pictures'})")
         there = [PoolSpec.parse(pool) for pool in new.get(name, told[name]["pools"])]
-        new[name] = [in_words(pool) for pool in resized(there, PoolSpec.parse(text), ray.cluster_resources())]
+        new[name] = [str(pool) for pool in resized(there, PoolSpec.parse(text), ray.cluster_resources())]
     ray.get(board.resize.remote(pools), timeout=30)
     return new
 
@@ -128,14 +128,6 @@ def resize(job: str, pools: list[str]) -> dict[str, list[str]]:
 def place(pool: PoolSpec) -> tuple[str | None, float, float]:
     """What makes two pools of an expert different."""
     return pool.accelerator, pool.gpu, pool.cpus
-
-
-def in_words(pool: PoolSpec) -> str:
-    """A pool as `PoolSpec.parse` reads it."""
-    size = f"{pool.min_size}" if pool.min_size == pool.max_size else f"{pool.min_size}..{pool.max_size}"
-    numbers = [f"{name}={value:g}" for name, value in (("gpu", pool.gpu), ("cpu", pool.cpu)) if value]
-    others = [f"{name}={value}" for name, value in (("accelerator", pool.accelerator), ("batch", pool.batch)) if value]
-    return ",".join([f"{pool.expert}={size}", *numbers, *others])
 
 
 def resized(pools: Sequence[PoolSpec], asked: PoolSpec, resources: Mapping[str, float]) -> tuple[PoolSpec, ...]:
@@ -147,7 +139,7 @@ def resized(pools: Sequence[PoolSpec], asked: PoolSpec, resources: Mapping[str, 
     anywhere = not asked.gpu and not asked.accelerator and asked.cpu is None
     chosen = list(pools) if anywhere else [pool for pool in pools if place(pool) == place(asked)]
     if len(chosen) != 1:
-        there = " and ".join(in_words(pool) for pool in pools)
+        there = " and ".join(str(pool) for pool in pools)
         raise PlanError(f"{asked.expert} has the pools {there}: say which, with the same gpu= and accelerator=")
     new = replace(chosen[0], min_size=asked.min_size, max_size=asked.max_size)
     return fit_pools({asked.expert: [new if pool is chosen[0] else pool for pool in pools]}, resources)[asked.expert]
