@@ -50,7 +50,17 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 StorePath = Annotated[Path, typer.Option("--store", help="Folder of the feature store.")]
 DataPath = Annotated[Path, typer.Option("--data", help="LLaVA JSON array, or JSONL with one record a line.")]
 ImagesPath = Annotated[
-    Path | None, typer.Option("--images", help="Folder the records' images are relative to (default: the data file's).")
+    str | None,
+    typer.Option("--images", help="Folder or URL the records' images are relative to (default: the data file's)."),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Where the pictures are; a path or a URL (s3://, gs://, https://, ...): a folder of pictures at any depth, of "
+        "Parquet files or of webdataset tars; such files by name, glob (data/*.parquet, quoted) or range "
+        "(train-{000..099}.tar); or LLaVA JSON/JSONL that names them. What is far away is fetched once per node, into "
+        "$MOVA_CACHE (default: mova-<user id> in the temporary folder), of which $MOVA_CACHE_GB (default 10) are kept."
+    ),
 ]
 ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False)]
 Experts = Annotated[
@@ -69,7 +79,7 @@ Imports = Annotated[
 ]
 BadRow = Annotated[
     Literal["raise", "skip"],
-    typer.Option("--bad-rows", help="Whether the first bad record of a data file ends it, or all are left out."),
+    typer.Option("--bad-rows", help="Whether the first bad record, tar or Parquet file ends it, or all are left out."),
 ]
 Gpu = Annotated[float, typer.Option("--gpu", help="GPUs per actor, fractions allowed.", min=0)]
 
@@ -357,10 +367,7 @@ def profile(
 
 @precompute_app.command("run", epilog="Beside it: mova precompute status [JOB], mova precompute resize JOB NAME=SIZE")
 def precompute(
-    source: Annotated[
-        str,
-        typer.Argument(help="Folder of pictures, LLaVA JSON/JSONL that names them, Parquet or tars; local or a URL."),
-    ],
+    source: Source,
     store: Annotated[str, typer.Option("--store", help="Folder or URL of the feature store; made if it is not there.")],
     images: ImagesPath = None,
     bad_rows: BadRow = "raise",
@@ -611,6 +618,7 @@ def _train_command(
     ) -> None:
         with results_only():
             from cluster.session import ray_session
+            from mova_core.locators import absolute
             from pipelines.train import TrainConfig, train
 
             config = TrainConfig(
@@ -619,7 +627,7 @@ def _train_command(
                 data=str(data.resolve()),
                 store=str(store.resolve()),
                 output=str(output.resolve()),
-                images=None if images is None else str(images.resolve()),
+                images=None if images is None else absolute(images),
                 bad_rows=bad_rows,
                 learning_rate=learning_rate,
                 batch_size=batch_size,
@@ -687,7 +695,7 @@ def label(
                 str(data),
                 str(store),
                 str(output),
-                images=None if images is None else str(images),
+                images=images,
                 bad_rows=bad_rows,
                 actors=actors,
                 gpu=gpu,
@@ -732,7 +740,7 @@ def evaluate(
                 str(model.resolve()),
                 str(data),
                 str(store),
-                images=None if images is None else str(images),
+                images=images,
                 bad_rows=bad_rows,
                 train=None if train is None else str(train),
                 limit=limit,
