@@ -112,7 +112,7 @@ def precompute(
         check_nodes(specs)
     store = FeatureStore(store_path, create=True)
     job = name or time.strftime("%m%d-%H%M%S")
-    board = put_up(job)  # starts while images are looked at
+    board = put_up(job, store.location)  # starts while images are looked at
     try:
         inspected = _readable(images, store, progress)
         told = Summary(job=job, images=len(images), quarantined=list(inspected.refused))
