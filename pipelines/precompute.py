@@ -129,9 +129,9 @@ def precompute(
         lines = _place(works, profiles) if placement == "auto" and not pools else []
         log = RunLog(job, store.location, logs, progress)
         if any(len(work.absent) for work in works):
-            log.say(f"run {job} begins: `mova precompute status {job}` tells how far it is")
+            log.tell(f"run {job} begins: `mova precompute status {job}` tells how far it is")
         for line in lines:
-            log.say(line)
+            log.tell(line)
         run = BulkRun(store.location, works, log, board)
         try:
             failures = run.all()

@@ -51,10 +51,10 @@ def test_work_is_what_is_absent_cut_into_shards(tmp_path):
     assert [image for images in shards["images"].to_pylist() for image in images] == [
         f"{number}.png" for number in range(100)
     ]
+    assert todo.shelf is not None
     hexed = [key.hex() for key in shards["keys"][1].as_py()]
     assert shards["shard"][1].as_py() == todo.shelf.shard_id(hexed)
-    failed = {key: {} for key in hexed}
-    assert todo.look(failed) == 84
+    assert todo.look(dict.fromkeys(hexed)) == 84
     assert todo.shards()["shard"].to_pylist()[0] == shards["shard"][0].as_py(), "whole shards keep their names"
     assert not set(hexed) & {key.hex() for keys in todo.shards()["keys"].to_pylist() for key in keys}
 
@@ -93,7 +93,7 @@ def test_a_resize_names_one_pool():
 def test_a_long_run_is_remembered_in_few_samples():
     one = ExpertLog(total=10**6)
     log = RunLog("long", "store", {"sam": one}, show=False)
-    for second in range(2 * SAMPLES, 4 * SAMPLES):
+    for second in range(2 * SAMPLES):
         one.servers["a"] = {
             "computed": 10 * second,
             "stored": 10 * second,
@@ -105,7 +105,7 @@ def test_a_long_run_is_remembered_in_few_samples():
         log.began = time.monotonic() - second
         log.sample()
     assert len(one.samples) <= SAMPLES + 1
-    assert one.samples[-1].computed == 10 * (4 * SAMPLES - 1) and one.samples[0].computed == 20 * SAMPLES
+    assert one.samples[-1].computed == 10 * (2 * SAMPLES - 1) and one.samples[0].computed == 0
     assert one.rate == pytest.approx(10, rel=0.01) and one.busy == pytest.approx(0.5, rel=0.01)
     assert one.eta == pytest.approx((10**6 - one.done) / 10, rel=0.01)
     assert all(a.seconds < b.seconds for a, b in zip(one.samples, one.samples[1:], strict=False))
