@@ -25,7 +25,7 @@ from pipelines.run_log import ExpertLog, RunLog
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.5  # seconds between two looks at everything
+TICK = 1.0  # seconds between two looks at everything
 BLOCKS = 1024  # per pool: enough that no actor waits for another, few enough for the driver
 BLOCKS_PER_ACTOR = 32
 CALLS = 2  # shards at once in an actor: one is written while the other is computed

@@ -26,7 +26,7 @@ from pipelines.run_board import put_up
 from pipelines.run_log import ExpertLog, RunLog, draw_run
 
 SHARDS = 64  # per expert, at least: a set of few or small features is divided, too
-LEAST_ROWS = 32  # pictures per shard, at least, unless they are large
+LEAST_ROWS = 64  # pictures per shard, at least, unless they are large
 
 
 class PrecomputeError(RuntimeError):
