@@ -14,11 +14,10 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache, partial
 from itertools import islice
-from operator import call
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -235,12 +234,13 @@ class ExpertShelf:
         catalog = self._catalog()
         rows = sum(len(part) for part in catalog)
         size, loss = (sum(pc.sum(part.table[name]).as_py() or 0 for part in catalog) for name in ("length", "loss"))
+        told = sum(pc.count(part.table["loss"]).as_py() for part in catalog)  # a salvaged row may not tell
         return {
             "features": len(self),
             "bytes": size,
             "shards": sum(len(part.shards()) for part in catalog),
             "bytes_per_feature": size // rows if rows else 0,
-            "loss": loss / rows if rows else 0.0,
+            "loss": loss / told if told else 0.0,
             "max_loss": max(pc.max(part.table["loss"]).as_py() or 0.0 for part in catalog),
             **{name: self.description.get(name) for name in ("dtype", "grid", "channels")},
         }
@@ -529,10 +529,19 @@ class ExpertShelf:
             share = len(runs) if alone else -(-len(runs) // place.readers)
             shares = (runs[at : at + share] for at in range(0, len(runs), share or 1))
             tasks = [partial(self._load_runs, rows, views, some, verify) for some in shares]
-        if len(tasks) == 1:
-            tasks[0]()
-        else:
-            list(_readers(os.getpid(), place.readers).map(call, tasks))
+        waiting = [(task, _readers(os.getpid(), place.readers).submit(task)) for task in tasks[1:]]
+        try:
+            for task in tasks[:1]:
+                task()
+            for task, reading in reversed(waiting):
+                if reading.cancel():  # no thread was free for it so far
+                    task()
+                else:
+                    reading.result()
+        finally:
+            wait(
+                [reading for _, reading in waiting if not reading.cancel()]
+            )  # else they would go on writing to `views`
 
     def _runs(self, rows: Sequence[Stored]) -> list[list[int]]:
         """The rows that are read together."""
@@ -654,7 +663,7 @@ class ExpertShelf:
     def forget(self, damaged: Iterable[Mapping[str, str]]) -> int:
         """See `FeatureStore.forget`."""
         with self._lock, writing(self.store):
-            before, indexed = len(self), self._number
+            known, indexed = self.keys(), self._number
             bad: dict[str, set[str]] = {}  # shard id -> its damaged keys
             for damage in damaged:
                 folder, _, name = damage["shard"].rpartition("/")
@@ -665,16 +674,20 @@ class ExpertShelf:
             for number in self._numbers("snapshots", ".json"):  # first: they merge the receipts
                 self.place.delete(f"snapshots/{number}.json")
             for shard_id, keys in bad.items():
-                self._salvage(shard_id, keys)
+                known = np.union1d(known, binary_keys(self._salvage(shard_id, keys)))
                 self.place.delete(f"receipts/{shard_id}.parquet")
             self._listed = 0
             self.refresh()
             if indexed:
                 self.snapshot()
-            return max(0, before - len(self))
+            return len(np.setdiff1d(known, self.keys()))
 
-    def _salvage(self, shard_id: str, bad: set[str]) -> None:
-        """Commits the sound rows of a damaged shard anew; those of a damaged receipt as the shard's own header tells."""
+    def _salvage(self, shard_id: str, bad: set[str]) -> list[str]:
+        """Commits the sound rows of a damaged shard anew, where the receipt is damaged too as the shard's header tells.
+
+        Returns:
+            The keys of all its rows, as far as that can be told.
+        """
         try:
             told = self._receipt(shard_id).to_pylist()
         except (OSError, ValueError):
@@ -691,6 +704,7 @@ class ExpertShelf:
         # A name of its own: that of the same keys may be the damaged shard's.
         name = hashlib.sha256(f"{self.fingerprint}\nsalvaged from {shard_id}\n{sorted(sound)}".encode()).hexdigest()
         self.adopt(name[:32], list(sound.values()))
+        return [row["key"] for row in told]
 
     def _told_by_header(self, file: str) -> list[dict[str, Any]]:
         """What the header of a shard tells of its rows; nothing where it is damaged."""
