@@ -7,6 +7,9 @@ are spared the last layer that MoVA does not read, as ours are; Co-DETR, which n
 
 With --preprocess: pictures per second and core (CPU time, one thread) of each expert's pixels, beside the published path
 (padded square, then the processors' arithmetic), with and without decoding the JPEG.
+With --decoding: what of that is decoding, what experts that eat the same pixels would save by decoding once for all, and
+both beside the forward pass: at size mini as measured here; at full by FLOPs, on an H100 at --tflops and here at the rate
+of a matrix product on one thread.
 """
 
 import argparse
@@ -38,8 +41,9 @@ from tqdm import tqdm
 
 from mova_core.experts import BASE, EXPERTS, VisionExpert, expert_card, expert_class, load_expert
 from mova_core.experts.dinov2 import MEAN, STD
+from mova_core.experts.profile import count_flops, example, shapes_of
 from mova_core.experts.window_vit import RelativeAttention
-from mova_core.images import CLIP_MEAN, CLIP_STD, ImageSource, Picture, mean_colour, pad_to_square
+from mova_core.images import CLIP_MEAN, CLIP_STD, ImageSource, Picture, load_image, mean_colour, pad_to_square
 
 Batch = Mapping[str, Tensor]
 POOL = (BASE, *EXPERTS)
@@ -456,6 +460,73 @@ def preprocessing(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield {"expert": "all eight", "picture": f"{width}x{height}", **found}
 
 
+SHARING = (("pix2struct", "deplot"), ("sam", "vary", "codetr"), EXPERTS)  # groups that could run in one process
+
+
+def decoding(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Per picture, CPU milliseconds on one thread: of each expert, and of groups apart and together."""
+    torch.set_num_threads(1)
+    experts = {name: shapes_of(name, args.size) for name in EXPERTS}  # preprocessing needs no network
+    gflop = {name: (count_flops(expert) or 0) / 1e9 for name, expert in experts.items()}
+    matrix = torch.rand(1024, 1024)
+    here = 2 * 1.024**3 / cpu_ms({"product": lambda: matrix @ matrix}, 20)["product"]  # TFLOP/s
+    for width, height in args.pictures:
+        buffer = io.BytesIO()
+        photograph(width, height).save(buffer, "JPEG", quality=85)
+        encoded = buffer.getvalue()
+        for names in [*((name,) for name in EXPERTS), *SHARING]:
+            chosen = [experts[name] for name in names]
+            runs: dict[str, Callable[[], Any]] = {
+                "decode": partial(load_image, encoded),
+                "apart": partial(_each_its_own, chosen, encoded),
+                "together": partial(_all_of_ours, chosen, encoded),
+            }
+            if args.size == "mini":
+                runs["here"] = partial(_forward, [load_expert(name, size="mini") for name in names])
+            ms = cpu_ms(runs, args.repeat)
+            flops = sum(gflop[name] for name in names)
+            forward = ms.get("here", flops / here)
+            row = {
+                "experts": " + ".join(names) if len(names) < len(EXPERTS) else "all seven",
+                "picture": f"{width}x{height}",
+                **{f"{case}_ms": ms[case] for case in ("decode", "apart", "together")},
+                "decode_share": len(names) * ms["decode"] / ms["apart"],
+                "saved": 1 - ms["together"] / ms["apart"],
+                "here_ms": forward,
+                "here_gain": 1 - (ms["together"] + forward) / (ms["apart"] + forward),
+            }
+            if args.size == "full":
+                h100 = flops / args.tflops
+                row |= {
+                    "h100_ms": h100,
+                    "h100_cores_apart": ms["apart"] / h100,
+                    "h100_cores_together": ms["together"] / h100,
+                }
+            yield row
+
+
+def cpu_ms(runs: Mapping[str, Callable[[], Any]], repeat: int) -> dict[str, float]:
+    """Median CPU milliseconds of each, taking turns; the first round warms up."""
+    taken: dict[str, list[float]] = {case: [] for case in runs}
+    for _ in range(repeat + 1):
+        for case, run in runs.items():
+            start = time.process_time()
+            run()
+            taken[case].append(1000 * (time.process_time() - start))
+    return {case: statistics.median(times[1:]) for case, times in taken.items()}
+
+
+@torch.inference_mode()
+def _forward(experts: Sequence[VisionExpert]) -> None:
+    for expert in experts:
+        expert(example(expert))
+
+
+def _each_its_own(experts: Sequence[VisionExpert], encoded: bytes) -> None:
+    for expert in experts:
+        expert.preprocess([encoded])
+
+
 def _decoded_first(make: Callable[[Image.Image], Any], encoded: bytes) -> Any:
     return make(Image.open(io.BytesIO(encoded)).convert("RGB"))
 
@@ -541,18 +612,45 @@ def main() -> None:
     )
     parser.add_argument("--preprocess", action="store_true", help="measure preprocessing instead of the networks")
     parser.add_argument(
+        "--decoding", action="store_true", help="measure what of preprocessing is decoding, and what sharing it saves"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=300.0,
+        help="TFLOP/s that an expert reaches on the GPU, for --decoding; default: 300, a third of an H100's in bfloat16",
+    )
+    parser.add_argument(
         "--pictures",
         nargs="+",
         type=lambda text: tuple(map(int, text.split("x"))),
         default=list(PICTURES),
-        help="sizes in pixels for --preprocess; default: 640x480 1920x1080 1080x1920",
+        help="sizes in pixels for --preprocess and --decoding; default: 640x480 1920x1080 1080x1920",
     )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
 
-    if args.preprocess:
+    if args.decoding:
+        total = len(args.pictures) * (len(EXPERTS) + len(SHARING))
+        rows = list(tqdm(decoding(args), total=total, desc="decoding", disable=None))
+        columns = {
+            "picture": ("picture", ""),
+            "decode_ms": ("decode ms", ".1f"),
+            "apart_ms": ("apart ms", ".1f"),
+            "decode_share": ("decoding", ".0%"),
+            "together_ms": ("together", ".1f"),
+            "saved": ("saved", ".0%"),
+            "h100_ms": ("H100 ms", ".2f"),
+            "h100_cores_apart": ("cores", ".1f"),
+            "h100_cores_together": ("together", ".1f"),
+            "here_ms": ("here ms", ".1f"),
+            "here_gain": ("gain here", ".0%"),
+            "experts": ("experts", ""),
+        }
+        title = f"decoding a JPEG and preprocessing at size {args.size}, per core; cores: to keep one H100 busy"
+    elif args.preprocess:
         total = len(args.pictures) * (len(args.experts) + (len(args.experts) == len(POOL)))
         rows = list(tqdm(preprocessing(args), total=total, desc="preprocessing", disable=None))
         columns = {

@@ -12,7 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,9 @@ ROWS = 1024  # images per task, at most
 FETCHES = 16  # remote images that a task fetches at once
 KEY = pa.binary(32)
 SEEN = pa.schema([("image", pa.string()), ("version", pa.string()), ("key", KEY), ("error", pa.string())])
-INSPECTED = pa.schema([("row", pa.int64()), ("version", pa.string()), ("key", KEY), ("error", pa.string())])
+INSPECTED = pa.schema(
+    [("row", pa.int64()), ("version", pa.string()), ("key", KEY), ("error", pa.string()), ("read", pa.bool_())]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +60,14 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
     rows = pa.table({"row": np.arange(len(images)), "image": images["image"], **seen})
     size = max(1, min(ROWS, len(rows) // int(4 * ray.cluster_resources().get("CPU", 1))))
     blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
-    since = {"newer_than": time.time()}
+    looked_at = ray.data.from_arrow(blocks).map_batches(
+        inspect_images, batch_format="pyarrow", batch_size=None, fn_kwargs={"newer_than": time.time()}
+    )
+    del seen, rows, blocks  # they are in the object store now
     keys = np.zeros((len(images), 32), dtype=np.uint8)
     errors: dict[int, tuple[bool, str]] = {}  # row -> whether there were bytes, and what is wrong
-    told = []
+    told, read = [], False
     with progress_bar(len(images), "inspect", "images", progress) as bar:
-        looked_at = ray.data.from_arrow(blocks).map_batches(
-            inspect_images, batch_format="pyarrow", batch_size=None, fn_kwargs=since
-        )
         for batch in looked_at.iter_batches(batch_format="pyarrow", batch_size=None):
             assert isinstance(batch, pa.Table)
             bar.update(len(batch))
@@ -74,6 +76,7 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
             for row in np.flatnonzero(batch["error"].is_valid().to_numpy()).tolist():
                 errors[int(at[row])] = bool(there[row]), batch["error"][row].as_py()
             told.append(batch.select(["row", "version"]))
+            read |= pc.any(batch["read"]).as_py()
     bad = np.array(sorted(errors), np.int64)
     refused = [
         {"path": path, "reason": errors[row][1], "row": row}
@@ -86,9 +89,10 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
             if errors[one["row"]][0] and (one["path"], one["reason"]) not in quarantined
         ]
     )
-    versions = pa.concat_tables(told)
-    versions = versions["version"].take(pa.array(np.argsort(versions["row"].to_numpy())))
-    _keep_listing(images["image"], versions, keys, errors, seen, covered, store)
+    if read:
+        versions = pa.concat_tables(told)
+        versions = versions["version"].take(pa.array(np.argsort(versions["row"].to_numpy())))
+        _keep_listing(images["image"], versions, keys, errors, covered, store)
     if refused:
         good = np.setdiff1d(np.arange(len(images)), bad, assume_unique=True)
         images, keys = images.take(pa.array(good)), keys[good]
@@ -115,12 +119,13 @@ def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
         newer_than: seconds since 1970; remote images that this machine fetched before are fetched again.
 
     Returns:
-        `row`, `version` (null: unknown), `key` of the encoded bytes and, for an image that cannot be used, its `error`.
+        `row`, `version` (null: unknown), `key` of the encoded bytes, for an image that cannot be used its `error`, and whether
+        it was `read` now.
     """
     versions: dict[str, str | None] = {}  # of files, which many images may share
     one_decodes = Lock()  # the task holds one CPU, and pictures are large
 
-    def look(row: dict[str, object]) -> tuple[str | None, bytes | None, str | None]:
+    def look(row: dict[str, object]) -> tuple[object, ...]:
         image, version, key = str(row["image"]), None, None
         try:
             place = locators.parse(image)
@@ -128,17 +133,17 @@ def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
             if file not in versions:
                 versions[file] = locators.version(file)
             if (version := versions[file]) is not None and version == row["version"]:
-                return version, row["key"], row["error"]  # type: ignore[return-value]
+                return version, row["key"], row["error"], False
             data = read_image(image, newer_than)
             key = hashlib.sha256(data).digest()
             with one_decodes:
                 load_image(data)
         except locators.Unavailable as error:
-            return None, None, str(error)
+            return None, None, str(error), False
         except ImageError as error:
             reason = str(error).removeprefix(f"{image}: ")  # it stands beside it
-            return version, key, reason if key is None else reason.partition(": ")[2]
-        return version, key, None
+            return version, key, reason if key is None else reason.partition(": ")[2], key is not None
+        return version, key, None, True
 
     away = any(locators.is_url(image) for image in rows["image"].to_pylist())
     with ThreadPoolExecutor(FETCHES if away else 1) as threads:
@@ -152,12 +157,12 @@ def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
 
 def _seen_before(
     images: pa.ChunkedArray, store: "FeatureStore", quarantined: set[tuple[str, str]]
-) -> tuple[dict[str, pa.ChunkedArray], list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """What earlier runs found of these images, and the listings that tell of no others.
 
     A refusal counts as long as it stands in the quarantine.
     """
-    seen = {field.name: pa.chunked_array([pa.nulls(len(images), field.type)]) for field in list(SEEN)[1:]}
+    seen: dict[str, Any] = {field.name: pa.nulls(len(images)) for field in list(SEEN)[1:]}
     covered = []
     system, folder = locators.filesystem(f"{store.location}/listings")
     for file in sorted(system.glob(f"{folder}/*.parquet")):  # the newest last
@@ -170,11 +175,17 @@ def _seen_before(
         counts = np.ones(len(listing), dtype=bool)
         counts[bad.to_numpy()] = [refusal in quarantined for refusal in refusals]
         known = pc.if_else(pa.array(counts), listing["version"], None)
+        found = {"version": known, "key": listing["key"], "error": listing["error"]}
+        if listing["image"].equals(images):  # the same source again: no table of ten million strings is hashed for it
+            seen = found
+            covered.append(file)
+            continue
         place = pc.index_in(images, value_set=listing["image"].combine_chunks())
         if len(images) - place.null_count == len(listing):
             covered.append(file)
-        for name, column in (("version", known), ("key", listing["key"]), ("error", listing["error"])):
-            seen[name] = pc.if_else(place.is_valid(), column.take(place), seen[name])
+        for name, column in found.items():
+            before = seen[name].cast(column.type) if pa.types.is_null(seen[name].type) else seen[name]
+            seen[name] = pc.if_else(place.is_valid(), column.take(place), before)
     return seen, covered
 
 
@@ -183,7 +194,6 @@ def _keep_listing(
     versions: pa.ChunkedArray,
     keys: np.ndarray,
     errors: dict[int, tuple[bool, str]],
-    seen: dict[str, pa.ChunkedArray],
     covered: list[str],
     store: "FeatureStore",
 ) -> None:
@@ -191,19 +201,21 @@ def _keep_listing(
     had = np.ones(len(images), dtype=bool)
     had[[row for row, (there, _) in errors.items() if not there]] = False
     kept = pc.and_(versions.is_valid(), pa.array(had))
-    if pc.all(pc.fill_null(pc.equal(versions, seen["version"]), False).filter(kept)).as_py() is not False:
-        return
-    reasons = np.full(len(images), None, dtype=object)
-    for row, (_, reason) in errors.items():
-        reasons[row] = reason
-    table = pa.table([images, versions, _array(keys), pa.array(reasons, pa.string())], schema=SEEN).filter(kept)
-    content = pa.BufferOutputStream()
-    pq.write_table(table, content, compression="zstd", use_dictionary=False)
+    reasons = pa.nulls(len(images), pa.string())
+    if errors:
+        bad = sorted(errors)
+        mask = np.zeros(len(images), dtype=bool)
+        mask[bad] = True
+        reasons = pc.replace_with_mask(reasons, pa.array(mask), pa.array([errors[row][1] for row in bad], pa.string()))
+    table = pa.table([images, versions, _array(keys), reasons], schema=SEEN)
+    if not pc.all(kept).as_py():
+        table = table.filter(kept)
     system, folder = locators.filesystem(f"{store.location}/listings")
     draft = f"{folder}/.{uuid.uuid4().hex}.tmp"  # `gc` removes it where its writer died
     with contextlib.suppress(OSError):  # it saves time and nothing else
         system.makedirs(folder, exist_ok=True)
-        system.pipe_file(draft, content.getvalue().to_pybytes())
+        with system.open(draft, "wb") as opened:
+            pq.write_table(table, opened, compression="zstd", use_dictionary=False)
         system.mv(draft, f"{folder}/{time.time_ns():020d}-{uuid.uuid4().hex}.parquet")
         for file in covered:
             with contextlib.suppress(FileNotFoundError):  # another run, too
