@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import ceil, gcd
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,6 +134,17 @@ def read_pools(path: str | os.PathLike[str]) -> list[PoolSpec]:
         )
         for number, row in enumerate(rows, start=1)
     ]
+
+
+def write_pools(path: str | os.PathLike[str], pools: Iterable[PoolSpec]) -> None:
+    """Writes pools as `read_pools` reads them."""
+    import yaml
+
+    rows = []
+    for pool in pools:
+        options = {key: value for key in OPTIONS if (value := getattr(pool, key))}
+        rows.append({"expert": pool.expert, "size": f"{pool.min_size}..{pool.max_size}", **options})
+    Path(path).write_text(yaml.safe_dump(rows, sort_keys=False, default_flow_style=None, width=120))
 
 
 def plan_pools(experts: Sequence[str], asked: Iterable[str | PoolSpec] = ()) -> dict[str, tuple[PoolSpec, ...]]:

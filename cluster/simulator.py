@@ -2,8 +2,7 @@
 
 It follows the run's own rules. An expert's shards are divided among its pools by their rate; a pool waits until its
 least size fits, then takes as many actors as do and keeps their seats to its end; each actor starts, then pulls shards
-of its pool one after the other, computes them in batches (the last one padded to a size that was profiled) and writes
-them. A machine that fails loses its actors and the shards they had, which are computed again; the actors start anew
+of its pool one after the other, and writes one while it computes the next. A machine that fails loses its actors and the shards they had, which are computed again; the actors start anew
 where there is room, or when the machine is back.
 """
 
@@ -19,7 +18,7 @@ from cluster.nodes import Nodes, PlanError, accelerator_of
 from cluster.planner import DECODERS, PoolSpec, Room, duration
 
 if TYPE_CHECKING:
-    from mova_core.experts.profile import Measured, Profile
+    from mova_core.experts.profile import Profile
 
 MIDDLE = (0.1, 0.9)  # of an expert's features: between them its rate is steady
 
@@ -54,30 +53,15 @@ class _Pool:
     """A pool as it runs."""
 
     spec: PoolSpec
-    measured: "Sequence[Measured]"
-    slower: float  # times slower than profiled: a share of a GPU, or decoding
+    rate: float  # images/s of one actor
     waiting: "deque[int]"  # rows of each shard not begun
     size: int = 0  # actors it has taken; 0 before
     under_way: int = 0  # shards
     actors: "set[_Actor]" = field(default_factory=set)
-    known: dict[int, float] = field(default_factory=dict)  # rows -> seconds
 
     @property
     def done(self) -> bool:
         return not self.waiting and not self.under_way
-
-    def seconds(self, rows: int) -> float:
-        """To compute a shard: whole batches and the rest, padded to the next batch that was profiled."""
-        if rows not in self.known:
-            batch = self.spec.batch or self.measured[-1].batch
-            whole, rest = divmod(rows, batch)
-            self.known[rows] = self.slower * (whole * self._pass(batch) + (rest and self._pass(rest)))
-        return self.known[rows]
-
-    def _pass(self, pictures: int) -> float:
-        at = next((one for one in self.measured if one.batch >= pictures), None)
-        # Between two profiled sizes the speed of the larger one, beyond the largest its speed.
-        return at.batch / at.images_per_second if at else pictures / self.measured[-1].images_per_second
 
 
 @dataclass(eq=False)
@@ -86,7 +70,9 @@ class _Actor:
     seat: tuple[int, int]
     alive: bool = True
     started: bool = False
-    rows: int = 0  # of the shard it has
+    computing: int = 0  # rows of the shard it computes
+    held: list[int] = field(default_factory=list)  # rows of the shards that are not written yet
+    written: float = 0.0  # when its last write ends
 
 
 def simulate(
@@ -105,6 +91,7 @@ def simulate(
     mtbf_hours: float | None = None,
     repair_seconds: float = 600.0,
     seed: int = 0,
+    on_shard: Callable[[int], object] = lambda rows: None,
 ) -> Simulated:
     """Runs pools over what is wanted.
 
@@ -122,6 +109,7 @@ def simulate(
         mtbf_hours: mean time between failures of one machine.
         repair_seconds: until a failed machine is back.
         seed: of noise and failures.
+        on_shard: called with the rows of each shard as it is written.
 
     Raises:
         PlanError: a pool has no profile, fits nowhere, or an expert has no pool.
@@ -180,17 +168,12 @@ class _Run:
         measured = [one for one in profiles if one.expert == spec.expert and accelerator_of(one.device) == kind]
         if not measured:
             raise PlanError(f"pool {spec}: no profile of {spec.expert} on {kind or ('a GPU' if spec.gpu else 'a CPU')}")
-        batches = min((one.batches for one in measured), key=lambda one: max(b.images_per_second for b in one))
-        pool = _Pool(spec, batches, 1 / min(spec.gpu or 1.0, 1.0), deque(shards))
-        decode = self.settings["decode"]
-        if decode:
-            batch = spec.batch or batches[-1].batch
-            speed = batch / pool.seconds(batch)
+        rate = min((one.at(spec.batch) if spec.batch else one.best()).images_per_second for one in measured)
+        rate *= min(spec.gpu or 1.0, 1.0)
+        if decode := self.settings["decode"]:
             cores = min(DECODERS, spec.cpus) if spec.gpu else spec.cpus
-            limited = min(speed, cores * decode) if spec.gpu else 1 / (1 / speed + 1 / (cores * decode))
-            pool.slower *= speed / limited
-            pool.known.clear()
-        return pool
+            rate = min(rate, cores * decode) if spec.gpu else 1 / (1 / rate + 1 / (cores * decode))
+        return _Pool(spec, rate, deque(shards))
 
     def run(self) -> Simulated:
         mtbf = self.settings["mtbf_hours"]
@@ -200,6 +183,7 @@ class _Run:
         events = 0
         work: dict[str, Callable[[Any], None]] = {
             "ready": self._ready,
+            "next": self._next,
             "computed": self._computed,
             "done": self._done,
             "fail": self._fail,
@@ -245,13 +229,14 @@ class _Run:
     def _next(self, actor: _Actor) -> None:
         """The actor begins its next shard, if there is one."""
         pool = actor.pool
-        if not actor.alive or actor.rows or not pool.waiting:
+        if not actor.alive or actor.computing or not pool.waiting:
             return
-        actor.rows = pool.waiting.popleft()
+        actor.computing = rows = pool.waiting.popleft()
+        actor.held.append(rows)
         self._begun(pool, 1)
-        seconds = pool.seconds(actor.rows)
+        seconds = rows / pool.rate
         if noise := self.settings["noise"]:
-            batches = max(1.0, actor.rows / (pool.spec.batch or 1))
+            batches = max(1.0, rows / (pool.spec.batch or 1))
             seconds *= max(0.1, self.chance.gauss(1.0, noise / batches**0.5))
         if pool.spec.accelerator in self.computed:
             self.computed[pool.spec.accelerator] += seconds * pool.spec.gpu
@@ -267,34 +252,44 @@ class _Run:
             self.working += self.now - self.since
 
     def _computed(self, actor: _Actor) -> None:
-        """The shard is written: its machine, and the store, write one after the other."""
-        sizes = self.settings["feature_bytes"]
-        if not actor.alive or not sizes:
-            return self._done(actor)
-        written = self.now
-        limits = (self.settings["node_bytes_per_second"], self.settings["store_bytes_per_second"])
-        for queue, limit in zip((actor.seat[0], self.machines), limits, strict=True):
-            if limit:
-                begin = max(self.now, self.writes_until[queue])
-                self.writes_until[queue] = begin + actor.rows * sizes[actor.pool.spec.expert] / limit
-                written = max(written, self.writes_until[queue])
-        self._at(written, "done", actor)
-
-    def _done(self, actor: _Actor) -> None:
-        """A shard is in the store."""
+        """The shard is written, and the next one begun as soon as the write before is over."""
         if not actor.alive:
             return
-        pool, rows = actor.pool, actor.rows
-        actor.rows = 0
+        rows, actor.computing = actor.computing, 0
+        begin, actor.written = max(self.now, actor.written), self._write(actor, rows)
+        self._at(actor.written, "done", (actor, rows))
+        if begin > self.now:
+            self._at(begin, "next", actor)
+        else:
+            self._next(actor)
+
+    def _write(self, actor: _Actor, rows: int) -> float:
+        """When a shard is written: each machine, and the store, write one after the other."""
+        end = self.now
+        if sizes := self.settings["feature_bytes"]:
+            limits = (self.settings["node_bytes_per_second"], self.settings["store_bytes_per_second"])
+            for queue, limit in zip((actor.seat[0], self.machines), limits, strict=True):
+                if limit:
+                    begin = max(self.now, self.writes_until[queue])
+                    self.writes_until[queue] = begin + rows * sizes[actor.pool.spec.expert] / limit
+                    end = max(end, self.writes_until[queue])
+        return end
+
+    def _done(self, what: tuple[_Actor, int]) -> None:
+        """A shard is in the store."""
+        actor, rows = what
+        if not actor.alive:
+            return
+        pool = actor.pool
+        actor.held.remove(rows)
         self._begun(pool, -1)
         self.written[pool.spec.expert].append((self.now, rows))
+        self.settings["on_shard"](rows)
         if pool.done:
             self.left -= 1
             for other in list(pool.actors):
                 self._leave(other)
             self._seat()
-        else:
-            self._next(actor)
 
     def _leave(self, actor: _Actor) -> None:
         actor.alive = False
@@ -306,10 +301,9 @@ class _Run:
         self.failures += 1
         self.room.up[machine] = False
         for actor in list(self.on[machine]):
-            if actor.rows:
-                actor.pool.waiting.appendleft(actor.rows)
-                self._begun(actor.pool, -1)
-                self.redone += 1
+            actor.pool.waiting.extendleft(actor.held)
+            self._begun(actor.pool, -len(actor.held))
+            self.redone += len(actor.held)
             self._leave(actor)
         self._wake()
         self._seat()
@@ -323,7 +317,7 @@ class _Run:
     def _wake(self) -> None:
         """Actors that had found no shard left take those that were lost."""
         for pool in self.pools:
-            idle = [actor for actor in pool.actors if actor.started and not actor.rows]
+            idle = [actor for actor in pool.actors if actor.started and not actor.computing]
             for actor in idle[: len(pool.waiting)]:
                 self._at(self.now, "ready", actor)
 
