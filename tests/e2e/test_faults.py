@@ -1,0 +1,267 @@
+"""What can go wrong in a precompute, on a real two-node cluster: kills at random moments, full disks, failing stores, bit rot.
+
+After each fault the store must hold every feature once, pass `verify`, and have the bytes of a run that nothing disturbed.
+The expert is benchmarks/waiting_expert.py: it goes through the real server, actors and store, but computes no network, so
+that a run is long enough to be hit and cheap enough to be run again. MOVA_FAULT_MOMENTS=10 for the full proof: kills per
+kind, 2 by default. What was killed when is printed (`pytest -rP`) and kept in $MOVA_FAULT_REPORT, a JSON file, if named.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+MOMENTS = int(os.environ.get("MOVA_FAULT_MOMENTS", "2"))
+PICTURES = 480
+WAITING_MS = 10  # per picture
+COMMAND = (
+    "precompute {pictures} --store {store} --experts waiting --import waiting_expert --size mini "
+    "--pool waiting=2,batch=8 --shard-mb 0.1 --json --quiet"
+)
+START = 0.4  # of a run's moments lie before its first commit: inspection, and the start of the actors
+COMMITS = 0.95  # up to here they follow the commits; what is left is the end, with its snapshot
+
+pytestmark = pytest.mark.ray
+# Drivers are forked off a process that has done the imports, or half of this file's time would go into torch's.
+forks = multiprocessing.get_context("forkserver")
+
+
+def drive(arguments: Sequence[str], said: str) -> None:
+    """In a process of its own: the command `mova ARGUMENTS`, its stdout and stderr into files."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = ["mova", *arguments]
+    from pipelines.cli import main
+
+    main()
+
+
+class Driver:
+    """A running `mova precompute`."""
+
+    def __init__(self, place: Path, store: str, **options: str):
+        self.store = store
+        self.said = str(place / "driver")
+        command = COMMAND.format(pictures=place / "pictures", store=store).split()
+        for name, value in options.items():
+            command += [f"--{name}", value]
+        self.started = time.monotonic()
+        self.process = forks.Process(target=drive, args=(command, self.said))
+        self.process.start()
+
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def end(self, timeout: float = 150) -> dict[str, Any]:
+        """Waits for its orderly end; its summary."""
+        self.process.join(timeout)
+        assert self.process.exitcode == 0, f"exit {self.process.exitcode}: {self.error()}"
+        return json.loads(Path(f"{self.said}.out").read_text())
+
+    def error(self) -> str:
+        return Path(f"{self.said}.err").read_text().strip()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+@dataclass
+class Place:
+    """A two-node cluster, the pictures, and what an undisturbed run makes of them."""
+
+    folder: Path
+    cluster: Any
+    node: Any = None  # the second one, which may be killed
+    bytes_of: dict[str, bytes] = field(default_factory=dict)
+    first_commit: float = 0.0  # seconds from the start of a run
+    shards: int = 0
+
+    def add_node(self) -> None:
+        self.node = self.cluster.add_node(num_cpus=1, labels={"speed": "1"})
+
+    def actors(self) -> list[psutil.Process]:
+        """The processes of the expert's actors, on both nodes."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "MapWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def computed(self) -> int:
+        """Pictures that experts have computed since the last call, warm-ups left out."""
+        log = self.folder / "waiting.log"
+        lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        log.unlink(missing_ok=True)
+        seen: set[str] = set()
+        count = 0
+        for _, process, pictures in lines:
+            count += int(pictures) if process in seen else 0
+            seen.add(process)
+        return count
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Iterator[Place]:
+    from ray.cluster_utils import Cluster
+
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(11)
+    for index in range(PICTURES):
+        Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).save(folder / "pictures" / f"{index:03}.png")
+    path = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))
+        patch.setenv("WAITING_MS", str(WAITING_MS))
+        patch.setenv("WAITING_LOG", str(folder / "waiting.log"))
+        for name, value in (("period_ms", 500), ("timeout_ms", 1000), ("failure_threshold", 3)):
+            patch.setenv(f"RAY_health_check_{name}", str(value))  # a dead node is noticed in seconds
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        forks.set_forkserver_preload(["pipelines.precompute", "waiting_expert"])
+        here = Place(folder, cluster)
+        try:
+            here.add_node()
+            run = Driver(folder, str(folder / "undisturbed"))
+            while not _receipts(run.store) and run.alive():
+                time.sleep(0.02)
+            here.first_commit = time.monotonic() - run.started
+            assert run.end()["computed"] == {"waiting": PICTURES}
+            here.bytes_of = stored(run.store)
+            here.shards = _receipts(run.store)
+            assert len(here.bytes_of) == PICTURES and here.computed() == PICTURES
+            yield here
+        finally:
+            cluster.shutdown()
+
+
+def _receipts(store: str) -> int:
+    return sum(1 for _ in Path(store).glob("waiting/*/receipts/[!.]*.parquet"))
+
+
+def reach(place: Place, run: Driver, moment: float, draw: random.Random) -> bool:
+    """Waits for a moment, 0 to 1, of a run; False where it was over before."""
+    until = run.started + moment / START * place.first_commit
+    commits = min(place.shards, round((moment - START) / (COMMITS - START) * place.shards))
+
+    def come() -> bool:
+        return time.monotonic() >= until if moment < START else _receipts(run.store) >= commits
+
+    while not come():
+        if not run.alive():
+            return False
+        time.sleep(0.01)
+    time.sleep(draw.random() * 0.2)  # the time of a shard: anywhere in it
+    return run.alive()
+
+
+def kill_driver(place: Place, run: Driver) -> str:
+    run.kill()
+    return "driver"
+
+
+def kill_actor(place: Place, run: Driver) -> str:
+    while not (actors := place.actors()):
+        assert run.alive(), run.error()
+        time.sleep(0.01)
+    title = actors[0].cmdline()[0]
+    actors[0].kill()
+    return title
+
+
+def kill_node(place: Place, run: Driver) -> str:
+    raylet = psutil.Process(place.node.all_processes["raylet"][0].process.pid)
+    processes = [raylet, *raylet.children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    place.cluster.remove_node(place.node, allow_graceful=False)
+    place.add_node()
+    return f"{len(processes)} processes"
+
+
+KILLS: dict[str, Callable[[Place, Driver], str]] = {"driver": kill_driver, "actor": kill_actor, "node": kill_node}
+
+
+@pytest.mark.parametrize("kind", KILLS)
+@pytest.mark.timeout(120 + 30 * MOMENTS)
+def test_kill(place, kind, tmp_path):
+    """kill -9 at moments spread at random over a run. A driver is started again; a run outlives its actors and nodes."""
+    draw = random.Random(kind)
+    moments = [(number + draw.random()) / MOMENTS for number in range(MOMENTS)]
+    run = Driver(place.folder, str(tmp_path / "store"))
+    killed = []
+    for moment in moments:
+        if not reach(place, run, moment, draw):
+            break
+        seen = phase(place, run)
+        killed.append({"moment": round(moment, 2), **seen, "killed": KILLS[kind](place, run)})
+        if kind == "driver":
+            run = Driver(place.folder, run.store)
+    summary = run.end()
+    report(kind, killed=killed, redone=place.computed() - PICTURES, last_run=summary["computed"]["waiting"])
+    assert len(killed) >= sum(moment < COMMITS for moment in moments), "a run ended before its time"
+    check(place, run.store)
+
+
+def phase(place: Place, run: Driver) -> dict[str, Any]:
+    """Where a run is, by what lies in its store and which processes there are."""
+    store = Path(run.store)
+    return {
+        "commits": _receipts(run.store),
+        "actors": len(place.actors()),
+        "drafts": sum(1 for _ in store.glob("waiting/*/*/.*.tmp")),
+        "snapshots": sum(1 for _ in store.glob("waiting/*/snapshots/[!.]*")),
+    }
+
+
+def check(place: Place, store: str) -> None:
+    """Every feature once, every checksum right, every byte as if nothing had happened."""
+    from mova_core.features import FeatureStore
+
+    assert stored(store) == place.bytes_of
+    assert list(FeatureStore(store).verify()) == []
+
+
+def report(fault: str, **told: Any) -> None:
+    """What was done to a run and what it cost: printed, and a line of $MOVA_FAULT_REPORT."""
+    line = json.dumps({"fault": fault, **told})
+    print(line)
+    if path := os.environ.get("MOVA_FAULT_REPORT"):
+        with open(path, "a") as file:
+            file.write(line + "\n")
+
+
+def stored(store: str, **options: Any) -> dict[str, bytes]:
+    """Image key -> the bytes of its feature, as the receipts tell, read past the code under test. Each is there once."""
+    files, root = fsspec.url_to_fs(store, **options)
+    shards: dict[str, bytes] = {}
+    found: dict[str, bytes] = {}
+    for receipt in files.glob(f"{root}/waiting/*/receipts/*.parquet"):
+        with files.open(receipt) as file:
+            rows = pq.read_table(file).to_pylist()
+        folder = receipt.rpartition("/receipts/")[0]
+        for row in rows:
+            shard = f"{folder}/shards/{row['file']}"
+            if shard not in shards:
+                shards[shard] = files.cat_file(shard)
+            assert row["key"] not in found, f"{row['key']} is in two receipts"
+            found[row["key"]] = shards[shard][row["offset"] : row["offset"] + row["length"]]
+    return found
