@@ -1,7 +1,7 @@
 """What can go wrong in a precompute, on a real two-node cluster: kills at random moments, full disks, failing stores, bit rot.
 
 After each fault the store must hold every feature once, pass `verify`, and have the bytes of a run that nothing disturbed.
-The expert is benchmarks/waiting_expert.py: it goes through the real server, actors and store, but computes no network, so
+The expert is tests/waiting_expert.py: it goes through the real server, actors and store, but computes no network, so
 that a run is long enough to be hit and cheap enough to be run again. MOVA_FAULT_MOMENTS=10 for the full proof: kills per
 kind, 2 by default. What was killed when is printed (`pytest -rP`) and kept in $MOVA_FAULT_REPORT, a JSON file, if named.
 """
@@ -11,6 +11,9 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +34,7 @@ PICTURES = 480
 WAITING_MS = 10  # per picture
 COMMAND = (
     "precompute {pictures} --store {store} --experts waiting --import waiting_expert --size mini "
-    "--pool waiting=2,batch=8 --shard-mb 0.1 --json --quiet"
+    "--pool waiting={actors},batch=8 --shard-mb 0.1 --json --quiet"
 )
 START = 0.4  # of a run's moments lie before its first commit: inspection, and the start of the actors
 COMMITS = 0.95  # up to here they follow the commits; what is left is the end, with its snapshot
@@ -51,15 +54,22 @@ def drive(arguments: Sequence[str], said: str) -> None:
     main()
 
 
+def mova(folder: Path, *arguments: str, code: int = 0) -> dict[str, Any]:
+    """What a command prints as JSON; it must end with that exit code."""
+    process = forks.Process(target=drive, args=(arguments, str(folder / "mova")))
+    process.start()
+    process.join()
+    assert process.exitcode == code, (folder / "mova.err").read_text()
+    return json.loads((folder / "mova.out").read_text())
+
+
 class Driver:
     """A running `mova precompute`."""
 
-    def __init__(self, place: Path, store: str, **options: str):
+    def __init__(self, place: Path, store: str, actors: int = 2, name: str = "driver"):
         self.store = store
-        self.said = str(place / "driver")
-        command = COMMAND.format(pictures=place / "pictures", store=store).split()
-        for name, value in options.items():
-            command += [f"--{name}", value]
+        self.said = str(place / name)
+        command = COMMAND.format(pictures=place / "pictures", store=store, actors=actors).split()
         self.started = time.monotonic()
         self.process = forks.Process(target=drive, args=(command, self.said))
         self.process.start()
@@ -67,9 +77,9 @@ class Driver:
     def alive(self) -> bool:
         return self.process.is_alive()
 
-    def end(self, timeout: float = 150) -> dict[str, Any]:
+    def end(self) -> dict[str, Any]:
         """Waits for its orderly end; its summary."""
-        self.process.join(timeout)
+        self.process.join()
         assert self.process.exitcode == 0, f"exit {self.process.exitcode}: {self.error()}"
         return json.loads(Path(f"{self.said}.out").read_text())
 
@@ -126,7 +136,7 @@ def place(tmp_path_factory) -> Iterator[Place]:
     rng = np.random.default_rng(11)
     for index in range(PICTURES):
         Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).save(folder / "pictures" / f"{index:03}.png")
-    path = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(path))
         patch.setenv("WAITING_MS", str(WAITING_MS))
@@ -135,7 +145,7 @@ def place(tmp_path_factory) -> Iterator[Place]:
             patch.setenv(f"RAY_health_check_{name}", str(value))  # a dead node is noticed in seconds
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         patch.setenv("RAY_ADDRESS", cluster.address)
-        forks.set_forkserver_preload(["pipelines.precompute", "waiting_expert"])
+        forks.set_forkserver_preload(["cluster.session", "pipelines.cli", "pipelines.precompute", "waiting_expert"])
         here = Place(folder, cluster)
         try:
             here.add_node()
@@ -150,6 +160,11 @@ def place(tmp_path_factory) -> Iterator[Place]:
             yield here
         finally:
             cluster.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def nothing_computed_yet(place: Place) -> None:
+    place.computed()
 
 
 def _receipts(store: str) -> int:
@@ -170,6 +185,12 @@ def reach(place: Place, run: Driver, moment: float, draw: random.Random) -> bool
         time.sleep(0.01)
     time.sleep(draw.random() * 0.2)  # the time of a shard: anywhere in it
     return run.alive()
+
+
+def wait_for_commits(run: Driver, commits: int) -> None:
+    while _receipts(run.store) < commits:
+        assert run.alive(), run.error()
+        time.sleep(0.01)
 
 
 def kill_driver(place: Place, run: Driver) -> str:
@@ -219,6 +240,96 @@ def test_kill(place, kind, tmp_path):
     report(kind, killed=killed, redone=place.computed() - PICTURES, last_run=summary["computed"]["waiting"])
     assert len(killed) >= sum(moment < COMMITS for moment in moments), "a run ended before its time"
     check(place, run.store)
+
+
+def test_full_disk(place, tmp_path):
+    """A disk with room enough at the start, which something else fills in mid-run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        run = Driver(place.folder, str(disk / "store"))
+        wait_for_commits(run, place.shards // 3)
+        with open(disk / "another", "wb", buffering=0) as another:
+            while run.alive():
+                with contextlib.suppress(OSError):
+                    another.write(bytes(4096))
+                    continue
+                time.sleep(0.001)
+        run.process.join()
+        assert run.process.exitcode == 1
+        assert re.fullmatch(r"mova: [^\n]*cannot write to store [^\n]*: free space there[^\n]*", run.error()), (
+            run.error()
+        )
+        kept = stored(run.store)
+        assert 0 < len(kept) < PICTURES and kept.items() <= place.bytes_of.items()
+        (disk / "another").unlink()
+        again = Driver(place.folder, run.store).end()
+        assert again["reused"] == {"waiting": len(kept)}
+        report("full disk", kept=len(kept), redone=place.computed() - PICTURES)
+        check(place, run.store)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)  # actors may still hold it open
+
+
+def test_two_precomputes_on_one_store(place, tmp_path):
+    """Neither knows of the other. Both end well, and what both computed is stored once."""
+    store = str(tmp_path / "store")
+    both = [Driver(place.folder, store, actors=1, name=name) for name in ("one", "other")]
+    computed = [run.end()["computed"]["waiting"] for run in both]
+    report("two precomputes", computed=computed, twice=place.computed() - PICTURES)
+    check(place, store)
+
+
+def test_flipped_bytes(place, tmp_path):
+    """100 random bytes of a finished store, whatever they are of: `verify` names all, the next precompute makes them anew."""
+    store = tmp_path / "store"
+    shutil.copytree(place.folder / "undisturbed", store)
+    [shelf] = store.glob("waiting/*")
+    rows = [row for receipt in shelf.glob("receipts/*.parquet") for row in pq.read_table(receipt).to_pylist()]
+    files = [
+        path for path in sorted(store.rglob("*")) if path.is_file() and path.name not in ("store.json", "expert.json")
+    ]
+    ends = np.cumsum([path.stat().st_size for path in files])
+    draw = random.Random(0)
+    hit = []  # file, relative to the shelf, and where
+    for place_in_store in draw.sample(range(int(ends[-1])), 100):
+        number = int(np.searchsorted(ends, place_in_store, "right"))
+        path, at = files[number], place_in_store - int(ends[number - 1] if number else 0)
+        with open(path, "r+b") as file:
+            file.seek(at)
+            [byte] = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte ^ draw.randrange(1, 256)]))
+        hit.append((str(path.relative_to(shelf)), at))
+
+    told = mova(tmp_path, "store", "verify", str(store), "--forget", "--json", "--quiet", code=1)
+    damaged = {(damage["shard"], damage["key"]) for damage in told["damaged"]}
+    shards = {shard for shard, _ in damaged}
+    for name, at in hit:
+        shard, receipt = name, f"receipts/{Path(name).name.partition('-')[0]}.parquet"
+        if name.startswith("shards/") and receipt not in shards:
+            inside = [row["key"] for row in rows if f"shards/{row['file']}" == name and row["offset"] <= at]
+            assert (name, inside[-1] if inside else "") in damaged, f"{name} at {at}"
+        elif name.startswith("shards/") or name in shards:
+            continue  # known by its receipt, which is damaged itself
+        elif name.startswith("receipts/"):
+            shard = next(row["file"] for row in rows if row["file"].startswith(Path(name).stem))
+            assert f"shards/{shard}" in shards
+        else:
+            assert f"index/{Path(name).stem}.arrow" in shards
+
+    again = Driver(place.folder, str(store)).end()
+    assert again["computed"]["waiting"] == told["withdrawn"]
+    report("100 flipped bytes", files=len({name for name, _ in hit}), damages=len(damaged), redone=place.computed())
+    check(place, str(store))
+
+
+@pytest.mark.timeout(200)
+def test_a_store_on_s3_that_fails_one_call_in_twenty(place, tmp_path):
+    pytest.importorskip("moto")
 
 
 def phase(place: Place, run: Driver) -> dict[str, Any]:
