@@ -1,6 +1,6 @@
 """ExpertServer: one vision expert on one slice of a device, as a plain class.
 
-Ray Data runs it as the callable of an actor pool (`__call__`: features go into the store, references go on); under
+Ray Data runs it as the callable of an actor pool (`__call__`: features go into the store, a line per shard goes on); under
 `ray.remote` with several threads, or as a Serve deployment, callers ask for `features` side by side. Neither needs a
 line of it changed, because it does its own batching: pictures of all callers wait in one queue, one thread gathers them
 into batches and prepares their pixels while another computes the batch before.
@@ -10,8 +10,9 @@ import importlib
 import logging
 import threading
 import time
+import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,8 @@ from mova_core.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-REFERENCE = pa.schema([("expert", pa.string()), ("key", pa.string()), ("image", pa.string()), ("error", pa.string())])
+_FAILED = pa.struct({"image": pa.string(), "key": pa.string(), "reason": pa.string()})
+DONE = pa.schema({"shard": pa.string(), "stored": pa.int64(), "bytes": pa.int64(), "failed": pa.list_(_FAILED)})
 FAULTS = 4  # pictures in a row that fail each by itself: then it is not the pictures
 
 
@@ -63,7 +65,8 @@ class ExpertServer:
         expert: name in the registry.
         weights, size: as `load_expert` takes them.
         device: torch device; default the GPU this process was given, else the CPU.
-        dtype: name of the dtype the expert computes in and the store keeps, e.g. "bfloat16".
+        dtype: name of the dtype the expert computes in, e.g. "bfloat16".
+        stored: name of the dtype the store keeps, e.g. "int8"; default that.
         batch_size: most pictures per forward pass; default that of the profile measured on such a device, else it is
             measured at the start.
         wait_ms: longest time, milliseconds, that a picture waits for others to fill its batch.
@@ -74,7 +77,8 @@ class ExpertServer:
         fixed_shapes: run only batch sizes that were warmed up, padding to the next; default on an accelerator, where
             the first pass of a new shape compiles and tunes.
         module: imported first; the one that registers the expert, where it is not one of the published eight.
-        store: folder of the feature store that `__call__` writes to.
+        store: the feature store that `__call__` writes to.
+        watch: takes what `load` tells, about once a second while `__call__` works.
         telemetry: takes the server's numbers; default Ray's metrics.
 
     Raises:
@@ -91,6 +95,7 @@ class ExpertServer:
         size: str = "full",
         device: str | None = None,
         dtype: str = "float32",
+        stored: str | None = None,
         batch_size: int | None = None,
         wait_ms: float = 10.0,
         queue: int = 256,
@@ -100,6 +105,7 @@ class ExpertServer:
         fixed_shapes: bool | None = None,
         module: str | None = None,
         store: str | None = None,
+        watch: Callable[[dict[str, Any]], None] | None = None,
         telemetry: Telemetry | None = None,
     ):
         if queue < 1 or (batch_size is not None and batch_size < 1):
@@ -113,7 +119,7 @@ class ExpertServer:
             torch.cuda.set_per_process_memory_fraction(memory_share, self.device)
         self.expert = load_expert(expert, weights=weights, size=size, device=str(self.device), dtype=self.dtype)
         self.name = expert
-        self.description = self.expert.describe()
+        self.description = self.expert.describe(None if stored is None else getattr(torch, stored))
         self.fingerprint = fingerprint(self.description)
         self.store = FeatureStore(store) if store is not None else None
         self.wait, self.queue = wait_ms / 1000, queue
@@ -121,6 +127,9 @@ class ExpertServer:
         self.shapes: tuple[int, ...] = ()  # batch sizes whose first pass is behind us
         self.profile: Profile | None = next((one for one in profiles if one.fits(self.expert, self.device)), None)
         self._telemetry: Telemetry = RayTelemetry() if telemetry is None else telemetry
+        self._load = {"server": uuid.uuid4().hex, "computed": 0, "stored": 0, "busy": 0.0, "prepare": 0.0, "splits": 0}
+        self._watch, self._watched = watch, 0.0
+        self._feeding = threading.Lock()
         self._example = example(self.expert)
         self._warm_up(batch_size, memory_share, measure_seconds)
 
@@ -171,40 +180,57 @@ class ExpertServer:
         """
         return [asked.answer.result() for asked in self._ask(images)]
 
-    def __call__(self, shards: pa.Table) -> pa.Table:
-        """Computes and stores whole shards.
+    def __call__(self, shards: pa.Table) -> Iterator[pa.Table]:
+        """Computes and stores whole shards. Two threads may call at once: one's pictures are computed while the other writes.
 
         Args:
-            shards: one row per shard with its `shard` id and the `keys` (sha256) and `paths` of its pictures.
+            shards: one row per shard with its `shard` id, and the `keys` (sha256, 32 bytes) and `images` of its pictures.
 
-        Returns:
-            One row per picture: a reference (expert, key, image) and the `error` that kept it out, or null.
+        Yields:
+            One row per shard: how many features and bytes it has in the store, and the `failed` images, each with a reason.
         """
         if self.store is None:
             raise ValueError(f"ExpertServer({self.name!r}) was given no store to write to")
         shelf = self.store.shelf(self.name, self.fingerprint)
-        references: list[dict[str, Any]] = []
         for shard in shards.to_pylist():
-            images = [ImageRef(path=path, key=key) for path, key in zip(shard["paths"], shard["keys"], strict=True)]
-            if shelf.committed(shard["shard"]):
-                references += [self._reference(image) for image in images]
+            images = [
+                ImageRef(path=path, key=key.hex()) for path, key in zip(shard["images"], shard["keys"], strict=True)
+            ]
+            done: dict[str, Any] = {"shard": shard["shard"], "stored": 0, "bytes": 0, "failed": []}
+            if shelf.committed(shard["shard"]):  # by this actor before it died, or by another run
+                yield pa.Table.from_pylist([done], schema=DONE)
                 continue
+            with self._feeding:  # shard after shard, so that one is whole while the next is computed
+                asked = self._ask(images, patient=True)
             computed: dict[str, Features] = {}
-            failed: list[dict[str, Any]] = []
-            for asked in self._ask(images, patient=True):
-                image, result = asked.image, asked.answer.result()
+            for one in asked:
+                image, result = one.image, one.answer.result()
                 if isinstance(result, ImageError):
-                    failed.append(
-                        {"image": image.path, "sha256": image.key, "reason": str(result), "expert": self.name}
-                    )
+                    done["failed"].append({"image": image.path, "key": image.key, "reason": str(result)})
                 else:
                     computed[image.key] = result
-                references.append(self._reference(image, str(result) if isinstance(result, ImageError) else None))
-            if computed:
-                shelf.write(shard["shard"], computed)
-            if failed:
-                self.store.quarantine(failed)
-        return pa.Table.from_pylist(references, schema=REFERENCE)
+                self._tell_watch()
+            rows = shelf.write(shard["shard"], computed)
+            done["stored"], done["bytes"] = len(computed), sum(row["length"] for row in rows)
+            self._load["stored"] += len(computed)
+            self.store.quarantine(
+                [
+                    {"image": row["image"], "sha256": row["key"], "reason": row["reason"], "expert": self.name}
+                    for row in done["failed"]
+                ]
+            )
+            self._tell_watch(every=0.0)
+            yield pa.Table.from_pylist([done], schema=DONE)
+
+    def load(self) -> dict[str, Any]:
+        """What it did since its start: pictures `computed`, features `stored`, `splits` by out-of-memory, and seconds `busy`
+        on its device and spent to `prepare` pixels (of all threads); and `waiting`, pictures in its queue now."""
+        return self._load | {"waiting": len(self._waiting)}
+
+    def _tell_watch(self, every: float = 1.0) -> None:
+        if self._watch is not None and time.monotonic() - self._watched >= every:
+            self._watched = time.monotonic()
+            self._watch(self.load())
 
     def close(self) -> None:
         """Ends its threads; pictures that still wait get a `ServerError`."""
@@ -310,12 +336,15 @@ class ExpertServer:
         return good, batch
 
     def _pixels(self, asked: _Asked) -> dict[str, Tensor] | ImageError:
+        started = time.monotonic()
         try:
             return self.expert.preprocess([asked.image])
         except ImageError as error:
             return error
         except Exception as error:
             return ImageError(f"{asked}: {self.name} cannot prepare it ({type(error).__name__}: {error})")
+        finally:
+            self._load["prepare"] += time.monotonic() - started
 
     def _compute(self) -> None:
         while (work := self._ready.get()) is not None:
@@ -337,6 +366,8 @@ class ExpertServer:
         else:
             self._tell("batch_size", len(group))
             self._tell("images_per_second", len(group) / (time.monotonic() - started))
+            self._load["computed"] += len(group)
+            self._load["busy"] += time.monotonic() - started
             for asked, row in zip(group, rows, strict=True):
                 if row is None:
                     self._fail(asked, f"its features are not finite in {self.description['dtype']}")
@@ -355,6 +386,7 @@ class ExpertServer:
                 smaller = len(group) // 2  # for all that come, too
                 self.batch_size = max(s for s in self.shapes if s <= smaller) if self.fixed_shapes else smaller
                 self._tell("splits_total", 1)
+                self._load["splits"] += 1
         if len(group) > 1:
             self._in_parts(group, batch, self.batch_size if out_of_memory(failure) else 1)
         else:
@@ -410,6 +442,3 @@ class ExpertServer:
 
     def _tell(self, name: str, value: float) -> None:
         self._telemetry.observe(f"mova_expert_{name}", value, expert=self.name)
-
-    def _reference(self, image: ImageRef, error: str | None = None) -> dict[str, Any]:
-        return {"expert": self.name, "key": image.key, "image": image.path, "error": error}

@@ -1,12 +1,16 @@
 """Where the expert pools run: what a user asks for per expert, and whether this cluster can give it."""
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mova_core.experts.profile import Profile
+
+ROUNDING = 1e-6  # ten times 0.1 GPU is one GPU
 
 
 class PlanError(ValueError):
@@ -25,11 +29,17 @@ class PoolSpec:
     accelerator: str | None = None  # Ray's accelerator-type label, e.g. "A100"
     batch: int | None = None  # most pictures per forward pass; None: from a profile, else measured by each actor
     memory: int = 0  # bytes of the node's memory that one actor without a GPU takes; 0: not known
+    rate: float | None = None  # images/s of all its actors, as predicted: an expert's shards are divided by it
 
     @property
     def cpus(self) -> float:
         """CPUs one actor holds."""
         return self.cpu if self.cpu is not None else (0.25 if self.gpu else 1.0)
+
+    @property
+    def holds(self) -> dict[str, float]:
+        """What one actor holds: CPUs, GPUs and bytes of the node's memory."""
+        return {"cpu": self.cpus, "gpu": self.gpu, "memory": self.memory}
 
     @classmethod
     def parse(cls, text: str) -> "PoolSpec":
@@ -38,94 +48,167 @@ class PoolSpec:
         Raises:
             PlanError: the text is not of that form.
         """
-        form = f"--pool {text}: write NAME=SIZE or NAME=MIN..MAX, then gpu=, cpu=, accelerator=, batch= as needed"
         head, *options = text.split(",")
-        sized = re.fullmatch(r"\s*([\w.:-]+)\s*=\s*(\d+)(?:\.\.(\d+))?\s*", head)
-        if not sized:
-            raise PlanError(form)
-        name, low, high = sized[1], int(sized[2]), int(sized[3] or sized[2])
+        name, _, size = (part.strip() for part in head.partition("="))
+        pairs = [[part.strip() for part in option.partition("=")[::2]] for option in options]
+        return cls._of(f"--pool {text}", name, size, dict(pairs))
+
+    @classmethod
+    def _of(cls, where: str, name: str, size: str, options: Mapping[str, Any]) -> "PoolSpec":
+        sized = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", size)
+        if not sized or not re.fullmatch(r"[\w.:-]+", name):
+            raise PlanError(f"{where}: {FORM}")
+        low, high = int(sized[1]), int(sized[2] or sized[1])
         if not 1 <= low <= high:
-            raise PlanError(f"--pool {text}: the size must be at least 1 and MIN at most MAX, got {low}..{high}")
+            raise PlanError(f"{where}: the size must be at least 1 and MIN at most MAX, got {low}..{high}")
         values: dict[str, Any] = {}
-        kinds = {"gpu": float, "cpu": float, "batch": int, "accelerator": str}
-        for option in options:
-            key, _, value = (part.strip() for part in option.partition("="))
+        for key, value in options.items():
             try:
-                values[key] = kinds[key](value)
-            except (KeyError, ValueError):
-                raise PlanError(form) from None
-            if key != "accelerator" and values[key] < (1 if key == "batch" else 0):
-                raise PlanError(f"--pool {text}: {key} is too small")
+                values[key] = OPTIONS[key](value)
+            except (KeyError, ValueError, TypeError):
+                raise PlanError(f"{where}: {FORM}") from None
+            if key != "accelerator" and not values[key] >= (1 if key == "batch" else 0):
+                raise PlanError(f"{where}: {key} is too small")
         return cls(expert=name, min_size=low, max_size=high, **values)
 
 
-def plan_pools(experts: Sequence[str], asked: Iterable[str | PoolSpec] = ()) -> dict[str, PoolSpec]:
-    """One pool per expert, in the order of `experts`: what was asked for, else one actor on a CPU.
+FORM = "write NAME=SIZE or NAME=MIN..MAX, then gpu=, cpu=, accelerator=, batch=, rate= as needed"
+OPTIONS: Mapping[str, Callable[[Any], Any]] = {
+    "gpu": float,
+    "cpu": float,
+    "accelerator": str,
+    "batch": int,
+    "rate": float,
+}
+
+
+def read_pools(path: str | os.PathLike[str]) -> list[PoolSpec]:
+    """The pools of a YAML file: a list of `{expert: sam, size: 2..8, gpu: 0.5, accelerator: A100, batch: 16}`.
+
+    All but the expert may be left out. An expert may stand there several times, once per accelerator and share of one.
+
+    Raises:
+        PlanError: no such file, or not one of pools.
+    """
+    rows = read_yaml(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "expert" in row for row in rows):
+        raise PlanError(f"{path}: write a list of pools, each {{expert: NAME, size: MIN..MAX, gpu: ..., batch: ...}}")
+    return [
+        PoolSpec._of(
+            f"{path}, pool {number}",
+            str(row["expert"]),
+            str(row.get("size", 1)),
+            {key: value for key, value in row.items() if key not in ("expert", "size")},
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """What a YAML (or JSON) file holds.
+
+    Raises:
+        PlanError: no such file, or it cannot be parsed.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is no YAML: {error}") from None
+
+
+def plan_pools(experts: Sequence[str], asked: Iterable[str | PoolSpec] = ()) -> dict[str, tuple[PoolSpec, ...]]:
+    """The pools of each expert, in the order of `experts`: those asked for, else one actor on a CPU.
+
+    An expert may have several, each on another accelerator or share of one.
 
     Raises:
         PlanError: a pool is malformed, given twice, or for an expert that is not computed.
     """
-    pools = {name: PoolSpec(expert=name) for name in experts}
-    given = set()
+    pools: dict[str, list[PoolSpec]] = {name: [] for name in experts}
     for spec in (PoolSpec.parse(pool) if isinstance(pool, str) else pool for pool in asked):
         if spec.expert not in pools:
             raise PlanError(f"--pool {spec.expert}: no such expert in this run ({', '.join(experts)})")
-        if spec.expert in given:
-            raise PlanError(f"--pool {spec.expert} is given twice: keep one")
-        given.add(spec.expert)
-        pools[spec.expert] = spec
-    return pools
+        if any((one.accelerator, one.gpu) == (spec.accelerator, spec.gpu) for one in pools[spec.expert]):
+            raise PlanError(f"--pool {spec.expert} is given twice for {_device(spec)}: keep one")
+        pools[spec.expert].append(spec)
+    return {name: tuple(specs) or (PoolSpec(expert=name),) for name, specs in pools.items()}
 
 
-def know_memory(pools: Mapping[str, PoolSpec], profiles: "Iterable[Profile]") -> dict[str, PoolSpec]:
+def _device(pool: PoolSpec) -> str:
+    """What one actor of a pool runs on, for people."""
+    return f"{pool.gpu:g} of a {pool.accelerator or 'GPU'}" if pool.gpu else pool.accelerator or "the CPU"
+
+
+def know_memory(
+    pools: Mapping[str, Sequence[PoolSpec]], profiles: "Iterable[Profile]"
+) -> dict[str, tuple[PoolSpec, ...]]:
     """Pools without a GPU with the memory that their expert took on any such CPU, at the batch they will run.
 
     Args:
         profiles: of the size and dtype that the pools run.
     """
-    known: dict[str, int] = {}
-    for profile in profiles:
-        pool = pools.get(profile.expert)
-        if pool is not None and not pool.gpu and profile.device.startswith("cpu"):
-            peak = (profile.at(pool.batch) if pool.batch else profile.best()).peak_bytes or 0
-            known[pool.expert] = max(known.get(pool.expert, 0), peak)
-    return {name: replace(pool, memory=known.get(name, 0)) for name, pool in pools.items()}
+    on_cpus = [profile for profile in profiles if profile.device.startswith("cpu")]
+
+    def known(pool: PoolSpec) -> int:
+        measured = [one.at(pool.batch) if pool.batch else one.best() for one in on_cpus if one.expert == pool.expert]
+        return max((one.peak_bytes or 0 for one in measured), default=0)
+
+    return {
+        name: tuple(pool if pool.gpu else replace(pool, memory=known(pool)) for pool in specs)
+        for name, specs in pools.items()
+    }
 
 
-def fit_pools(pools: Mapping[str, PoolSpec], resources: Mapping[str, float]) -> dict[str, PoolSpec]:
-    """Pools cut to what the cluster has, each able to run by itself with one CPU left for reading tasks.
+def fit_pools(
+    pools: Mapping[str, Sequence[PoolSpec]], resources: Mapping[str, float]
+) -> dict[str, tuple[PoolSpec, ...]]:
+    """Pools cut to what the cluster has, those of each expert able to run together with one CPU left for reading tasks.
 
-    Ray Data hangs without an error where its actors hold every CPU (ray#44687), so this is checked before a run.
+    Ray Data hangs without an error where its actors hold every CPU (ray#44687), so this is checked before a run. Pools
+    of different experts wait for each other where they do not fit side by side.
 
     Args:
         resources: as `ray.cluster_resources()` tells them.
 
     Raises:
-        PlanError: the smallest allowed pool of an expert does not fit; says by how much.
+        PlanError: the smallest allowed pools of an expert do not fit, or no node has their accelerator; says by how much.
     """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    fitted = {}
-    for name, pool in pools.items():
+    return {name: _fit(name, specs, resources) for name, specs in pools.items()}
+
+
+def _fit(name: str, pools: Sequence[PoolSpec], resources: Mapping[str, float]) -> tuple[PoolSpec, ...]:
+    for pool in pools:
         if pool.accelerator and f"accelerator_type:{pool.accelerator}" not in resources:
-            have = sorted(
-                key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_type:")
-            )
+            kinds = sorted(key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_"))
             raise PlanError(
-                f"pool {name}: no node has a {pool.accelerator} (this cluster has {', '.join(have) or 'no GPU'})"
+                f"pool {name}: no node has a {pool.accelerator} (this cluster has {', '.join(kinds) or 'no GPU'})"
             )
-        fits_cpu = (cpus - 1) / pool.cpus if pool.cpus else float("inf")
-        fits_memory = resources.get("memory", float("inf")) / pool.memory if pool.memory else float("inf")
-        fits = min(fits_cpu, gpus / pool.gpu if pool.gpu else float("inf"), fits_memory)
-        if fits_memory < pool.min_size:
-            raise PlanError(
-                f"pool {name}: {pool.min_size} actors take {pool.min_size * pool.memory / 2**30:.1f} GiB as profiled, but the "
-                f"cluster has {resources['memory'] / 2**30:.1f} GiB: lower the size or batch= of --pool {name}, or add a node"
-            )
-        if fits < pool.min_size:
-            need = f"{pool.min_size * pool.cpus:g} CPUs and {pool.min_size * pool.gpu:g} GPUs"
-            raise PlanError(
-                f"pool {name}: {pool.min_size} actors hold {need} and one CPU must stay free for reading tasks, but the "
-                f"cluster has {cpus:g} CPUs and {gpus:g} GPUs: lower the size, cpu= or gpu= of --pool {name}, or add a node"
-            )
-        fitted[name] = replace(pool, max_size=min(pool.max_size, int(min(fits, pool.max_size))))
-    return fitted
+    room = {"cpu": resources.get("CPU", 0.0) - 1, "gpu": resources.get("GPU", 0.0)}
+    room["memory"] = resources.get("memory", float("inf"))
+    have = f"{room['cpu'] + 1:g} CPUs and {room['gpu']:g} GPUs"
+    actors = sum(pool.min_size for pool in pools)
+    need = {kind: sum(pool.min_size * share for pool in pools if (share := pool.holds[kind])) for kind in room}
+    if need["memory"] > room["memory"]:
+        raise PlanError(
+            f"pool {name}: {actors} actors take {need['memory'] / 2**30:.1f} GiB as profiled, but the "
+            f"cluster has {room['memory'] / 2**30:.1f} GiB: lower the size or batch= of --pool {name}, or add a node"
+        )
+    if any(need[kind] > room[kind] + ROUNDING for kind in ("cpu", "gpu")):
+        raise PlanError(
+            f"pool {name}: {actors} actors hold {need['cpu']:g} CPUs and {need['gpu']:g} GPUs and one CPU must stay free "
+            f"for reading tasks, but the cluster has {have}: lower the size, cpu= or gpu= of --pool {name}, or add a node"
+        )
+    room = {kind: room[kind] - need[kind] for kind in room}
+    fitted = []
+    for pool in pools:
+        more = pool.max_size - pool.min_size
+        for kind, share in pool.holds.items():
+            if share and more * share > room[kind] + ROUNDING:
+                more = int(room[kind] / share + ROUNDING)
+        room = {kind: room[kind] - more * share for kind, share in pool.holds.items()}
+        fitted.append(replace(pool, max_size=pool.min_size + more))
+    return tuple(fitted)

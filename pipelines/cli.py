@@ -355,8 +355,8 @@ def precompute(
         from cluster.planner import PlanError, plan_pools
         from cluster.session import ray_session
         from mova_core.experts.profile import read_profiles
-        from pipelines.precompute import find_images
         from pipelines.precompute import precompute as run
+        from pipelines.sources import find_images
 
         _import(imports)
         names = _experts(experts)

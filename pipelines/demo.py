@@ -34,9 +34,10 @@ from mova_core.routing import build_routing_prompt, build_routing_reply
 from pipelines.demo_data import build_demo_data
 from pipelines.evaluate import evaluate
 from pipelines.label import label
-from pipelines.precompute import find_images, precompute
+from pipelines.precompute import precompute
 from pipelines.progress import progress_bar
 from pipelines.report import write_report
+from pipelines.sources import find_images
 from pipelines.train import Stage, TrainConfig, train
 
 TEMPLATE = (

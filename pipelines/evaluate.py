@@ -74,7 +74,7 @@ def evaluate(
         unit="questions",
         progress=progress,
         batch_size=batch_size,
-        sizes=(actors, actors),
+        actors=actors,
         gpus=gpu,
     )
     answers = []

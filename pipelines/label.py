@@ -123,7 +123,7 @@ def label(
         unit="samples",
         progress=progress,
         batch_size=batch_size,
-        sizes=(actors, actors),
+        actors=actors,
         gpus=gpu,
     )
     losses = {row.pop("id"): row for row in measured}

@@ -1,33 +1,30 @@
-"""Precompute: warm the feature store in bulk, one Ray Data execution and one actor pool per expert, side by side."""
+"""Precompute: warm the feature store in bulk, one Ray Data execution per pool of each expert, side by side."""
 
-import logging
-import shutil
-import threading
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 
-from actors.expert_server import ExpertServer
 from cluster.planner import PoolSpec, fit_pools, know_memory, plan_pools
-from mova_core.data import DataError
-from mova_core.experts import EXPERTS, expert_card, expert_module, load_expert
+from mova_core.experts import EXPERTS, expert_card, expert_module, fingerprint, load_expert
 from mova_core.experts.profile import Profile
-from mova_core.features import FeatureStore
-from pipelines.actor_pool import Stopped, executions_stopped, through_actors
-from pipelines.bad_rows import BadRows, read_rows, tell_skipped
+from mova_core.features import FeatureStore, StoreError
+from pipelines.bulk_run import BulkRun, Work, binary
 from pipelines.errors import root_cause
-from pipelines.inspect_images import inspect_images
-from pipelines.progress import progress_bar
+from pipelines.inspect_images import Inspected, inspect
+from pipelines.run_board import put_up
+from pipelines.run_log import ExpertLog, RunLog, draw_run
 
-logger = logging.getLogger(__name__)
-
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+SHARDS = 64  # per expert, at least: a set of few or small features is divided, too
+LEAST_ROWS = 16  # pictures per shard, at least, unless they are large
 
 
 class PrecomputeError(RuntimeError):
@@ -38,259 +35,228 @@ class PrecomputeError(RuntimeError):
 class Summary:
     """What one run did. Counts are features (one picture through one expert) unless they say otherwise."""
 
+    job: str = ""
     images: int = 0
     computed: dict[str, int] = field(default_factory=dict)
     reused: dict[str, int] = field(default_factory=dict)
     quarantined: list[dict[str, str]] = field(default_factory=list)  # {"path", "reason"}, one per picture
     seconds: float = 0.0
+    experts: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `ExpertLog.summary` tells
+    events: list[list[Any]] = field(default_factory=list)  # [seconds since the start, what happened]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def find_images(
-    source: str | Path,
-    images: str | Path | None = None,
-    bad_rows: BadRows = "raise",
-    skipped: list[str] | None = None,
-) -> list[Path]:
-    """Pictures of a folder (at any depth, by suffix) or those that a LLaVA JSON/JSONL names, each once, sorted.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is computed, and how it is stored."""
 
-    Args:
-        images: folder the records' images are relative to; default the data file's.
-        bad_rows: whether a broken record ends it or is left out.
-        skipped: takes what was wrong with each record left out.
-
-    Raises:
-        DataError: nothing there, no picture in it, or a broken record.
-    """
-    source = Path(source).resolve()  # the same in every process: Ray's workers have their own current directory
-    if source.is_dir():
-        found = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        if not found:
-            raise DataError(
-                f"folder {source} holds no picture ({', '.join(sorted(SUFFIXES))}): give the folder that does"
-            )
-        return found
-    samples, left_out = read_rows(source, images, bad_rows)
-    tell_skipped(left_out)
-    if skipped is not None:
-        skipped += left_out
-    found = sorted({Path(image.path).resolve() for sample in samples for image in sample.images if image.path})
-    if not found:
-        raise DataError(f"no record of {source} names an image")
-    return found
+    experts: Sequence[str] = EXPERTS
+    weights: Mapping[str, str] = field(default_factory=dict)  # expert -> as `load_expert` takes them
+    size: str = "full"
+    dtype: str = "float32"  # computed in
+    codecs: Mapping[str, str] = field(default_factory=dict)  # expert -> dtype stored; else that computed in
+    shard_mb: float = 128.0  # size a shard aims at, MiB
+    retry_quarantined: bool = False  # compute what failed in an earlier run, too
 
 
 def precompute(
-    images: Sequence[Path],
+    images: pa.Table,
     store_path: str | Path,
     *,
-    experts: Sequence[str] = EXPERTS,
     pools: Iterable[str | PoolSpec] = (),
     profiles: Iterable[Profile] = (),
-    weights: dict[str, str] | None = None,
-    size: str = "full",
-    dtype: str = "float32",
-    shard_mb: float = 128.0,
+    name: str | None = None,
+    picture: str | Path | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> Summary:
-    """Computes the features of `images` that the store does not have yet. Needs an open Ray session.
+    """Computes the features of images that the store does not have yet. Needs an open Ray session.
 
     Args:
-        images: files every node can read.
-        store_path: the store's folder; made if it is not there.
-        pools: what `PoolSpec.parse` reads, per expert; one CPU actor for an expert not named.
+        images: as `find_images` gives them; every node can read them.
+        store_path: folder or URL of the store; made if it is not there.
+        pools: as `PoolSpec.parse` reads them, any number per expert; one CPU actor for an expert not named.
         profiles: as `pipelines.profile` measures them: batch sizes, and the memory of actors on CPUs.
-        weights: expert -> weights as `load_expert` takes them.
-        dtype: dtype computed in and stored.
-        shard_mb: size a shard aims at, in MiB.
+        name: of the run, by which `mova precompute status` and `resize` find it; default the time.
+        picture: file that a picture of the run goes to.
+        settings: of `Settings`.
 
     Raises:
         PlanError: a pool does not fit the cluster.
         PrecomputeError: an expert failed; the others went on, and a later run resumes.
+        RunError: a run of that name is under way.
         StoreError: the store cannot be written.
     """
     started = time.perf_counter()
-    profiles = [one for one in profiles if one.expert in experts and one.is_of(expert_card(one.expert), size, dtype)]
-    planned = know_memory(plan_pools(experts, pools), profiles)
-    fitted = fit_pools(planned, ray.cluster_resources())
-    modules = {name: expert_module(name) for name in experts}
+    of = Settings(**settings)
+    profiles = _profiles_of(of, profiles)
+    fitted = fit_pools(know_memory(plan_pools(of.experts, pools), profiles), ray.cluster_resources())
     store = FeatureStore(store_path, create=True)
-    summary = Summary(images=len(images))
-    readable = _inspect(images, store, summary, progress)
-    descriptions = {}
-    for name in experts:
-        with_weights = load_expert(name, weights=(weights or {}).get(name), size=size, dtype=getattr(torch, dtype))
-        descriptions[name] = with_weights.describe()
-    work = {name: _plan(store, descriptions[name], readable, shard_mb, summary) for name in experts}
-    _check_disk(store, work, descriptions)
-    server = {"size": size, "dtype": dtype, "profiles": profiles}
-    arguments = {name: {**server, "weights": (weights or {}).get(name), "module": modules[name]} for name in experts}
-    run = _Run(store, fitted, arguments, progress, summary)
-    run.all({name: shards for name, shards in work.items() if shards})
+    job = name or time.strftime("%m%d-%H%M%S")
+    board = put_up(job)  # starts while images are looked at
+    inspected = _readable(images, store, progress)
+    summary = Summary(job=job, images=len(images), quarantined=list(inspected.refused))
+    works, logs = [], {}
+    for work, quarantined in _work(of, inspected.readable, store):
+        absent = work.look()
+        work.pools = fitted[work.expert]
+        work.arguments["profiles"] = profiles
+        summary.quarantined += quarantined
+        works.append(work)
+        logs[work.expert] = ExpertLog(total=len(work.images), reused=len(work.images) - absent)
+    _check_disk(store, works)
+    log = RunLog(job, store.location, logs, progress)
+    if any(len(work.absent) for work in works):
+        log.say(f"run {job} begins: `mova precompute status {job}` tells how far it is")
+    run = BulkRun(store.location, works, log, board)
+    try:
+        failures = run.all()
+    finally:
+        log.close()
+        ray.kill(board)
+        if picture is not None:
+            draw_run(log, picture)
+    for expert, one in logs.items():
+        one.reused = one.total - one.computed - len(one.failed) - (len(run.experts[expert].work.absent) if expert in failures else 0)
+        summary.computed[expert], summary.reused[expert] = one.computed, one.reused
+        summary.quarantined += [
+            {"path": row["image"], "reason": f"{expert}: {row['reason']}"} for row in one.failed.values()
+        ]
+        summary.experts[expert] = one.summary()
+    summary.events = [[round(seconds, 1), text] for seconds, text in log.events]
     summary.seconds = time.perf_counter() - started
+    if failures:
+        expert, error = next(iter(failures.items()))
+        raise PrecomputeError(f"{', '.join(failures)} did not finish; {expert}: {root_cause(error)}") from error
     return summary
 
 
-def _inspect(images: Sequence[Path], store: FeatureStore, summary: Summary, progress: bool) -> dict[str, str]:
-    """Key -> path of every readable picture, each decoded once here; the others go to the quarantine with their reason."""
-    known = {(row["image"], row["reason"]) for row in store.quarantined()}
-    readable: dict[str, str] = {}
-    refused: list[dict[str, str | None]] = []
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = ray.data.from_items([{"image": str(path)} for path in images], override_num_blocks=max(1, len(images) // 64))
-    checked = rows.map_batches(inspect_images, batch_format="pyarrow", batch_size=64)
-    with progress_bar(len(images), "inspect", "images", progress) as bar:
-        for row in checked.iter_rows():
-            bar.update()
-            if row["error"] is None:
-                readable.setdefault(row["key"], row["image"])
-                continue
-            summary.quarantined.append({"path": row["image"], "reason": row["error"]})
-            if (
-                row["key"] is not None and (row["image"], row["error"]) not in known
-            ):  # a file that is away may come back
-                refused.append({"image": row["image"], "sha256": row["key"], "reason": row["error"], "expert": None})
-    if refused:
-        store.quarantine(refused)
-    if not readable:
+def preview(
+    images: pa.Table,
+    store_path: str | Path,
+    *,
+    profiles: Iterable[Profile] = (),
+    progress: bool = True,
+    **settings: Any,
+) -> dict[str, dict[str, Any]]:
+    """What `precompute` would have to do, per expert: features `wanted`, `there` and `to_compute`, `bytes` to be written,
+    and estimated device-`hours` per kind of device profiled (of a whole GPU, or as many CPUs as the profile used).
+
+    Looks at every image and writes nothing. Takes what `precompute` takes.
+    """
+    of = Settings(**settings)
+    try:
+        store = FeatureStore(store_path)
+    except StoreError:
+        store = None
+    preview = {}
+    with tempfile.TemporaryDirectory() as aside:
+        readable = _readable(images, FeatureStore(aside, create=True), progress).readable
+    for work, _ in _work(of, readable, store, write=False):
+        missing = work.look()
+        preview[work.expert] = {
+            "wanted": len(work.images),
+            "there": len(work.images) - missing,
+            "to_compute": missing,
+            "bytes": missing * work.feature_bytes,
+            "hours": {
+                one.device: missing / one.best().images_per_second / 3600
+                for one in _profiles_of(of, profiles)
+                if one.expert == work.expert
+            },
+        }
+    return preview
+
+
+def _profiles_of(settings: Settings, profiles: Iterable[Profile]) -> list[Profile]:
+    return [
+        one
+        for one in profiles
+        if one.expert in settings.experts and one.is_of(expert_card(one.expert), settings.size, settings.dtype)
+    ]
+
+
+def _readable(images: pa.Table, store: FeatureStore, progress: bool) -> Inspected:
+    inspected = inspect(images, store, progress)
+    if not len(inspected.readable):
         raise PrecomputeError(
-            f"none of {len(images)} pictures can be read; the first: {summary.quarantined[0]['reason']}"
+            f"none of {len(images)} pictures can be read; the first: {inspected.refused[0]['reason']}"
         )
-    return dict(sorted(readable.items()))
+    return inspected
 
 
-def _plan(
-    store: FeatureStore, description: dict[str, Any], readable: dict[str, str], shard_mb: float, summary: Summary
-) -> list[dict[str, Any]]:
-    """Shards still to be computed: a set difference between what is wanted and what receipts say is there."""
-    name = description["expert"]
-    shelf = store.add_expert(description)
-    rows = max(1, int(shard_mb * 2**20 / _feature_bytes(description)))
-    shards = shelf.plan(list(readable), rows)
-    missing = sum(len(shard.keys) for shard in shards)
-    summary.reused[name] = len(readable) - missing
-    summary.computed[name] = 0
-    return [{"shard": s.id, "keys": list(s.keys), "paths": [readable[key] for key in s.keys]} for s in shards]
+def _work(
+    settings: Settings, readable: pa.Table, store: FeatureStore | None, write: bool = True
+) -> Iterator[tuple[Work, list[dict[str, str]]]]:
+    """Each expert's work, and what of it is left out as it failed in an earlier run."""
+    failed_before: dict[str, list[dict[str, Any]]] = {}
+    if store is not None and not settings.retry_quarantined:
+        for row in store.quarantined():
+            if row["expert"] and row["sha256"]:
+                failed_before.setdefault(row["expert"], []).append(row)
+    for name in settings.experts:
+        weights = settings.weights.get(name)
+        expert = load_expert(name, weights=weights, size=settings.size, dtype=getattr(torch, settings.dtype))
+        stored = settings.codecs.get(name, settings.dtype)
+        description = expert.describe(getattr(torch, stored))
+        del expert  # its weights, before the next one's are loaded
+        images, left_out = _wanted(name, readable, failed_before.get(name, []))
+        shelf, digest = None, fingerprint(description)
+        if store is not None and (write or digest in store.experts().get(name, [])):
+            shelf = store.add_expert(description) if write else store.shelf(name, digest)
+        height, width = description["grid"]
+        feature_bytes = height * width * description["channels"] * getattr(torch, stored).itemsize
+        by_size = max(1, int(settings.shard_mb * 2**20 / feature_bytes))
+        work = Work(
+            expert=name,
+            shelf=shelf,
+            images=images,
+            # The same for the same images, whatever is there already: runs at once then share their shards.
+            rows=min(by_size, max(LEAST_ROWS, -(-len(images) // SHARDS))),
+            feature_bytes=feature_bytes,
+            arguments={
+                "weights": weights,
+                "size": settings.size,
+                "dtype": settings.dtype,
+                "stored": stored,
+                "module": expert_module(name),
+            },
+        )
+        yield work, left_out
 
 
-def _feature_bytes(description: dict[str, Any]) -> int:
-    height, width = description["grid"]
-    return height * width * description["channels"] * getattr(torch, description["dtype"]).itemsize
+def _wanted(
+    name: str, readable: pa.Table, failed: Sequence[Mapping[str, Any]]
+) -> tuple[pa.Table, list[dict[str, str]]]:
+    """The images an expert is wanted for, and those left out as they failed."""
+    images = readable
+    if images["experts"].null_count < len(images):
+        lists = images["experts"].combine_chunks()
+        counts = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+        names = np.repeat(np.arange(len(lists)), counts)[pc.equal(pc.list_flatten(lists), name).to_numpy(zero_copy_only=False)]
+        named = lists.is_null().to_numpy(zero_copy_only=False)
+        named[names] = True
+        images = images.filter(pa.array(named))
+    columns = {"key": images["key"], "image": images["image"].cast(pa.large_string())}  # millions of paths are over 2 GiB
+    images = pa.table(columns).combine_chunks()
+    if not failed:
+        return images, []
+    keys = {bytes.fromhex(row["sha256"]): row for row in failed}
+    out = np.isin(binary(images["key"]), np.array(list(keys), "S32"))
+    told = [
+        {"path": row["image"], "reason": f"{name}: {keys[row['key']]['reason']} (in an earlier run)"}
+        for row in images.filter(pa.array(out)).to_pylist()
+    ]
+    return images.filter(pa.array(~out)).combine_chunks(), told
 
 
-def _check_disk(store: FeatureStore, work: dict[str, list[dict[str, Any]]], descriptions: dict[str, Any]) -> None:
-    need = sum(
-        sum(len(shard["keys"]) for shard in shards) * _feature_bytes(descriptions[name])
-        for name, shards in work.items()
-    )
-    free = shutil.disk_usage(store.path).free
-    if need > free:
+def _check_disk(store: FeatureStore, works: Sequence[Work]) -> None:
+    need = sum(len(work.absent) * work.feature_bytes for work in works)
+    free = store.free_bytes()
+    if free is not None and need > free:
         raise PrecomputeError(
-            f"the features need {need / 2**20:,.0f} MiB but the disk of {store.path} has {free / 2**20:,.0f} MiB free: "
+            f"the features need {need / 2**20:,.0f} MiB but the disk of {store.location} has {free / 2**20:,.0f} MiB free: "
             "free some, choose another --store, or ask for fewer --experts"
         )
-
-
-class _Run:
-    """The executions of one precompute, as many at once as the cluster's CPUs and GPUs carry."""
-
-    def __init__(
-        self,
-        store: FeatureStore,
-        pools: dict[str, PoolSpec],
-        arguments: dict[str, dict[str, Any]],
-        progress: bool,
-        summary: Summary,
-    ):
-        self.store, self.pools, self.arguments = store, pools, arguments
-        self.progress, self.summary = progress, summary
-        resources = ray.cluster_resources()
-        self.free = {
-            "cpu": resources.get("CPU", 0.0) - 1,
-            "gpu": resources.get("GPU", 0.0),
-            "memory": resources.get("memory", 0.0),
-        }  # one CPU for reading tasks
-        self.changed = threading.Condition()
-        self.stopping = False
-
-    def all(self, work: dict[str, list[dict[str, Any]]]) -> None:
-        """Runs every expert's shards; an expert that fails does not stop the others."""
-        failures: dict[str, BaseException] = {}
-        threads = ThreadPoolExecutor(max(1, len(work)), thread_name_prefix="precompute")
-        try:
-            running = {threads.submit(self.one, name, shards): name for name, shards in work.items()}
-            for done in as_completed(running):
-                if (error := done.exception()) is not None:
-                    failures[running[done]] = error
-        finally:
-            with self.changed:
-                self.stopping = True  # an expert that still waits for room must not start any more
-                self.changed.notify_all()
-            with executions_stopped():
-                threads.shutdown(cancel_futures=True)  # whoever closes Ray next must find nothing that uses it
-        if failures:
-            name, error = next(iter(failures.items()))
-            raise PrecomputeError(f"{', '.join(failures)} did not finish; {name}: {root_cause(error)}") from error
-
-    def one(self, name: str, shards: list[dict[str, Any]]) -> None:
-        """One expert's execution: shards in, references out."""
-        pool = self.pools[name]
-        actors = self._take(pool, len(shards))
-        try:
-            references = through_actors(
-                ExpertServer,
-                shards,
-                arguments={
-                    "expert": name,
-                    **self.arguments[name],
-                    "batch_size": pool.batch,
-                    "store": str(self.store.path.resolve()),
-                    "device": "cuda" if pool.gpu else "cpu",
-                    "memory_share": min(1.0, pool.gpu or 1.0),
-                },
-                total=sum(len(shard["keys"]) for shard in shards),
-                what=name,
-                unit="images",
-                progress=self.progress,
-                sizes=(min(pool.min_size, actors), actors),
-                cpus=pool.cpus,
-                gpus=pool.gpu,
-                memory=pool.memory,
-                accelerator=pool.accelerator,
-            )
-            for row in references:
-                if row["error"] is None:
-                    self.summary.computed[name] += 1
-                else:
-                    self.summary.quarantined.append({"path": row["image"], "reason": f"{name}: {row['error']}"})
-            self.store.shelf(name).snapshot()
-        finally:
-            self._give(pool, actors)
-
-    def _take(self, pool: PoolSpec, shards: int) -> int:
-        """Waits until the least size fits beside the others, then takes as many actors as do, at most one per shard."""
-        least, most = min(pool.min_size, shards), min(pool.max_size, shards)
-
-        def room() -> int:
-            each = {"cpu": pool.cpus, "gpu": pool.gpu, "memory": pool.memory}
-            return min([most, *(int(self.free[kind] / share + 1e-6) for kind, share in each.items() if share)])
-
-        with self.changed:
-            self.changed.wait_for(lambda: self.stopping or room() >= least)
-            if self.stopping:
-                raise Stopped(f"{pool.expert} was not started: the run was stopped")
-            actors = room()
-            self._held(pool, actors)
-        return actors
-
-    def _give(self, pool: PoolSpec, actors: int) -> None:
-        with self.changed:
-            self._held(pool, -actors)
-            self.changed.notify_all()
-
-    def _held(self, pool: PoolSpec, actors: int) -> None:
-        self.free["cpu"] -= actors * pool.cpus
-        self.free["gpu"] -= actors * pool.gpu
-        self.free["memory"] -= actors * pool.memory

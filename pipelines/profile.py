@@ -36,7 +36,7 @@ def profile(
         PlanError: the cluster has no such place.
         ProfileError: the file is there and is not one of profiles.
     """
-    fit_pools({place.expert: place}, ray.cluster_resources())
+    fit_pools({place.expert: [place]}, ray.cluster_resources())
     write_profiles(output, [])  # fails now, not after the measuring, where it cannot be written
     server = ray.remote(ExpertServer).options(
         num_cpus=place.cpus, num_gpus=place.gpu, accelerator_type=place.accelerator

@@ -44,7 +44,7 @@ class Rows:
         ]
         table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
         if len(table):
-            order = np.argsort(_keys(table), kind="stable")
+            order = sorting(_keys(table))
             keys, files = _keys(table)[order], _column(table, "file")[order]
             first = np.ones(len(table), bool)
             first[1:] = (keys[1:] != keys[:-1]) | (files[1:] != files[:-1])  # else a receipt that came twice
@@ -83,7 +83,7 @@ class Rows:
         """The position of each key, -1 where there is none."""
         if not len(self) or not len(keys):
             return np.full(len(keys), -1)
-        order = np.argsort(keys)  # a search for sorted keys walks memory in order: 6x faster
+        order = np.argsort(_first_bytes(keys))  # a search for sorted keys walks memory in order: 6x faster
         found = np.minimum(np.searchsorted(self.keys, keys[order]), len(self) - 1)
         positions = np.empty(len(keys), np.int64)
         positions[order] = np.where(self.keys[found] == keys[order], found, -1)
@@ -117,6 +117,21 @@ def binary_keys(keys: Sequence[str]) -> np.ndarray:
         wrong = next(key for key in keys if len(key) != 64 or set(key.lower()) - set("0123456789abcdef"))
         raise ValueError(f"{wrong!r} is no image key: a key is the sha256 of the encoded image, 64 hex digits")
     return binary
+
+
+def sorting(keys: np.ndarray) -> np.ndarray:
+    """The positions that sort binary keys, equal ones in the order they came: by their first bytes, 3x faster."""
+    first = _first_bytes(keys)
+    order = np.argsort(first, kind="stable")
+    alike = np.flatnonzero(first[order[1:]] == first[order[:-1]])
+    if (keys[order[alike]] != keys[order[alike + 1]]).any():  # never seen with sha256
+        return np.argsort(keys, kind="stable")
+    return order
+
+
+def _first_bytes(keys: np.ndarray) -> np.ndarray:
+    """The first 8 bytes of each key, as a number that sorts as they do."""
+    return np.ascontiguousarray(keys).view(">u8").reshape(-1, 4)[:, 0].astype(np.uint64)
 
 
 def _keys(table: pa.Table) -> np.ndarray:

@@ -225,7 +225,7 @@ class Tiered:
         description = getattr(self.source, "descriptions", {}).get(name)
         if description is None:
             raise StoreError(
-                f"store {self.store.path} has no shelf for the {name} features of this source: "
+                f"store {self.store.location} has no shelf for the {name} features of this source: "
                 f"call store.add_expert with what the expert's describe() tells"
             )
         return self._shelves.setdefault(name, self.store.add_expert(description))

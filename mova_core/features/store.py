@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -111,6 +112,15 @@ class FeatureStore:
                 raise StoreError(f"{self.path} is no feature store and not empty: give a new or empty folder")
             put_if_absent(self.path / "store.json", json.dumps({"format": FORMAT}).encode())
             sync_folder(self.path.parent)
+
+    @property
+    def location(self) -> str:
+        """Where it is, so that any process that opens this has the same store: an absolute folder or a URL."""
+        return str(self.path)
+
+    def free_bytes(self) -> int | None:
+        """What can still be written there; None where no limit is known."""
+        return shutil.disk_usage(self.path).free
 
     def experts(self) -> dict[str, list[str]]:
         """Expert -> its fingerprints."""

@@ -26,7 +26,7 @@ from safetensors import safe_open
 
 from mova_core.experts import Features, fingerprint
 from mova_core.features import ExpertShelf, FeatureStore, MissingFeatures, StoreError
-from mova_core.features.index import RECEIPT
+from mova_core.features.index import RECEIPT, binary_keys
 from mova_core.images import ImageRef
 
 GRID, CHANNELS = (3, 5), 7  # no row is a multiple of a page, nor of 64 bytes
@@ -223,6 +223,23 @@ def test_the_same_work_has_the_same_name(store, shelf):
     assert shelf.committed(plan[0].id) and shelf.plan(KEYS, 6) == plan[1:]
     assert shelf.write(plan[0].id, {}) == [] and shelf.write(plan[0].id, features(plan[0].keys)) == first
     assert len(os.listdir(shelf.folder / "shards")) == 1
+
+
+def test_keys_as_bytes(store, shelf):
+    """A plan of millions is an array: which positions are absent, the first of each, and the same names for them."""
+    wanted = [*KEYS[6:], *KEYS[:2], *KEYS]
+    fill(shelf, KEYS[3:8])
+    for number in range(2):
+        at = shelf.absent(binary_keys(wanted))
+        assert [wanted[i] for i in at] == [*KEYS[8:], *KEYS[:2], KEYS[2]]
+        assert at.tolist() == sorted(at) == [wanted.index(wanted[i]) for i in at]
+        shelf.snapshot() if number == 0 else None
+    assert shelf.shard_id(binary_keys(wanted)) == shelf.shard_id(wanted)
+    assert shelf.absent(binary_keys([])).tolist() == [] and shelf.shard_id(binary_keys([])) == shelf.shard_id([])
+    alike = binary_keys([f"{'a' * 16}{number % 3:048}" for number in range(9)])  # their first bytes are the same
+    assert shelf.absent(alike).tolist() == [0, 1, 2]
+    FeatureStore(store.location).shelf("clip").write("a" * 32, features([KEYS[2]]))
+    assert KEYS[2] not in [wanted[i] for i in shelf.absent(binary_keys(wanted))], "refreshes first"
 
 
 def test_a_shard_may_lack_rows(shelf):

@@ -16,7 +16,7 @@ from mova_core.experts import EXPERTS, expert_card
 from mova_core.experts.profile import Measured, Profile, count_flops, device_kind, shapes_of, write_profiles
 from pipelines.bad_rows import read_rows, tell_skipped
 from pipelines.cli import _costs, app
-from pipelines.precompute import find_images
+from pipelines.sources import find_images
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -94,7 +94,8 @@ def test_bad_rows_end_it_or_are_left_out_and_told(tmp_path, capsys):
         find_images(path)
     assert capsys.readouterr().err == ""
     skipped: list[str] = []
-    assert [found.name for found in find_images(path, None, "skip", skipped)] == ["a.png", "b.png", "c.png", "d.png"]
+    found = find_images(path, None, "skip", skipped)["image"].to_pylist()
+    assert found == [str(tmp_path / f"{name}.png") for name in "abcd"]
     assert len(skipped) == 7 and f"{path}, line 2: broken JSON" in skipped[0]
     told = capsys.readouterr().err.splitlines()
     assert told == ["bad rows skipped: 7", *(f"  {line}" for line in skipped[:5]), "  and 2 more"]

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cluster.planner import PlanError
-from mova_core.data import DataError
 from mova_core.experts import load_expert
 from mova_core.features import FeatureStore, StoreError
 from mova_core.images import ImageRef
-from pipelines.precompute import PrecomputeError, find_images, precompute
+from pipelines.precompute import PrecomputeError, precompute
+from pipelines.sources import find_images, image_table
 
 TWO = ("biomedclip", "sam")
 
@@ -33,17 +33,6 @@ def folder(tmp_path_factory):
     (folder / "text.png").write_text("not a picture")
     (folder / "notes.txt").write_text("left alone")
     return folder
-
-
-def test_pictures_are_found_by_folder_and_by_record(folder, tmp_path):
-    assert len(find_images(folder)) == 12
-    records = tmp_path / "data.json"
-    turn = '"conversations": [{"from": "human", "value": "<image>?"}]'
-    records.write_text(f'[{{"image": "1.png", {turn}}},\n{{"image": "1.png", {turn}}},\n{{"image": "2.png", {turn}}}]')
-    assert find_images(records, folder) == [folder / "1.png", folder / "2.png"]
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(DataError, match=r"bare holds no picture"):
-        find_images(tmp_path / "bare")
 
 
 @pytest.mark.ray
@@ -85,8 +74,10 @@ def test_new_weights_never_read_old_features(ray_cluster, folder, tmp_path):
     other = load_expert("biomedclip", size="mini")
     save_file({name: value + 0.01 for name, value in other.state_dict().items()}, tmp_path / "other.safetensors")
     run: dict[str, Any] = {"experts": ("biomedclip",), "size": "mini", "progress": False}
-    precompute(images, tmp_path / "store", **run)
-    changed = precompute(images, tmp_path / "store", weights={"biomedclip": str(tmp_path / "other.safetensors")}, **run)
+    precompute(image_table(images), tmp_path / "store", **run)
+    changed = precompute(
+        image_table(images), tmp_path / "store", weights={"biomedclip": str(tmp_path / "other.safetensors")}, **run
+    )
     assert changed.computed == {"biomedclip": 3} and changed.reused == {"biomedclip": 0}
     prints = FeatureStore(tmp_path / "store").experts()["biomedclip"]
     assert len(prints) == 2
