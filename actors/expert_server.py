@@ -127,7 +127,14 @@ class ExpertServer:
         self.shapes: tuple[int, ...] = ()  # batch sizes whose first pass is behind us
         self.profile: Profile | None = next((one for one in profiles if one.fits(self.expert, self.device)), None)
         self._telemetry: Telemetry = RayTelemetry() if telemetry is None else telemetry
-        self._load = {"server": uuid.uuid4().hex, "computed": 0, "stored": 0, "busy": 0.0, "prepare": 0.0, "splits": 0}
+        self._load: dict[str, Any] = {
+            "server": uuid.uuid4().hex,
+            "computed": 0,
+            "stored": 0,
+            "busy": 0.0,
+            "prepare": 0.0,
+            "splits": 0,
+        }
         self._watch, self._watched = watch, 0.0
         self._feeding = threading.Lock()
         self._example = example(self.expert)

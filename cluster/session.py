@@ -28,26 +28,43 @@ import ray
 LOCAL_CPUS = 4  # least slots of a cluster on this machine: three actors side by side and one for reading tasks
 
 
+class SessionError(RuntimeError):
+    """No Ray cluster answers, or it refuses; the message says what to check."""
+
+
 @contextlib.contextmanager
-def ray_session(num_cpus: int | None = None) -> Iterator[dict[str, Any]]:
+def ray_session(num_cpus: int | None = None, start: bool = True) -> Iterator[dict[str, Any]]:
     """Connects to the cluster that RAY_ADDRESS names, or starts one on this machine and stops it at the end.
 
     Args:
         num_cpus: CPU slots of a cluster started here; default its cores, at least `LOCAL_CPUS`.
+        start: whether to start one; else without RAY_ADDRESS it connects to the one last started on this machine.
 
     Yields:
         The cluster's resources. A session that is already open is used and left open.
+
+    Raises:
+        SessionError: no cluster answers.
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
     own: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    if not start:
+        own = {"address": os.environ.get("RAY_ADDRESS", "auto")}
+    elif not os.environ.get("RAY_ADDRESS"):
         cpus = num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
         own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with _quiet():
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)  # errors of workers come as exceptions
+    try:
+        with _quiet():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)  # errors of workers come as exceptions
+    except (ConnectionError, RuntimeError) as error:
+        where = os.environ.get("RAY_ADDRESS") or "this machine"
+        raise SessionError(
+            f"no Ray cluster answers at {where} ({str(error).splitlines()[0]}): check RAY_ADDRESS, and that "
+            f"RAY_AUTH_MODE is what the cluster was started with (here: {os.environ.get('RAY_AUTH_MODE', 'not set')})"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends without cleaning up
     try:

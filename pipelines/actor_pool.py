@@ -12,6 +12,7 @@ import ray
 from ray.data._internal.execution.execution_callback import ExecutionCallback  # what the public DataContext takes
 from ray.data.exceptions import ExecutionTimeoutError
 
+from pipelines.errors import root_cause
 from pipelines.progress import progress_bar
 
 _stopping = threading.Event()
@@ -111,6 +112,11 @@ class Execution:
         _running[self._name] = self
         try:
             yield from self._rows.iter_rows()
+        except Exception as error:
+            cause = root_cause(error)
+            if cause.args and isinstance(cause.args[0], str):  # Ray Data adds advice on settings that nobody has here
+                cause.args = (cause.args[0].partition("\nFailed to apply UDF transform")[0], *cause.args[1:])
+            raise
         finally:
             del _running[self._name]
             self.actors = self.starting = self.restarting = 0

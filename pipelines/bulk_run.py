@@ -1,10 +1,12 @@
 """The executions of one precompute: each expert's pools side by side on one cluster, until no feature is missing."""
 
 import logging
+import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,11 @@ import ray
 from ray._private.state import available_resources_per_node  # what Ray tells of single nodes
 
 from actors.expert_server import ExpertServer
-from cluster.planner import ROUNDING, PlanError, PoolSpec, fit_pools
+from cluster.planner import ROUNDING, PlanError, PoolSpec
 from mova_core.features import ExpertShelf
 from pipelines.actor_pool import Execution, executions_stopped
 from pipelines.errors import root_cause
-from pipelines.run_board import Teller
+from pipelines.run_board import Teller, in_words, place, resized
 from pipelines.run_log import ExpertLog, RunLog
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class Work:
     pools: tuple[PoolSpec, ...] = ()
     absent: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # positions in `images`
 
-    def look(self, failed: Mapping[str, Any] = {}) -> int:  # noqa: B006  never written to
+    def look(self, failed: Mapping[str, Any] = {}) -> int:
         """Asks the store what is absent, but for images that `failed`; returns how many that is."""
         keys = binary(self.images["key"])
         self.absent = np.arange(len(keys)) if self.shelf is None else self.shelf.absent(keys)
@@ -61,7 +63,7 @@ class Work:
         keys = binary(todo["key"])
         assert self.shelf is not None
         cuts = [*range(0, len(todo), self.rows), len(todo)]
-        ids = [self.shelf.shard_id(keys[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        ids = [self.shelf.shard_id(keys[a:b]) for a, b in pairwise(cuts)]
         offsets = pa.array(cuts, pa.int64())
         columns = {"keys": _only_chunk(todo["key"]), "images": _only_chunk(todo["image"])}
         lists = {name: pa.LargeListArray.from_arrays(offsets, column) for name, column in columns.items()}
@@ -95,6 +97,12 @@ class Pool:
         return min(self.spec.max_size, len(self.blocks), going)
 
 
+def rotated(shards: pa.Table) -> pa.Table:
+    """Shards from a random one on: of two runs at once on one store each then meets what the other has done."""
+    start = random.randrange(len(shards)) if len(shards) else 0
+    return pa.concat_tables([shards.slice(start), shards.slice(0, start)])
+
+
 def divide(shards: pa.Table, pools: Sequence[PoolSpec]) -> list[Pool]:
     """Shards among the pools of an expert, by the rate predicted for each, else by the most actors each may have."""
     rates = [pool.rate or 0.0 for pool in pools]
@@ -119,7 +127,7 @@ class ExpertRun:
         self.error: BaseException | None = None
         self.ended = False
         self._done: set[str] = set()  # shards of this round
-        self._shards = work.shards()
+        self._shards = rotated(work.shards())
         self._missing = len(work.absent)
         self._again = False  # ended at a shard boundary, to go on otherwise
         self._divide()
@@ -130,7 +138,7 @@ class ExpertRun:
             self._shards = self._shards.filter(pc.invert(pc.is_in(self._shards["shard"], value_set=there)))
             self._done = set()
         self.pools = divide(self._shards, self.work.pools)
-        self.log.pools = [describe(pool) for pool in self.work.pools]
+        self.log.pools = [in_words(pool) for pool in self.work.pools]
 
     def account(self, row: Mapping[str, Any]) -> None:
         """A shard is done. Called from the threads of its pools."""
@@ -150,7 +158,7 @@ class ExpertRun:
     def resize(self, pools: tuple[PoolSpec, ...]) -> None:
         """Takes other sizes: at once where pools grow, else at the next shard boundary."""
         self.work.pools = pools
-        self.log.pools = [describe(pool) for pool in pools]
+        self.log.pools = [in_words(pool) for pool in pools]
         specs = {place(spec): spec for spec in pools}
         if any(pool.execution and pool.execution.size > specs[place(pool.spec)].max_size for pool in self.pools):
             self.again()
@@ -179,10 +187,12 @@ class ExpertRun:
         elif self._missing < before:
             reason = f": {root_cause(self.error)}" if self.error else ""
             log.say(f"{self.work.expert}: {self._missing:,} features are still missing, going on with those{reason}")
-            self.error, self._again, self._done, self._shards = None, False, set(), self.work.shards()
+            self.error, self._again, self._done, self._shards = None, False, set(), rotated(self.work.shards())
             self._divide()
         else:
-            self.error = self.error or RuntimeError(f"{self._missing} features are missing, and another round made none")
+            self.error = self.error or RuntimeError(
+                f"{self._missing} features are missing, and another round made none"
+            )
             self.ended = True
 
     def _unbalanced(self) -> bool:
@@ -190,35 +200,6 @@ class ExpertRun:
         waiting = sum(pool.execution.waiting for pool in self.pools if pool.execution is not None)
         left, rate = waiting / max(1, sum(len(pool.blocks) for pool in self.pools)), self.log.rate
         return bool(rate) and (self.log.total - self.log.done) * left / rate > LONG
-
-
-def place(pool: PoolSpec) -> tuple[str | None, float, float]:
-    """What makes two pools of an expert different."""
-    return pool.accelerator, pool.gpu, pool.cpus
-
-
-def describe(pool: PoolSpec) -> str:
-    """A pool as `PoolSpec.parse` reads it."""
-    size = f"{pool.min_size}" if pool.min_size == pool.max_size else f"{pool.min_size}..{pool.max_size}"
-    told = {"gpu": pool.gpu or None, "cpu": pool.cpu, "accelerator": pool.accelerator, "batch": pool.batch}
-    return ",".join(
-        [f"{pool.expert}={size}", *(f"{k}={v:g}" if k in ("gpu", "cpu") else f"{k}={v}" for k, v in told.items() if v)]
-    )
-
-
-def resized(pools: Sequence[PoolSpec], asked: PoolSpec) -> tuple[PoolSpec, ...]:
-    """An expert's pools with the sizes asked for: of the one at that place, or of the only one.
-
-    Raises:
-        PlanError: it has several, or none at that place.
-    """
-    anywhere = not asked.gpu and not asked.accelerator and asked.cpu is None
-    chosen = list(pools) if anywhere else [pool for pool in pools if place(pool) == place(asked)]
-    if len(chosen) != 1:
-        there = " and ".join(describe(pool) for pool in pools)
-        raise PlanError(f"{asked.expert} has the pools {there}: say which, with the same gpu= and accelerator=")
-    new = replace(chosen[0], min_size=asked.min_size, max_size=asked.max_size)
-    return tuple(new if pool is chosen[0] else pool for pool in pools)
 
 
 class Room:
@@ -273,6 +254,8 @@ class BulkRun:
                 for expert in running:
                     expert.collect(self.log)
                     if expert.ended and not expert.error and expert.work.shelf is not None:
+                        # What neither this run computed nor failed, another one did meanwhile.
+                        expert.log.reused = expert.log.total - expert.log.computed - len(expert.log.failed)
                         expert.work.shelf.snapshot()
                 self._share(threads)
                 self._exchange()
@@ -301,8 +284,7 @@ class BulkRun:
                 self.log.say(f"resize {text}: {spec.expert} has nothing left to compute")
                 continue
             try:
-                pools = resized(expert.work.pools, spec)
-                fit_pools({spec.expert: pools}, ray.cluster_resources())
+                pools = resized(expert.work.pools, spec, ray.cluster_resources())
             except PlanError as error:
                 self.log.say(f"resize {text} refused: {error}")
                 continue
@@ -313,7 +295,9 @@ class BulkRun:
         for expert in self.experts.values():
             executions = [pool.execution for pool in expert.pools if pool.execution is not None]
             expert.log.actors = sum(one.actors for one in executions)
-            expert.log.queue = sum(len(pool.blocks) if pool.execution is None else pool.execution.waiting for pool in expert.pools)
+            expert.log.queue = sum(
+                len(pool.blocks) if pool.execution is None else pool.execution.waiting for pool in expert.pools
+            )
 
     def _pools(self) -> Iterator[tuple[ExpertRun, Pool]]:
         return ((expert, pool) for expert in self.experts.values() for pool in expert.pools)
@@ -356,9 +340,7 @@ class BulkRun:
 
         growing = [(expert, pool) for expert, pool in pools if pool.ended is None or not pool.ended.done()]
         while growing:
-            growing = [
-                (expert, pool) for expert, pool in growing if pool.execution and pool.execution.size < pool.most
-            ]
+            growing = [(expert, pool) for expert, pool in growing if pool.execution and pool.execution.size < pool.most]
             growing.sort(key=lambda one: to_do(*one), reverse=True)
             for expert, pool in list(growing):  # one more for each in turn
                 assert pool.execution is not None
@@ -400,5 +382,3 @@ class BulkRun:
                 expert.log.last = self.log.seconds
         finally:
             self._changed.set()
-
-

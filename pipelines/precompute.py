@@ -1,11 +1,12 @@
 """Precompute: warm the feature store in bulk, one Ray Data execution per pool of each expert, side by side."""
 
+import json
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from pipelines.run_board import put_up
 from pipelines.run_log import ExpertLog, RunLog, draw_run
 
 SHARDS = 64  # per expert, at least: a set of few or small features is divided, too
-LEAST_ROWS = 16  # pictures per shard, at least, unless they are large
+LEAST_ROWS = 32  # pictures per shard, at least, unless they are large
 
 
 class PrecomputeError(RuntimeError):
@@ -43,6 +44,16 @@ class Summary:
     seconds: float = 0.0
     experts: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `ExpertLog.summary` tells
     events: list[list[Any]] = field(default_factory=list)  # [seconds since the start, what happened]
+
+    def add(self, log: RunLog) -> None:
+        """Takes what the log of the run knows."""
+        for name, one in log.experts.items():
+            self.computed[name], self.reused[name] = one.computed, one.reused
+            self.experts[name] = one.summary()
+            self.quarantined += [
+                {"path": row["image"], "reason": f"{name}: {row['reason']}"} for row in one.failed.values()
+            ]
+        self.events = [[round(seconds, 1), text] for seconds, text in log.events]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,7 +78,9 @@ def precompute(
     *,
     pools: Iterable[str | PoolSpec] = (),
     profiles: Iterable[Profile] = (),
+    placement: Literal["auto", "pools"] = "auto",
     name: str | None = None,
+    summary: str | Path | None = None,
     picture: str | Path | None = None,
     progress: bool = True,
     **settings: Any,
@@ -80,7 +93,8 @@ def precompute(
         pools: as `PoolSpec.parse` reads them, any number per expert; one CPU actor for an expert not named.
         profiles: as `pipelines.profile` measures them: batch sizes, and the memory of actors on CPUs.
         name: of the run, by which `mova precompute status` and `resize` find it; default the time.
-        picture: file that a picture of the run goes to.
+        placement: "auto": where no pool is given, and the profiles hold every expert, what `plan_placement` chooses.
+        summary, picture: files that the summary (JSON) and a picture of the run go to, also when it fails.
         settings: of `Settings`.
 
     Raises:
@@ -91,46 +105,43 @@ def precompute(
     """
     started = time.perf_counter()
     of = Settings(**settings)
-    profiles = _profiles_of(of, profiles)
-    fitted = fit_pools(know_memory(plan_pools(of.experts, pools), profiles), ray.cluster_resources())
+    profiles, pools = _profiles_of(of, profiles), list(pools)
+    planned = fit_pools(know_memory(plan_pools(of.experts, pools), profiles), ray.cluster_resources())
     store = FeatureStore(store_path, create=True)
     job = name or time.strftime("%m%d-%H%M%S")
     board = put_up(job)  # starts while images are looked at
-    inspected = _readable(images, store, progress)
-    summary = Summary(job=job, images=len(images), quarantined=list(inspected.refused))
-    works, logs = [], {}
-    for work, quarantined in _work(of, inspected.readable, store):
-        absent = work.look()
-        work.pools = fitted[work.expert]
-        work.arguments["profiles"] = profiles
-        summary.quarantined += quarantined
-        works.append(work)
-        logs[work.expert] = ExpertLog(total=len(work.images), reused=len(work.images) - absent)
-    _check_disk(store, works)
-    log = RunLog(job, store.location, logs, progress)
-    if any(len(work.absent) for work in works):
-        log.say(f"run {job} begins: `mova precompute status {job}` tells how far it is")
-    run = BulkRun(store.location, works, log, board)
     try:
-        failures = run.all()
+        inspected = _readable(images, store, progress)
+        told = Summary(job=job, images=len(images), quarantined=list(inspected.refused))
+        works, logs = [], {}
+        for work, left_out in _work(of, inspected.readable, store):
+            absent = work.look()
+            work.pools = planned[work.expert]
+            work.arguments["profiles"] = profiles
+            told.quarantined += left_out
+            works.append(work)
+            logs[work.expert] = ExpertLog(total=len(work.images), reused=len(work.images) - absent)
+        _check_disk(store, works)
+        log = RunLog(job, store.location, logs, progress)
+        if any(len(work.absent) for work in works):
+            log.say(f"run {job} begins: `mova precompute status {job}` tells how far it is")
+        run = BulkRun(store.location, works, log, board)
+        try:
+            failures = run.all()
+        finally:
+            log.close()
+            told.add(log)
+            told.seconds = time.perf_counter() - started
+            if summary is not None:
+                Path(summary).write_text(json.dumps(told.to_dict(), indent=2))
+            if picture is not None:
+                draw_run(log, picture)
     finally:
-        log.close()
         ray.kill(board)
-        if picture is not None:
-            draw_run(log, picture)
-    for expert, one in logs.items():
-        one.reused = one.total - one.computed - len(one.failed) - (len(run.experts[expert].work.absent) if expert in failures else 0)
-        summary.computed[expert], summary.reused[expert] = one.computed, one.reused
-        summary.quarantined += [
-            {"path": row["image"], "reason": f"{expert}: {row['reason']}"} for row in one.failed.values()
-        ]
-        summary.experts[expert] = one.summary()
-    summary.events = [[round(seconds, 1), text] for seconds, text in log.events]
-    summary.seconds = time.perf_counter() - started
     if failures:
         expert, error = next(iter(failures.items()))
         raise PrecomputeError(f"{', '.join(failures)} did not finish; {expert}: {root_cause(error)}") from error
-    return summary
+    return told
 
 
 def preview(
@@ -235,11 +246,16 @@ def _wanted(
     if images["experts"].null_count < len(images):
         lists = images["experts"].combine_chunks()
         counts = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-        names = np.repeat(np.arange(len(lists)), counts)[pc.equal(pc.list_flatten(lists), name).to_numpy(zero_copy_only=False)]
+        names = np.repeat(np.arange(len(lists)), counts)[
+            pc.equal(pc.list_flatten(lists), name).to_numpy(zero_copy_only=False)
+        ]
         named = lists.is_null().to_numpy(zero_copy_only=False)
         named[names] = True
         images = images.filter(pa.array(named))
-    columns = {"key": images["key"], "image": images["image"].cast(pa.large_string())}  # millions of paths are over 2 GiB
+    columns = {
+        "key": images["key"],
+        "image": images["image"].cast(pa.large_string()),
+    }  # millions of paths are over 2 GiB
     images = pa.table(columns).combine_chunks()
     if not failed:
         return images, []

@@ -2,18 +2,21 @@
 other processes on the cluster look, and ask for other pools. It ends with its driver, however that ends."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.planner import PlanError, PoolSpec, fit_pools
 
 NAMESPACE = "mova"
 PREFIX = "precompute:"
 
 
 class RunError(ValueError):
-    """No such run, or it cannot do what was asked; the message says which there are."""
+    """No such run, or none of its experts; the message says which there are."""
 
 
 class Board:
@@ -61,7 +64,9 @@ def put_up(job: str) -> Any:
     """
     if job in running():
         raise RunError(f"a run named {job} is under way on this cluster: give another --name")
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # dies with no other node
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )  # dies with no other node
     options = {"name": PREFIX + job, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1}
     return ray.remote(Board).options(**options, scheduling_strategy=here).remote()
 
@@ -98,20 +103,51 @@ def status(job: str | None = None) -> list[dict[str, Any]]:
     return [told for told in ray.get([board.status.remote() for board in boards], timeout=30) if told]
 
 
-def resize(job: str, pools: list[str], check: Callable[[str], Any]) -> Mapping[str, Any]:
-    """Asks a run for other pools; it takes them up within a second or two. Returns its progress.
+def resize(job: str, pools: list[str]) -> dict[str, list[str]]:
+    """Asks a run for other pools, `sam=12` or with the place of one of several, `sam=2..8,gpu=1,accelerator=A100`.
 
-    Args:
-        pools: `sam=12`, `sam=2..8` or with a place, `sam=2,gpu=1,accelerator=A100`.
-        check: raises for a text that is no pool, gives its `expert`.
+    Returns:
+        Expert -> the pools that it takes up within a second or two.
 
     Raises:
+        PlanError: a pool the cluster cannot hold, or one of several and it is not said which.
         RunError: no such run, or an expert it does not compute.
     """
     board = board_of(job)
-    told: dict[str, Any] = ray.get(board.status.remote(), timeout=30)
-    for pool in pools:
-        if (name := check(pool).expert) not in told.get("experts", {}):
-            raise RunError(f"{job} computes no {name} ({', '.join(told.get('experts', {})) or 'it is still starting'})")
+    told: dict[str, Any] = ray.get(board.status.remote(), timeout=30).get("experts", {})
+    new: dict[str, list[str]] = {}
+    for text in pools:
+        if (name := PoolSpec.parse(text).expert) not in told:
+            raise RunError(f"{job} computes no {name} ({', '.join(told) or 'it is still looking at its pictures'})")
+        there = [PoolSpec.parse(pool) for pool in new.get(name, told[name]["pools"])]
+        new[name] = [in_words(pool) for pool in resized(there, PoolSpec.parse(text), ray.cluster_resources())]
     ray.get(board.resize.remote(pools), timeout=30)
-    return told
+    return new
+
+
+def place(pool: PoolSpec) -> tuple[str | None, float, float]:
+    """What makes two pools of an expert different."""
+    return pool.accelerator, pool.gpu, pool.cpus
+
+
+def in_words(pool: PoolSpec) -> str:
+    """A pool as `PoolSpec.parse` reads it."""
+    size = f"{pool.min_size}" if pool.min_size == pool.max_size else f"{pool.min_size}..{pool.max_size}"
+    numbers = [f"{name}={value:g}" for name, value in (("gpu", pool.gpu), ("cpu", pool.cpu)) if value]
+    others = [f"{name}={value}" for name, value in (("accelerator", pool.accelerator), ("batch", pool.batch)) if value]
+    return ",".join([f"{pool.expert}={size}", *numbers, *others])
+
+
+def resized(pools: Sequence[PoolSpec], asked: PoolSpec, resources: Mapping[str, float]) -> tuple[PoolSpec, ...]:
+    """An expert's pools with the sizes asked for: of the one at that place, or of the only one.
+
+    Raises:
+        PlanError: it has several, or none at that place, or the cluster cannot hold them.
+    """
+    anywhere = not asked.gpu and not asked.accelerator and asked.cpu is None
+    chosen = list(pools) if anywhere else [pool for pool in pools if place(pool) == place(asked)]
+    if len(chosen) != 1:
+        there = " and ".join(in_words(pool) for pool in pools)
+        raise PlanError(f"{asked.expert} has the pools {there}: say which, with the same gpu= and accelerator=")
+    new = replace(chosen[0], min_size=asked.min_size, max_size=asked.max_size)
+    return fit_pools({asked.expert: [new if pool is chosen[0] else pool for pool in pools]}, resources)[asked.expert]

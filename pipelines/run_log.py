@@ -110,6 +110,9 @@ class ExpertLog:
             "computed": self.computed,
             "reused": self.reused,
             "quarantined": len(self.failed),
+            "lost": max(
+                0, computed - self.computed - len(self.failed)
+            ),  # computed, and not stored: by actors that died
             "bytes": self.bytes,
             "seconds": round(seconds, 2),
             "images_per_second": round(self.computed / seconds, 2) if seconds else None,
@@ -172,7 +175,7 @@ class RunLog:
             else:
                 log.samples.append(new)
             if len(log.samples) > SAMPLES:
-                log.samples[:-1:2] = []
+                del log.samples[1:-1:2]
                 self._every = 2 * now / SAMPLES
         self._draw()
         for name, log in self.experts.items():
@@ -245,12 +248,12 @@ def draw_run(log: RunLog, path: str | Path) -> None:
         rates.plot(seconds[there], rate[there], color=colors(number), label=name, linewidth=1.6)
         # Beside each other, not upon: equal pools would hide one another.
         sizes.step(seconds, actors + 0.05 * number, where="post", color=colors(number), label=name, linewidth=1.6)
-    for seconds, text in log.events:
+    for at, text in log.events:
         for axes in (rates, sizes):
-            axes.axvline(seconds, color="0.6", linewidth=0.8, linestyle=":")
+            axes.axvline(at, color="0.6", linewidth=0.8, linestyle=":")
         rates.annotate(
             text[:60],
-            (seconds, 0.02),
+            (at, 0.02),
             xycoords=("data", "axes fraction"),
             rotation=90,
             fontsize=6,

@@ -9,7 +9,8 @@
     <store>/quarantine/<id>.parquet                     images that cannot be processed, each with the reason
 
 A feature exists when a receipt names it. A writer puts its shard down complete (temporary name, fsync, rename), then
-publishes the receipt with link(2), which only one of any number of writers wins; the others delete their shard. So
+publishes the receipt under a name that only one of any number of writers gets (link(2); on S3 a PUT with If-None-Match,
+on GCS with ifGenerationMatch); the others delete their shard. So
 retries, restarts and two drivers at once are idempotent, and a kill at any byte leaves at worst a file for `gc`.
 An index only saves opening receipts one by one: delete it and nothing is lost.
 """
@@ -18,13 +19,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 import xxhash
 
 from mova_core.features.codec import CODECS
-from mova_core.features.publish import StoreError, finished, parquet, put_if_absent, sync_folder, writing
+from mova_core.features.index import parquet
+from mova_core.features.place import StoreError, place_at, writing
 from mova_core.features.shelf import ExpertShelf, MissingFeatures, Shard, describing
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["ExpertShelf", "FeatureStore", "MissingFeatures", "Shard", "StoreError", "wanted_by_expert"]
 
 FORMAT = 1
+_STORE = json.dumps({"format": FORMAT}).encode()
 _QUARANTINE = pa.schema({name: pa.string() for name in ("image", "sha256", "reason", "expert", "time")})
 
 
@@ -58,75 +60,94 @@ class FeatureStore:
     """A folder of features; a `FeatureSource` that computes nothing. Picklable; reads from any number of threads.
 
     Args:
-        path: the store's folder.
+        location: the store's folder, or its URL on a filesystem of fsspec (s3://bucket/store, gs://bucket/store, ...).
         fingerprints: expert -> which of its fingerprints to read. An expert not named here must have only one.
         create: make the store if there is none.
+        damaged: open it also where store.json or an expert.json is damaged, to `verify` and `forget`.
+
+    Attributes:
+        location: where it is, so that any process that opens this has the same store: an absolute folder or a URL.
 
     Raises:
-        StoreError: the path is no store, or holds an expert only with other fingerprints than the one asked for.
+        StoreError: the location is no store, or holds an expert only with other fingerprints than the one asked for.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], fingerprints: Mapping[str, str] | None = None, create: bool = False
+        self,
+        location: str | os.PathLike[str],
+        fingerprints: Mapping[str, str] | None = None,
+        create: bool = False,
+        damaged: bool = False,
     ):
-        if "://" in os.fspath(path):
-            raise StoreError(f"{os.fspath(path)} is remote: give a local folder, or mount it and give that one")
-        self.path = Path(path).absolute()
+        self.place = place_at(location)
+        self.location = self.place.location
         self._pinned = dict(fingerprints or {})
         self._served = dict(self._pinned)
         self._shelves: dict[tuple[str, str], ExpertShelf] = {}
+        self._damaged = damaged
         self._lock = threading.RLock()
         if create:
             self._create()
         try:
-            version = json.loads((self.path / "store.json").read_text())["format"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise StoreError(
-                f"{self.path} is no feature store (it has no readable store.json): check the path, "
-                f"or make one with `mova precompute`"
-            ) from None
+            version = json.loads(self.place.read("store.json"))["format"]
+        except PermissionError as error:
+            raise StoreError(f"{self.location} cannot be read ({error}): check the rights given there") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            version = FORMAT if damaged and self.experts() else None
+            if version is None:
+                reason = "" if isinstance(error, FileNotFoundError | NotADirectoryError) else f": {error}"
+                raise StoreError(
+                    f"{self.location} is no feature store (it has no readable store.json{reason}): check the path, "
+                    f"make one with `mova precompute`, or mend it with `mova store verify`"
+                ) from None
         if version != FORMAT:
             raise StoreError(
-                f"store {self.path} has format {version}, this mova reads {FORMAT}: use the mova that made it"
+                f"store {self.location} has format {version}, this mova reads {FORMAT}: use the mova that made it"
             )
-        held = self.experts()
+        held = self.experts() if self._pinned else {}
         for expert, wanted in self._pinned.items():
             if held.get(expert) and wanted not in held[expert]:
                 raise self._other_weights(expert, held[expert], wanted)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FeatureStore, (self.path, self._served)
+        return FeatureStore, (self.location, self._served)
 
     def __repr__(self) -> str:
-        return f"FeatureStore({str(self.path)!r})"
+        return f"FeatureStore({self.location!r})"
 
     def _create(self) -> None:
-        with writing(self.path):
-            if self.path.exists() and not self.path.is_dir():
-                raise StoreError(f"{self.path} is a file: give the folder of a feature store")
-            self.path.mkdir(parents=True, exist_ok=True)
-            strangers = [name for name in os.listdir(self.path) if not name.startswith(".")]
-            if (self.path / "store.json").exists():  # asked after the listing: another process may be at it right now
+        with writing(self.location):
+            self.place.make()
+            strangers = self.place.names("") + self.place.folders()
+            if self.place.exists("store.json"):  # asked after the listing: another process may be at it right now
                 return
             if strangers:
-                raise StoreError(f"{self.path} is no feature store and not empty: give a new or empty folder")
-            put_if_absent(self.path / "store.json", json.dumps({"format": FORMAT}).encode())
-            sync_folder(self.path.parent)
-
-    @property
-    def location(self) -> str:
-        """Where it is, so that any process that opens this has the same store: an absolute folder or a URL."""
-        return str(self.path)
+                raise StoreError(f"{self.location} is no feature store and not empty: give a new or empty folder")
+            probe = f"probe-{uuid.uuid4().hex}"
+            try:
+                kept = self.place.put_if_absent(probe, b"1") and not self.place.put_if_absent(probe, b"2")
+            except (NotImplementedError, TypeError, ValueError) as error:
+                raise StoreError(f"{self.location} cannot hold a store ({error}): give an S3 or GCS bucket") from None
+            finally:
+                self.place.delete(probe)
+            if not kept:
+                raise StoreError(
+                    f"{self.location} cannot hold a store: its server overwrites an object that should be kept "
+                    f"(If-None-Match is ignored), so two writers would lose features: use one that honours it"
+                )
+            self.place.put_if_absent("store.json", _STORE)
 
     def free_bytes(self) -> int | None:
         """What can still be written there; None where no limit is known."""
-        return shutil.disk_usage(self.path).free
+        return self.place.free_bytes()
 
     def experts(self) -> dict[str, list[str]]:
         """Expert -> its fingerprints."""
         held: dict[str, list[str]] = {}
-        for description in sorted(self.path.glob("[!.]*/[!.]*/expert.json")):
-            held.setdefault(description.parts[-3], []).append(description.parts[-2])
+        for expert in self.place.folders():
+            for digest in self.place.folders(expert):
+                if self.place.exists(f"{expert}/{digest}/expert.json"):
+                    held.setdefault(expert, []).append(digest)
         return held
 
     @property
@@ -152,12 +173,12 @@ class FeatureStore:
             if not held or chosen is None:
                 others = ", ".join(self.experts()) or "no expert yet"
                 raise StoreError(
-                    f"store {self.path} has no features of {expert} (it has {others}): "
+                    f"store {self.location} has no features of {expert} (it has {others}): "
                     f"run `mova precompute` with --experts {expert}"
                 )
             if chosen not in held:
                 raise self._other_weights(expert, held, chosen)
-            self._shelves[expert, chosen] = ExpertShelf(self.path / expert / chosen)
+            self._shelves[expert, chosen] = ExpertShelf(f"{self.location}/{expert}/{chosen}", self._damaged)
             return self._shelves[expert, chosen]
 
     def _serves(self, expert: str) -> str | None:
@@ -171,7 +192,7 @@ class FeatureStore:
                 return None
             if served is None and len(held) > 1:
                 raise StoreError(
-                    f"store {self.path} holds {expert} features of {len(held)} weights ({', '.join(held)}): "
+                    f"store {self.location} holds {expert} features of {len(held)} weights ({', '.join(held)}): "
                     f"choose one with FeatureStore(path, fingerprints={{'{expert}': '{held[0]}'}})"
                 )
             if served is not None and served not in held:
@@ -180,7 +201,7 @@ class FeatureStore:
 
     def _other_weights(self, expert: str, held: Sequence[str], wanted: str) -> StoreError:
         return StoreError(
-            f"store {self.path} holds {expert} features of weights {', '.join(held)}, wanted {wanted}: "
+            f"store {self.location} holds {expert} features of weights {', '.join(held)}, wanted {wanted}: "
             f"run `mova precompute` with --experts {expert} and those weights"
         )
 
@@ -200,20 +221,20 @@ class FeatureStore:
             raise ValueError(f"{expert} cannot be stored as {description['dtype']}: choose one of {', '.join(CODECS)}")
         if self._pinned.get(expert, digest) != digest:
             raise StoreError(
-                f"store {self.path} was opened for {expert} features of weights {self._pinned[expert]}, "
+                f"store {self.location} was opened for {expert} features of weights {self._pinned[expert]}, "
                 f"got an expert of weights {digest}: open it for these, or load those"
             )
-        folder = self.path / expert / digest
+        described = f"{expert}/{digest}/expert.json"
         text = describing(description)
-        with writing(self.path):
-            folder.mkdir(parents=True, exist_ok=True)
-            put_if_absent(folder / "expert.json", text)
+        with writing(self.location):
+            self.place.make(f"{expert}/{digest}")
+            self.place.put_if_absent(described, text)
             shelf = self.shelf(expert, digest)
             shelf.make_folders()
-            for parent in (folder, folder.parent, self.path):
-                sync_folder(parent)
         if shelf.description != json.loads(text):
-            raise StoreError(f"{folder / 'expert.json'} does not tell this expert: delete that file and try again")
+            raise StoreError(
+                f"{self.location}/{described} does not tell this expert: run `mova store verify`, then try again"
+            )
         self._served[expert] = digest
         return shelf
 
@@ -227,7 +248,7 @@ class FeatureStore:
         wanted = wanted_by_expert(images, experts)
         missing = [(key, name) for name, refs in wanted.items() for key in self.missing(list(refs), name)]
         if missing:
-            raise MissingFeatures.of(self.path, missing)
+            raise MissingFeatures.of(self.location, missing)
         features = {
             name: dict(zip(refs, self.shelf(name).read(list(refs)), strict=True)) for name, refs in wanted.items()
         }
@@ -246,7 +267,7 @@ class FeatureStore:
             shelves = {digest: self.shelf(expert, digest).stat() for digest in digests}
             total = {name: sum(shelf[name] for shelf in shelves.values()) for name in ("features", "bytes", "shards")}
             experts[expert] = {**total, "fingerprints": shelves}
-        return {"path": str(self.path), "experts": experts, "quarantined": len(self.quarantined())}
+        return {"path": self.location, "experts": experts, "quarantined": len(self.quarantined())}
 
     def verify(self, progress: Callable[[int], object] | None = None) -> Iterator[dict[str, str]]:
         """Reads every byte from the disk and yields what is damaged; changes nothing.
@@ -258,8 +279,10 @@ class FeatureStore:
             "expert", "fingerprint", "shard" (the damaged file, relative to the shelf's folder), "key" (of the damaged
             row; empty where it is the file itself) and "reason". A quarantine file has no expert and fingerprint.
         """
-        for name in finished(self.path / "quarantine", ".parquet"):
-            if name != f"{_named_by((self.path / 'quarantine' / name).read_bytes())}.parquet":
+        if not self.place.exists("store.json") or self.place.read("store.json", anew=True) != _STORE:
+            yield {"expert": "", "fingerprint": "", "shard": "store.json", "key": "", "reason": "it tells no format"}
+        for name in self.place.names("quarantine", ".parquet"):
+            if name != f"{_named_by(self.place.read(f'quarantine/{name}', anew=True))}.parquet":
                 reason = "its bytes have changed"
                 yield {"expert": "", "fingerprint": "", "shard": f"quarantine/{name}", "key": "", "reason": reason}
         for shelf in self._all_shelves():
@@ -268,14 +291,17 @@ class FeatureStore:
     def forget(self, damaged: Iterable[Mapping[str, str]]) -> int:
         """Withdraws what `verify` found, so that the next precompute makes it anew; returns how many features that is.
 
-        Whole shards go, with their sound rows; `gc` removes the files. What a quarantine file named is tried again.
+        Sound rows of a damaged shard are kept: they are committed in a new one first. `gc` removes the old files. What a
+        quarantine file named is tried again; an expert.json is written again by the next precompute of that expert.
         """
         found: dict[tuple[str, str], list[Mapping[str, str]]] = {}
         for damage in damaged:
             found.setdefault((damage["expert"], damage["fingerprint"]), []).append(damage)
-        with writing(self.path):
+        with writing(self.location):
             for damage in found.pop(("", ""), []):
-                (self.path / damage["shard"]).unlink(missing_ok=True)
+                self.place.delete(damage["shard"])
+                if damage["shard"] == "store.json":
+                    self.place.put_if_absent("store.json", _STORE)
         return sum(self.shelf(*address).forget(damages) for address, damages in found.items())
 
     def quarantine(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -284,11 +310,10 @@ class FeatureStore:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         table = pa.Table.from_pylist([{**row, "time": now} for row in rows], schema=_QUARANTINE)
-        with writing(self.path):
-            folder = self.path / "quarantine"
-            folder.mkdir(exist_ok=True)
+        with writing(self.location):
+            self.place.make("quarantine")
             content = parquet(table)
-            put_if_absent(folder / f"{_named_by(content)}.parquet", content)
+            self.place.put_if_absent(f"quarantine/{_named_by(content)}.parquet", content)
 
     def quarantined(self) -> list[dict[str, Any]]:
         """Every quarantined image: image, sha256, reason, expert, time (UTC); the oldest first.
@@ -296,37 +321,44 @@ class FeatureStore:
         To have images tried again, delete their files in quarantine/.
         """
         rows: list[dict[str, Any]] = []
-        for name in finished(self.path / "quarantine", ".parquet"):
-            path = self.path / "quarantine" / name
+        for name in self.place.names("quarantine", ".parquet"):
             try:
-                rows += pq.ParquetFile(path, page_checksum_verification=True).read().to_pylist()
+                content = pa.BufferReader(self.place.read(f"quarantine/{name}"))
+                rows += pq.ParquetFile(content, page_checksum_verification=True).read().to_pylist()
             except FileNotFoundError:  # released since the listing
                 continue
             except (OSError, pa.ArrowException):
-                raise StoreError(f"{path} is damaged: delete it, and its images will be tried again") from None
+                raise StoreError(
+                    f"{self.location}/quarantine/{name} is damaged: `mova store verify` deletes it, "
+                    f"and its images will be tried again"
+                ) from None
         return sorted(rows, key=lambda row: row["time"])
 
-    def gc(self, grace_seconds: float = 3600.0) -> dict[str, int]:
+    def gc(self, grace_seconds: float = 3600.0, dry_run: bool = False) -> dict[str, int]:
         """Removes shards no receipt names, temporary files and superseded indexes, all older than `grace_seconds`.
 
         The grace keeps what a running writer has put down and not yet committed: give more than its longest pause.
+
+        Args:
+            dry_run: only say what would go.
 
         Returns:
             {"files": removed, "bytes": freed}.
         """
         before = time.time() - grace_seconds
         removed = {"files": 0, "bytes": 0}
-        with writing(self.path):
-            garbage = list(self.path.glob("**/.*.tmp"))
+        with writing(self.location):
+            garbage = self.place.leftovers()
             for shelf in self._all_shelves():
-                garbage += shelf.garbage()
-            for path in garbage:
+                garbage += [f"{shelf.expert}/{shelf.fingerprint}/{name}" for name in shelf.garbage()]
+            for name in garbage:
                 with suppress(FileNotFoundError):  # another gc, or its writer, was faster
-                    found = path.stat()
-                    if found.st_mtime <= before:
-                        path.unlink()
+                    size, changed = self.place.stat(name)
+                    if changed <= before:
+                        if not dry_run:
+                            self.place.delete(name)
                         removed["files"] += 1
-                        removed["bytes"] += found.st_size
+                        removed["bytes"] += size
         return removed
 
     def _all_shelves(self) -> list[ExpertShelf]:

@@ -108,14 +108,14 @@ def test_tiered_computes_once(experts, images, tmp_path, lazy):
     asked = [["sam"], ["sam", "dinov2"], []]
     first = tiered.fetch(images, asked)
     assert equal(first, LocalExperts(experts).fetch(images, asked))
-    assert equal(first, tiered.fetch(images, asked)) and equal(first, FeatureStore(store.path).fetch(images, asked))
+    assert equal(first, tiered.fetch(images, asked)) and equal(first, FeatureStore(store.location).fetch(images, asked))
     more = tiered.fetch([*images, images[0]], [["dinov2"], ["dinov2", "sam"], ["sam"], ["sam"]])
     assert torch.equal(more[3]["sam"].tokens, first[0]["sam"].tokens)
     if isinstance(source, Counting):
         assert sorted(source.computed) == sorted({(images[at].key, name) for at, name in [
             (0, "sam"), (1, "sam"), (1, "dinov2"), (0, "dinov2"), (2, "sam"),
         ]})  # fmt: skip
-    stat = FeatureStore(store.path).stat()["experts"]
+    stat = FeatureStore(store.location).stat()["experts"]
     assert {name: row["features"] for name, row in stat.items() if row["features"]} == {"sam": 3, "dinov2": 2}
     assert tiered.fingerprints["sam"] == store.fingerprints["sam"] == fingerprint(experts["sam"].describe())
     assert list(store.verify()) == []
@@ -125,7 +125,7 @@ def test_a_tiered_store_alone_tells_what_is_missing(experts, images, tmp_path):
     store = FeatureStore(tmp_path / "store", create=True)
     Tiered(store, LocalExperts(experts)).fetch(images[:1], [["sam"]])
     with pytest.raises(MissingFeatures) as caught:
-        FeatureStore(store.path).fetch(images[:2], [["sam"], ["sam", "dinov2"]])
+        FeatureStore(store.location).fetch(images[:2], [["sam"], ["sam", "dinov2"]])
     assert caught.value.missing == [(images[1].key, "sam"), (images[1].key, "dinov2")]
 
 
@@ -182,6 +182,6 @@ def test_a_full_disk_does_not_stop_answers(experts, images, tmp_path, caplog):
     with caplog.at_level(logging.WARNING), no_room():
         got = tiered.fetch(images, [["sam"]] * 3)
     assert equal(got[:1], first[:1]) and equal(got[1:], LocalExperts(experts).fetch(images[1:], [["sam"]] * 2))
-    assert str(store.path) in caplog.text and len(store.shelf("sam")) == 1
+    assert store.location in caplog.text and len(store.shelf("sam")) == 1
     assert equal(got, tiered.fetch(images, [["sam"]] * 3)) and len(store.shelf("sam")) == 3
     assert len(source.computed) == 5 and list(store.verify()) == []

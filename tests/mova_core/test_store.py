@@ -105,11 +105,11 @@ def test_every_bit_comes_back(store, name):
         [-1, 1, torch.iinfo(bits).max], dtype=bits
     )  # NaNs with a payload, a denormal
     rows = shelf.write(shelf.shard_id(KEYS[:1]), {KEYS[0]: Features(tokens, GRID)})
-    for reader in (shelf, FeatureStore(store.path).shelf("clip")):
+    for reader in (shelf, FeatureStore(store.location).shelf("clip")):
         [read] = reader.read(KEYS[:1])
         assert read.grid == GRID and read.tokens.dtype == dtype
         assert torch.equal(read.tokens.view(bits), tokens.view(bits))
-    with safe_open(shelf.folder / "shards" / rows[0]["file"], "pt") as plain:  # as any tool opens it
+    with safe_open(Path(shelf.location) / "shards" / rows[0]["file"], "pt") as plain:  # as any tool opens it
         stored = plain.get_tensor(KEYS[0])
     assert stored.shape == (3, 5, 7) and torch.equal(stored.view(bits).view(15, 7), tokens.view(bits))
     assert rows[0]["loss"] == 0.0
@@ -140,7 +140,7 @@ def test_scaled_codecs(store, name):
         assert (error <= (tokens.abs() / 16).maximum(peak / 448 * 2**-10) * 1.0001).all()
     assert read.tokens.dtype == torch.float32 and row["length"] == 8 * 4 + 800
     assert row["loss"] == pytest.approx((error.norm() / tokens.norm()).item(), rel=1e-4)
-    with safe_open(shelf.folder / "shards" / row["file"], "pt") as plain:
+    with safe_open(Path(shelf.location) / "shards" / row["file"], "pt") as plain:
         restored = plain.get_tensor(KEYS[0]).float().view(100, 8) * plain.get_tensor(f"{KEYS[0]}.scale")
     assert torch.equal(restored, read.tokens)
     with pytest.raises(ValueError, match=KEYS[1]):
@@ -157,7 +157,7 @@ def test_what_a_dtype_cannot_hold_is_refused(store):
         shelf.write("a" * 32, {"photo.jpg": Features(torch.zeros(15, 7), GRID)})
     with pytest.raises(ValueError, match="int64"):
         store.add_expert(describe(dtype="int64"))
-    assert files(shelf.folder) == {"expert.json"}
+    assert files(Path(shelf.location)) == {"expert.json"}
 
 
 def test_layout(store, shelf):
@@ -165,21 +165,21 @@ def test_layout(store, shelf):
     shelf.snapshot()
     store.quarantine([{"image": "a.png", "sha256": None, "reason": "0 bytes", "expert": "clip"}])
     folder = Path("clip", fingerprint(describe()))
-    shards = shelf.plan(KEYS, 6) == [] and FeatureStore(store.path).shelf("clip")
-    receipts = sorted((store.path / folder / "receipts").iterdir())
+    shards = shelf.plan(KEYS, 6) == [] and FeatureStore(store.location).shelf("clip")
+    receipts = sorted((Path(store.location) / folder / "receipts").iterdir())
     assert len(shards) == 20 and len(receipts) == 4
     for receipt in receipts:
         rows = pq.read_table(receipt).to_pylist()
         assert list(rows[0]) == ["key", "file", "offset", "length", "grid", "dtype", "channels", "xxh3", "loss"]
         assert {row["file"].split("-")[0] for row in rows} == {receipt.stem}
         assert all(row["offset"] % 4096 == 0 for row in rows)
-        with safe_open(store.path / folder / "shards" / rows[0]["file"], "pt") as plain:
+        with safe_open(Path(store.location) / folder / "shards" / rows[0]["file"], "pt") as plain:
             assert {row["key"] for row in rows} == {name for name in plain.keys() if len(name) == 64}  # noqa: SIM118
             assert plain.metadata()["fingerprint"] == folder.name
-    assert {str(Path(name).parent) for name in files(store.path)} == {
+    assert {str(Path(name).parent) for name in files(store.location)} == {
         ".", "quarantine", str(folder), *(str(folder / name) for name in ("shards", "receipts", "index", "snapshots")),
     }  # fmt: skip
-    assert json.loads((store.path / "store.json").read_text()) == {"format": 1}
+    assert json.loads((Path(store.location) / "store.json").read_text()) == {"format": 1}
 
 
 def test_grids_may_differ(shelf):
@@ -222,7 +222,7 @@ def test_the_same_work_has_the_same_name(store, shelf):
     first = shelf.write(plan[0].id, features(plan[0].keys))
     assert shelf.committed(plan[0].id) and shelf.plan(KEYS, 6) == plan[1:]
     assert shelf.write(plan[0].id, {}) == [] and shelf.write(plan[0].id, features(plan[0].keys)) == first
-    assert len(os.listdir(shelf.folder / "shards")) == 1
+    assert len(os.listdir(Path(shelf.location) / "shards")) == 1
 
 
 def test_keys_as_bytes(store, shelf):
@@ -270,7 +270,7 @@ def test_a_million_keys_are_planned_fast(store, shelf):
             ["float32"] * rows,
         ]
         table = pa.table([*columns, [7] * rows, range(rows), [0.0] * rows], schema=RECEIPT)
-        pq.write_table(table, shelf.folder / "receipts" / f"{shard}.parquet")
+        pq.write_table(table, Path(shelf.location) / "receipts" / f"{shard}.parquet")
     wanted = [*keys, *(key(number) for number in range(100_000))]
     random.Random(0).shuffle(wanted)
 
@@ -278,11 +278,11 @@ def test_a_million_keys_are_planned_fast(store, shelf):
         begin = time.perf_counter()
         return act(), time.perf_counter() - begin
 
-    from_receipts, reading = seconds(lambda: ExpertShelf(shelf.folder))
+    from_receipts, reading = seconds(lambda: ExpertShelf(shelf.location))
     plan, planning = seconds(lambda: from_receipts.plan(wanted, 50))
     assert sum(len(shard.keys) for shard in plan) == 100_000 and len(from_receipts) == million
     _, merging = seconds(from_receipts.snapshot)
-    from_index, mapping = seconds(lambda: ExpertShelf(shelf.folder))
+    from_index, mapping = seconds(lambda: ExpertShelf(shelf.location))
     again, searching = seconds(lambda: from_index.plan(wanted, 50))
     _, finding = seconds(lambda: [from_index.has(wanted[at : at + 8]) for at in range(0, 8000, 8)])
     print(
@@ -300,7 +300,7 @@ def test_pinned_fingerprints(store, tmp_path):
     one, two = (store.add_expert(describe(weights=weights)).fingerprint for weights in ("one", "two"))
     fill(store.shelf("clip", one), KEYS[:3])
     assert store.fingerprints == {"clip": two}, "the one added last is what this object is about"
-    unpinned = FeatureStore(store.path)
+    unpinned = FeatureStore(store.location)
     assert unpinned.experts() == {"clip": sorted([one, two])}
     for ask in (lambda: unpinned.fingerprints, lambda: unpinned.shelf("clip"), lambda: unpinned.missing(KEYS, "clip")):
         with pytest.raises(StoreError, match=f"{min(one, two)}.*{max(one, two)}.*fingerprints=") as caught:
@@ -308,17 +308,17 @@ def test_pinned_fingerprints(store, tmp_path):
         assert "\n" not in str(caught.value)
     assert unpinned.stat()["experts"]["clip"]["features"] == 3, "looking is possible without choosing"
     for mark, there in ((one, 3), (two, 0)):
-        pinned = FeatureStore(store.path, fingerprints={"clip": mark})
+        pinned = FeatureStore(store.location, fingerprints={"clip": mark})
         assert pinned.fingerprints == {"clip": mark} and len(pinned.shelf("clip")) == there
         assert len(pickle.loads(pickle.dumps(pinned)).shelf("clip")) == there
     with pytest.raises(
         StoreError, match=f"holds clip features of weights .*{one}.*wanted {'0' * 16}: run `mova precompute`"
     ):
-        FeatureStore(store.path, fingerprints={"clip": "0" * 16})
+        FeatureStore(store.location, fingerprints={"clip": "0" * 16})
     with pytest.raises(StoreError, match="opened for clip features of weights"):
-        FeatureStore(store.path, fingerprints={"clip": one}).add_expert(describe(weights="two"))
+        FeatureStore(store.location, fingerprints={"clip": one}).add_expert(describe(weights="two"))
     other = FeatureStore(
-        store.path, fingerprints={"clip": one, "sam": "0" * 16}
+        store.location, fingerprints={"clip": one, "sam": "0" * 16}
     )  # nothing of sam: said when it is asked for
     with pytest.raises(StoreError, match=r"no features of sam \(it has clip\): run `mova precompute`"):
         other.shelf("sam")
@@ -326,9 +326,9 @@ def test_pinned_fingerprints(store, tmp_path):
 
 def test_new_weights_in_mid_run_change_nothing(store, shelf):
     fill(shelf, KEYS[:2])
-    reader = FeatureStore(store.path)
+    reader = FeatureStore(store.location)
     assert reader.missing(KEYS[:2], "clip") == []
-    FeatureStore(store.path).add_expert(describe(weights="two"))
+    FeatureStore(store.location).add_expert(describe(weights="two"))
     assert reader.fingerprints == {"clip": shelf.fingerprint}
 
 
@@ -342,21 +342,21 @@ def test_what_is_no_store(tmp_path, store):
         (tmp_path / "photos", True, "not empty"),
         (tmp_path / "file", True, "is a file"),
         (tmp_path / "file" / "below", True, "give a folder"),
-        ("s3://bucket/store", True, "remote"),
+        ("nowhere://bucket/store", True, "cannot be opened"),
     ]:
         with pytest.raises(StoreError, match=said) as caught:
             FeatureStore(path, create=create)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert files(tmp_path / "photos") == {"a.jpg"}
-    (store.path / "store.json").write_text('{"format": 2}')
+    (Path(store.location) / "store.json").write_text('{"format": 2}')
     with pytest.raises(StoreError, match="format 2"):
-        FeatureStore(store.path)
+        FeatureStore(store.location)
 
 
 def test_a_wrong_description_is_an_error(store, shelf):
-    (shelf.folder / "expert.json").write_text(json.dumps(describe(weights="two")))
+    (Path(shelf.location) / "expert.json").write_text(json.dumps(describe(weights="two")))
     with pytest.raises(StoreError, match=r"expert\.json"):
-        FeatureStore(store.path).add_expert(describe())
+        FeatureStore(store.location).add_expert(describe())
     assert [found["shard"] for found in store.verify()] == ["expert.json"]
     for name in ("../clip", "", "quarantine", "..", "a/b"):
         with pytest.raises(ValueError, match="name"):
@@ -370,14 +370,14 @@ def test_fetch(store):
     for expert in ("clip", "sam"):
         fill(store.add_expert(describe(expert)), KEYS[:4])
     images = [ImageRef(data=b"", key=name) for name in (KEYS[2], KEYS[0], KEYS[2])]
-    got = FeatureStore(store.path).fetch(images, [["clip", "sam"], [], ["sam"]])
+    got = FeatureStore(store.location).fetch(images, [["clip", "sam"], [], ["sam"]])
     assert [list(row) for row in got] == [["clip", "sam"], [], ["sam"]]
     assert torch.equal(got[2]["sam"].tokens, features(KEYS[2:3])[KEYS[2]].tokens)
     images.append(ImageRef(data=b"", key=KEYS[9]))
     with pytest.raises(MissingFeatures) as caught:
         store.fetch(images, [["clip", "dinov2"], [], [], ["clip", "sam"]])
     assert caught.value.missing == [(KEYS[9], "clip"), (KEYS[2], "dinov2"), (KEYS[9], "sam")]
-    for said in (str(store.path), "3 of", "clip: 1", "mova precompute", "clip,dinov2,sam"):
+    for said in (store.location, "3 of", "clip: 1", "mova precompute", "clip,dinov2,sam"):
         assert said in str(caught.value)
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == str(caught.value) and again.missing == caught.value.missing
@@ -386,7 +386,7 @@ def test_fetch(store):
 
 
 def test_newer_receipts_are_seen(store, shelf):
-    reader = FeatureStore(store.path).shelf("clip")
+    reader = FeatureStore(store.location).shelf("clip")
     fill(shelf, KEYS[:4])
     assert len(reader) == 0 and not reader.has(KEYS[:4]).any()
     assert same(reader, KEYS[:4]), "what is not known is looked for once more"
@@ -435,7 +435,7 @@ def test_threads_read_while_others_write(store, shelf):
     for thread in readers:
         thread.start()
     try:
-        other = FeatureStore(store.path).shelf("clip")
+        other = FeatureStore(store.location).shelf("clip")
         for number in range(12):
             fill(other if number % 2 else shelf, [key(f"{number} {at}") for at in range(3)])
             if number % 3 == 0:
@@ -445,7 +445,7 @@ def test_threads_read_while_others_write(store, shelf):
         stop.set()
         for thread in readers:
             thread.join()
-    assert not faults and len(FeatureStore(store.path).shelf("clip")) == 20 + 36
+    assert not faults and len(FeatureStore(store.location).shelf("clip")) == 20 + 36
 
 
 # Snapshots
@@ -456,18 +456,18 @@ def test_snapshots(store, shelf):
     fill(shelf, KEYS[:8])
     assert shelf.snapshot() == 1 and shelf.snapshot() == 1
     fill(shelf, KEYS[8:16])
-    other = FeatureStore(store.path).shelf("clip")
+    other = FeatureStore(store.location).shelf("clip")
     assert len(other) == 16 and same(other, KEYS[:16])
     assert other.snapshot() == 2 and shelf.snapshot() == 2
     fill(shelf, KEYS[16:])
     assert shelf.snapshot() == 3 and len(shelf) == 20 and same(shelf, KEYS)
-    newest = shelf.folder / "index" / "3.arrow"
+    newest = Path(shelf.location) / "index" / "3.arrow"
     newest.write_bytes(newest.read_bytes()[:-100])  # cut: the older one serves, and the receipts since
-    assert same(FeatureStore(store.path).shelf("clip"), KEYS)
-    for path in (shelf.folder / "index").iterdir():
+    assert same(FeatureStore(store.location).shelf("clip"), KEYS)
+    for path in (Path(shelf.location) / "index").iterdir():
         path.unlink()
-    assert same(FeatureStore(store.path).shelf("clip"), KEYS), "an index is no more than a saving"
-    assert FeatureStore(store.path).shelf("clip").snapshot() == 4
+    assert same(FeatureStore(store.location).shelf("clip"), KEYS), "an index is no more than a saving"
+    assert FeatureStore(store.location).shelf("clip").snapshot() == 4
 
 
 def test_overlapping_shards(store, shelf):
@@ -476,7 +476,7 @@ def test_overlapping_shards(store, shelf):
     shelf.write(shelf.shard_id(KEYS[2:6]), features(KEYS[2:6]))
     assert len(shelf) == 6 and same(shelf, KEYS[:6])
     shelf.snapshot()
-    again = FeatureStore(store.path).shelf("clip")
+    again = FeatureStore(store.location).shelf("clip")
     assert len(again) == 6 and same(again, KEYS[:6]) and again.stat()["features"] == 6
     assert store.gc(0)["files"] == 0 and list(store.verify()) == []
 
@@ -486,9 +486,9 @@ def test_overlapping_shards(store, shelf):
 
 def test_a_flipped_byte_is_found(store, shelf):
     fill(shelf, KEYS)
-    receipt = pq.read_table(next((shelf.folder / "receipts").iterdir())).to_pylist()
+    receipt = pq.read_table(next((Path(shelf.location) / "receipts").iterdir())).to_pylist()
     row = receipt[2]
-    shard = shelf.folder / "shards" / row["file"]
+    shard = Path(shelf.location) / "shards" / row["file"]
     flip(shard, row["offset"] + 100)
     with pytest.raises(StoreError, match=f"{row['key']}.*{row['file']}.*run `mova store verify`") as caught:
         shelf.read([row["key"]])
@@ -506,7 +506,7 @@ def test_a_flipped_byte_is_found(store, shelf):
         file.truncate(row["offset"] + 100)
     assert {found["reason"] for found in store.verify()} == {"the file ends before it"}
     shard.unlink()
-    assert {found["reason"].split(": ")[-1] for found in FeatureStore(store.path).verify()} == {"the file is gone"}
+    assert {found["reason"].split(": ")[-1] for found in FeatureStore(store.location).verify()} == {"the file is gone"}
 
 
 def test_a_hundred_flipped_bytes_are_found_and_made_anew(store):
@@ -516,11 +516,13 @@ def test_a_hundred_flipped_bytes_are_found_and_made_anew(store):
     shelf.snapshot()
     fill(shelf, [*keys, *KEYS], rows_per_shard=5)
     store.quarantine([{"image": "a.png", "sha256": None, "reason": "0 bytes", "expert": "clip"}])
-    spared = min(path.stem for path in (shelf.folder / "receipts").iterdir())  # so that something is left in every draw
+    spared = min(
+        path.stem for path in (Path(shelf.location) / "receipts").iterdir()
+    )  # so that something is left in every draw
     # An altered store.json or expert.json keeps the store from opening: tested elsewhere.
     targets = sorted(
         path
-        for path in store.path.rglob("*")
+        for path in Path(store.location).rglob("*")
         if path.is_file() and path.parent.name not in ("store", shelf.fingerprint) and not path.name.startswith(spared)
     )
     draw = random.Random(0)
@@ -529,31 +531,31 @@ def test_a_hundred_flipped_bytes_are_found_and_made_anew(store):
         flip(path, draw.randrange(path.stat().st_size), 1 << draw.randrange(8))
         flipped.add(path.name.split(".")[0].split("-")[0])
     assert {"shards", "receipts", "index", "snapshots", "quarantine"} == {path.parent.name for path in targets}
-    damaged = list(FeatureStore(store.path).verify())
+    damaged = list(FeatureStore(store.location).verify())
     assert {Path(found["shard"]).name.split(".")[0].split("-")[0] for found in damaged} == flipped
-    repaired = FeatureStore(store.path)
+    repaired = FeatureStore(store.location)
     before = len(repaired.shelf("clip"))
     assert 0 < repaired.forget(damaged) < before
     assert list(repaired.verify()) == []
-    again = FeatureStore(store.path).shelf("clip")
+    again = FeatureStore(store.location).shelf("clip")
     fill(again, [*keys, *KEYS], rows_per_shard=5)
     repaired.gc(0)
-    assert same(again, keys) and list(FeatureStore(store.path).verify()) == []
-    assert len(os.listdir(again.folder / "shards")) == len(os.listdir(again.folder / "receipts"))
+    assert same(again, keys) and list(FeatureStore(store.location).verify()) == []
+    assert len(os.listdir(Path(again.location) / "shards")) == len(os.listdir(Path(again.location) / "receipts"))
 
 
 def test_a_damaged_receipt_hides_only_its_rows(store, shelf, caplog):
     fill(shelf, KEYS)
-    receipt = sorted((shelf.folder / "receipts").iterdir())[0]
+    receipt = sorted((Path(shelf.location) / "receipts").iterdir())[0]
     rows = pq.read_table(receipt).to_pylist()
     receipt.write_bytes(receipt.read_bytes()[:50])
-    again = FeatureStore(store.path)
+    again = FeatureStore(store.location)
     assert sorted(again.missing(KEYS, "clip")) == sorted(row["key"] for row in rows)
     assert receipt.name in caplog.text
     with pytest.raises(StoreError, match="verify"):
         again.shelf("clip").write(receipt.stem, features([row["key"] for row in rows]))
     again.gc(0)
-    assert (shelf.folder / "shards" / rows[0]["file"]).exists(), "the damaged receipt may name it"
+    assert (Path(shelf.location) / "shards" / rows[0]["file"]).exists(), "the damaged receipt may name it"
     assert again.forget(again.verify()) == 0
     fill(again.shelf("clip"), KEYS)
     assert same(again.shelf("clip"), KEYS) and list(again.verify()) == []
@@ -591,7 +593,7 @@ def act_crash_at_every_step(folder):
 
             for name in calls:
                 setattr(os, name, dying(getattr(os, name)))
-            shelf = FeatureStore(store.path).shelf("clip")
+            shelf = FeatureStore(store.location).shelf("clip")
             fill(shelf, KEYS[:12])
             shelf.snapshot()
             store.quarantine([{"image": "a", "sha256": None, "reason": "b", "expert": "clip"}])
@@ -611,7 +613,7 @@ def act_crash_at_bytes(folder):
         if (child := os.fork()) == 0:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            fill(FeatureStore(store.path).shelf("clip"), KEYS[:12])
+            fill(FeatureStore(store.location).shelf("clip"), KEYS[:12])
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) == (size < 28672), (size, status)
@@ -624,7 +626,7 @@ def act_crash_at_any_moment(folder):
         store = FeatureStore(folder / str(number), create=True)
         fill(store.add_expert(describe()), KEYS[:6])
         if (child := os.fork()) == 0:
-            shelf = FeatureStore(store.path).shelf("clip")
+            shelf = FeatureStore(store.location).shelf("clip")
             big = features([KEYS[6]], grid=(256, 256), channels=8)[KEYS[6]]
             for at in range(1000):
                 shelf.write(shelf.shard_id([key(f"big {at}")]), {key(f"big {at}"): big})
@@ -647,7 +649,7 @@ def test_a_crash_loses_nothing_and_harms_nothing(tmp_path, act):
         store = FeatureStore(path)
         shelf = store.shelf("clip")
         assert same(shelf, KEYS[:6])
-        left |= {sum(path.is_file() for path in shelf.folder.rglob("*"))}
+        left |= {sum(path.is_file() for path in Path(shelf.location).rglob("*"))}
         if act != "crash_at_any_moment":
             assert len(shelf) % 6 == 0, "all of a shard or nothing of it"
         fill(shelf, KEYS)
@@ -655,7 +657,7 @@ def test_a_crash_loses_nothing_and_harms_nothing(tmp_path, act):
         assert same(FeatureStore(path).shelf("clip"), KEYS) and list(store.verify()) == []
         removed = store.gc(0)
         assert not list(path.rglob(".*")) and store.gc(0) == {"files": 0, "bytes": 0}, removed
-        assert len(os.listdir(shelf.folder / "shards")) == len(os.listdir(shelf.folder / "receipts"))
+        assert len(os.listdir(Path(shelf.location) / "shards")) == len(os.listdir(Path(shelf.location) / "receipts"))
         assert same(FeatureStore(path).shelf("clip"), KEYS)
     assert len(left) > 1, "the crashes came at different moments"
 
@@ -667,7 +669,7 @@ def act_race(folder):
     plan = shelf.plan([key(number) for number in range(120)], 2)
     for number in range(2):
         if os.fork() == 0:
-            mine = FeatureStore(store.path).shelf("clip")
+            mine = FeatureStore(store.location).shelf("clip")
             (folder / f"ready {number}").touch()
             while not all((folder / f"ready {other}").exists() for other in range(2)):
                 time.sleep(0.001)
@@ -685,10 +687,10 @@ def test_two_processes_write_the_same_shards(tmp_path):
     store = FeatureStore(tmp_path / "store")
     shelf = store.shelf("clip")
     named = {row["file"] for rows in first for row in rows}
-    assert set(os.listdir(shelf.folder / "shards")) == named and len(named) == 60
-    assert len(os.listdir(shelf.folder / "receipts")) == 60
+    assert set(os.listdir(Path(shelf.location) / "shards")) == named and len(named) == 60
+    assert len(os.listdir(Path(shelf.location) / "receipts")) == 60
     assert same(shelf, [key(number) for number in range(120)]) and list(store.verify()) == []
-    assert not list(store.path.rglob(".*.tmp"))
+    assert not list(Path(store.location).rglob(".*.tmp"))
 
 
 def test_many_make_the_same_store_at_once(tmp_path):
@@ -722,7 +724,7 @@ def test_a_commit_that_was_made_but_not_heard_of_is_kept(shelf, monkeypatch, ans
     except (KeyboardInterrupt, StoreError):
         assert answer is not FileExistsError
     monkeypatch.undo()
-    assert same(shelf, KEYS[:4]) and shelf.plan(KEYS[:4], 4) == [] and not list(shelf.folder.rglob(".*"))
+    assert same(shelf, KEYS[:4]) and shelf.plan(KEYS[:4], 4) == [] and not list(Path(shelf.location).rglob(".*"))
 
 
 def act_fill_the_disk(folder):
@@ -732,22 +734,22 @@ def act_fill_the_disk(folder):
     written, error = 0, None
     while error is None:
         keys = [key(written * 4 + at) for at in range(4)]
-        before = files(store.path)
+        before = files(store.location)
         try:
             shelf.write(shelf.shard_id(keys), features(keys, grid=(40, 40)))
             written += 1
         except StoreError as caught:
             error = caught
-    assert files(store.path) == before and not list(store.path.rglob(".*.tmp"))
+    assert files(store.location) == before and not list(Path(store.location).rglob(".*.tmp"))
     assert isinstance(error.__cause__, OSError)
     try:  # a smaller thing may still fit, or not; either is said
         shelf.snapshot()
         store.quarantine([{"image": "a" * 100_000, "sha256": None, "reason": "b", "expert": "clip"}])
     except StoreError:
         pass
-    assert not list(store.path.rglob(".*.tmp"))
+    assert not list(Path(store.location).rglob(".*.tmp"))
     stored = [key(number) for number in range(written * 4)]
-    again = FeatureStore(store.path)
+    again = FeatureStore(store.location)
     wanted = features(stored, grid=(40, 40))
     read = again.shelf("clip").read(stored)
     assert all(torch.equal(got.tokens, wanted[name].tokens) for name, got in zip(stored, read, strict=True))
@@ -783,7 +785,7 @@ def test_quarantine(store, shelf):
         ]
     )
     store.quarantine([{"image": "c.png", "sha256": KEYS[1], "reason": "not an image", "expert": "sam"}])
-    rows = FeatureStore(store.path).quarantined()
+    rows = FeatureStore(store.location).quarantined()
     assert {(row["image"], row["sha256"], row["reason"], row["expert"]) for row in rows} == {
         ("a.jpg", KEYS[0], "truncated", "clip"),
         ("b.png", None, "0 bytes", None),
@@ -791,7 +793,7 @@ def test_quarantine(store, shelf):
     }
     assert all(row["time"].endswith("+00:00") for row in rows)
     assert store.stat()["quarantined"] == 3 and list(store.experts()) == ["clip"]
-    for path in (store.path / "quarantine").iterdir():
+    for path in (Path(store.location) / "quarantine").iterdir():
         assert set(pq.read_table(path).column_names) == {"image", "sha256", "reason", "expert", "time"}
         path.unlink()
     assert store.quarantined() == []
@@ -802,36 +804,36 @@ def test_gc_respects_the_grace(store, shelf):
     shelf.snapshot()
     fill(shelf, [*KEYS, key("more")])
     shelf.snapshot()
-    orphan = shelf.folder / "shards" / f"{'0' * 32}-0123456789ab.safetensors"
+    orphan = Path(shelf.location) / "shards" / f"{'0' * 32}-0123456789ab.safetensors"
     temporary = [
         folder / f".{name}-0123456789ab.tmp"
         for folder, name in [
-            (store.path, "store.json"), (store.path / "quarantine", "x.parquet"), (shelf.folder, "expert.json"),
-            (shelf.folder / "shards", "x"), (shelf.folder / "receipts", "x"), (shelf.folder / "index", "x"),
-            (shelf.folder / "snapshots", "x"),
+            (Path(store.location), "store.json"), (Path(store.location) / "quarantine", "x.parquet"), (Path(shelf.location), "expert.json"),
+            (Path(shelf.location) / "shards", "x"), (Path(shelf.location) / "receipts", "x"), (Path(shelf.location) / "index", "x"),
+            (Path(shelf.location) / "snapshots", "x"),
         ]
     ]  # fmt: skip
-    superseded = [shelf.folder / "index" / "1.arrow", shelf.folder / "snapshots" / "1.json"]
-    (store.path / "quarantine").mkdir(exist_ok=True)
+    superseded = [Path(shelf.location) / "index" / "1.arrow", Path(shelf.location) / "snapshots" / "1.json"]
+    (Path(store.location) / "quarantine").mkdir(exist_ok=True)
     for path in (orphan, *temporary):
         path.write_bytes(b"12345")
-    kept = files(store.path) - {str(path.relative_to(store.path)) for path in (orphan, *superseded)}
+    kept = files(store.location) - {str(path.relative_to(Path(store.location))) for path in (orphan, *superseded)}
     assert store.gc(3600) == {"files": 0, "bytes": 0} and orphan.exists()
     for path in (orphan, *temporary[:3]):
         os.utime(path, (time.time() - 7200,) * 2)
     assert store.gc(3600) == {"files": 4, "bytes": 20}
     freed = sum(path.stat().st_size for path in (*temporary[3:], *superseded))
     assert store.gc(0) == {"files": 6, "bytes": freed}
-    assert files(store.path) == kept and not list(store.path.rglob(".*"))
-    assert same(FeatureStore(store.path).shelf("clip"), [*KEYS, key("more")])
+    assert files(store.location) == kept and not list(Path(store.location).rglob(".*"))
+    assert same(FeatureStore(store.location).shelf("clip"), [*KEYS, key("more")])
 
 
 def test_a_copied_store_without_its_empty_folders(store, shelf):
     fill(shelf, KEYS[:4])
     for name in ("index", "snapshots"):
-        (shelf.folder / name).rmdir()
-    (store.add_expert(describe("sam")).folder / "receipts").rmdir()
-    again = FeatureStore(store.path)
+        (Path(shelf.location) / name).rmdir()
+    Path(store.add_expert(describe("sam")).location, "receipts").rmdir()
+    again = FeatureStore(store.location)
     fill(again.shelf("sam"), KEYS)
     assert same(again.shelf("sam"), KEYS)
     assert same(again.shelf("clip"), KEYS[:4]) and list(again.verify()) == [] and again.gc(0)["files"] == 0
@@ -849,7 +851,7 @@ def test_looking_is_quick(store, shelf):
         "assert not {'torch', 'pandas'} & set(sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code, str(store.path)], env=env, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, store.location], env=env, check=True, timeout=60)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""The machines of a cluster: as Ray tells them, or as a file describes one that is not there."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+class PlanError(ValueError):
+    """Pools that cannot be had, or a file of pools or machines that cannot be read; the message tells what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """Machines that are alike."""
+
+    count: int = 1
+    cpus: float
+    memory: int  # bytes that Ray may give to actors, of each
+    accelerator: str | None = None  # Ray's accelerator-type label of its GPUs, e.g. "A100"
+    gpus: int = 0  # of each
+    gpu_memory: int | None = None  # bytes of one GPU; None: not known
+
+
+def accelerator_of(device: str) -> str | None:
+    """The accelerator-type label that Ray gives a device of a profile, None for a CPU.
+
+    The driver's name of an NVIDIA GPU is cut as Ray cuts it: "NVIDIA A100-SXM4-40GB" is an A100. A name without a space
+    is a label already, as in profiles made by hand.
+    """
+    if device.startswith("cpu"):
+        return None
+    if " " not in device:
+        return device
+    model = re.match(r"\w+\s+((?:[A-Z]+\s+)*[A-Z0-9]*\d[A-Z0-9]*)", device)
+    name = model[1] if model else re.sub(r"^NVIDIA\s+", "", device)
+    return name.replace(" ", "-")
+
+
+def read_cluster(path: str | os.PathLike[str]) -> list[Nodes]:
+    """The machines of a YAML file, a list of
+
+        - {count: 4, cpus: 64, memory_gib: 256, accelerator: A100, gpus: 8, gpu_memory_gib: 40}
+        - {count: 10, cpus: 32, memory_gib: 128}
+
+    Raises:
+        PlanError: no such file, or not one of machines.
+    """
+    rows = read_yaml(path)
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise PlanError(f"{path}: write a list of machines, each {{count: 4, cpus: 64, memory_gib: 256, ...}}")
+    return [_machines(f"{path}, machine {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _machines(where: str, row: Mapping[str, Any]) -> Nodes:
+    allowed = {"count", "cpus", "memory_gib", "accelerator", "gpus", "gpu_memory_gib"}
+    if unknown := sorted(map(str, set(row) - allowed)):
+        raise PlanError(f"{where}: no such key {', '.join(unknown)}; there are {', '.join(sorted(allowed))}")
+    try:
+        nodes = Nodes(
+            count=int(row.get("count", 1)),
+            cpus=float(row["cpus"]),
+            memory=int(float(row["memory_gib"]) * GIB),
+            accelerator=None if row.get("accelerator") is None else str(row["accelerator"]),
+            gpus=int(row.get("gpus", 0)),
+            gpu_memory=None if row.get("gpu_memory_gib") is None else int(float(row["gpu_memory_gib"]) * GIB),
+        )
+    except KeyError as error:
+        raise PlanError(f"{where}: {error.args[0]} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{where}: {error}") from None
+    if nodes.count < 1 or not (nodes.cpus >= 0 and nodes.memory >= 0 and nodes.gpus >= 0):
+        raise PlanError(f"{where}: count must be at least 1 and nothing below 0")
+    if bool(nodes.gpus) != bool(nodes.accelerator):
+        raise PlanError(f"{where}: gpus: and accelerator: (e.g. A100) go together")
+    return nodes
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Any:
+    """What a YAML (or JSON) file holds.
+
+    Raises:
+        PlanError: no such file, or it cannot be parsed.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is no YAML: {error}") from None
+
+
+def alike(rows: Iterable[Mapping[str, Any]]) -> list[Nodes]:
+    """The living machines among `ray.nodes()`, those of one kind together; memory to whole GiB, which is what differs."""
+    counts: Counter[Nodes] = Counter()
+    for row in rows:
+        has = row["Resources"]
+        if not row["Alive"] or not has.get("CPU", 0.0) + has.get("GPU", 0.0):
+            continue
+        label = next((key.partition(":")[2] for key in has if key.startswith("accelerator_type:")), None)
+        memory = int(has.get("memory", 0.0)) // GIB * GIB
+        gpus = int(has.get("GPU", 0.0)) if label else 0  # GPUs that Ray cannot name are of no profile
+        counts[Nodes(cpus=has.get("CPU", 0.0), memory=memory, accelerator=label if gpus else None, gpus=gpus)] += 1
+    return [replace(nodes, count=count) for nodes, count in counts.items()]
+
+
+def running_nodes() -> list[Nodes]:
+    """The machines of the cluster this process is connected to, their GPUs' memory asked on one node of each kind."""
+    import ray
+
+    @ray.remote(num_cpus=0, max_calls=1)  # its process ends, and with it what CUDA took
+    def gpu_memory() -> int | None:
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+    found = alike(ray.nodes())
+    asked: dict[str | None, Any] = {
+        kind: gpu_memory.options(accelerator_type=kind).remote() for kind in {one.accelerator for one in found} if kind
+    }
+    known = dict(zip(asked, ray.get(list(asked.values())), strict=True))
+    return [replace(one, gpu_memory=known.get(one.accelerator)) for one in found]

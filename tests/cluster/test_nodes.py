@@ -1,0 +1,61 @@
+import pytest
+
+from cluster.nodes import GIB, Nodes, PlanError, accelerator_of, alike, read_cluster
+
+NAMES = {
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100",
+    "NVIDIA H200": "H200",
+    "NVIDIA A100-SXM4-40GB": "A100",
+    "NVIDIA A100 80GB PCIe": "A100",
+    "NVIDIA A10G": "A10G",
+    "NVIDIA L4": "L4",
+    "NVIDIA L40S": "L40S",
+    "Tesla T4": "T4",
+    "Tesla V100-SXM2-16GB": "V100",
+    "Tesla P100-PCIE-16GB": "P100",
+    "NVIDIA RTX PRO 6000 Blackwell Server Edition": "RTX-PRO-6000",
+    "NVIDIA GeForce RTX 4090": "GeForce-RTX-4090",
+}
+
+
+def test_devices_of_profiles_are_named_as_ray_names_them():
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Manager
+
+    for device, label in NAMES.items():
+        assert accelerator_of(device) == label == Manager._gpu_name_to_accelerator_type(device)
+    assert accelerator_of("cpu AMD EPYC 7763") is None
+    assert accelerator_of("T4") == "T4", "by hand"
+
+
+def test_a_cluster_is_read_from_a_file(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "- {count: 4, cpus: 64, memory_gib: 256, accelerator: A100, gpus: 8, gpu_memory_gib: 40}\n"
+        "- {cpus: 32, memory_gib: 0.5}\n"
+    )
+    gpus = Nodes(count=4, cpus=64, memory=256 * GIB, accelerator="A100", gpus=8, gpu_memory=40 * GIB)
+    assert read_cluster(file) == [gpus, Nodes(cpus=32, memory=GIB // 2)]
+    for text, wrong in (
+        ("- {cpus: 4}", r"cluster\.yaml, machine 1: memory_gib is missing"),
+        ("- {cpus: 4, memory_gib: 1, gpu: 2}", r"no such key gpu; there are accelerator, count, cpus"),
+        ("- {cpus: 4, memory_gib: 1, gpus: 2}", r"gpus: and accelerator: \(e\.g\. A100\) go together"),
+        ("- {cpus: x, memory_gib: 1}", r"machine 1: could not convert"),
+        ("- {cpus: 4, memory_gib: 1, count: 0}", r"count must be at least 1"),
+        ("cpus: 4", r"write a list of machines"),
+    ):
+        file.write_text(text)
+        with pytest.raises(PlanError, match=wrong):
+            read_cluster(file)
+
+
+def test_machines_that_ray_tells_are_put_together():
+    def row(alive=True, **resources):
+        return {"Alive": alive, "Resources": {"memory": 64.3 * GIB} | resources}
+
+    a100 = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:A100": 1.0}
+    rows = [row(**a100), row(**a100, memory=64.9 * GIB), row(CPU=4.0), row(False, CPU=4.0), row(CPU=4.0, GPU=1.0)]
+    assert alike(rows) == [
+        Nodes(count=2, cpus=16.0, memory=64 * GIB, accelerator="A100", gpus=2),
+        Nodes(count=2, cpus=4.0, memory=64 * GIB),
+    ]

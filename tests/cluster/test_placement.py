@@ -1,0 +1,151 @@
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from cluster.nodes import GIB, Nodes
+from cluster.planner import SPARE, PlanError, PoolSpec, _ways, plan_placement, plan_pools, seat
+from mova_core.experts.profile import Measured, Profile
+
+PIXELS = 60.0  # pictures/s that one core decodes
+NEAR = 1 - 2 * SPARE  # what the planner gives up for fewer pools, and the solver's own gap
+
+
+def profile(expert: str, device: str, *batches: tuple[int, float, float], threads: int = 1) -> Profile:
+    """Of batches (size, images/s, GiB)."""
+    measured = [Measured(batch=b, images_per_second=rate, peak_bytes=int(gib * GIB)) for b, rate, gib in batches]
+    return Profile(expert=expert, arch={}, dtype="bfloat16", device=device, threads=threads, batches=measured)
+
+
+def gpus(count: int, kind: str = "A100", memory: float = 40, cpus: float = 16) -> Nodes:
+    return Nodes(cpus=cpus, memory=64 * GIB, accelerator=kind, gpus=count, gpu_memory=int(memory * GIB))
+
+
+def test_each_expert_goes_where_it_is_relatively_fast():
+    profiles = [
+        profile("sam", "NVIDIA A100-SXM4-40GB", (1, 30, 5)),
+        profile("sam", "Tesla T4", (1, 2, 5)),
+        profile("vary", "NVIDIA A100-SXM4-40GB", (1, 60, 5)),
+        profile("vary", "Tesla T4", (1, 30, 5)),
+    ]
+    nodes = [gpus(4), gpus(4, "T4", 15)]
+    placed = plan_placement({"sam": 1000, "vary": 1000}, profiles, nodes)
+    assert {(pool.expert, pool.accelerator, pool.max_size, pool.rate) for pool in placed.pools} == {
+        ("sam", "A100", 4, 120.0),
+        ("vary", "T4", 4, 120.0),
+    }
+    assert placed.images_per_second == pytest.approx(120) and placed.seconds == pytest.approx(1000 / 120)
+    assert placed.bound == pytest.approx(120) and not placed.in_turn
+    assert placed.gains["A100"] > 0 and set(placed.gains) == {"A100", "T4"}
+    assert sum(placed.shares.values()) == pytest.approx(1)
+    assert all(word in "\n".join(placed.describe()) for word in ("120 images/s", "side by side", "one more A100"))
+
+
+def test_a_share_of_a_gpu_holds_its_batch_and_the_context():
+    slow, quick = (1, 10.0, 4.0), (8, 40.0, 9.4)
+    profiles = [profile(name, "A100", slow, quick) for name in ("sam", "vary", "clip", "deplot")]
+    placed = plan_placement(dict.fromkeys(["sam", "vary", "clip", "deplot"], 100), profiles, [gpus(1, memory=40)])
+    assert [(pool.gpu, pool.batch, pool.max_size) for pool in placed.pools] == [(0.25, 8, 1)] * 4
+    tight = plan_placement({"sam": 100}, profiles, [gpus(1, memory=9.8)])
+    assert [(pool.gpu, pool.batch) for pool in tight.pools] == [(1.0, 1)], "9.4 GiB and CUDA's half do not fit"
+    unknown = [replace(gpus(2), gpu_memory=None)]
+    assert {pool.gpu for pool in plan_placement({"sam": 1, "vary": 1}, profiles, unknown).pools} == {1.0}
+
+
+def test_what_cannot_be_placed_is_told():
+    a100 = profile("sam", "NVIDIA A100-SXM4-40GB", (1, 30, 12))
+    with pytest.raises(
+        PlanError, match=r"sam has no profile on any kind of device here \(CPU, T4\): run `mova profile --exp"
+    ):
+        plan_placement({"sam": 1}, [a100], [gpus(1, "T4", 15)])
+    with pytest.raises(
+        PlanError, match=r"sam fits nowhere: it takes 12\.5 GiB of GPU memory, but a A100 has 10\.0 GiB"
+    ):
+        plan_placement({"sam": 1}, [a100], [gpus(1, memory=10)])
+    on_cpu = profile("sam", "cpu X", (1, 0.5, 3), threads=4)
+    with pytest.raises(
+        PlanError, match=r"it takes 4 CPUs and 3\.0 GiB of memory on one machine, but the largest has 2"
+    ):
+        plan_placement({"sam": 1}, [on_cpu], [Nodes(cpus=2, memory=64 * GIB)])
+    with pytest.raises(PlanError, match=r"sam: an actor of it holds 4 CPUs .* has 4: profile it with a lower --cpu"):
+        plan_placement({"sam": 1}, [on_cpu], [Nodes(cpus=4, memory=64 * GIB)])
+    with pytest.raises(PlanError, match="nothing is wanted"):
+        plan_placement({"sam": 0}, [on_cpu], [Nodes(cpus=4, memory=64 * GIB)])
+    [note] = plan_placement({"sam": 1}, [a100], [gpus(1), gpus(1, "T4", 15)]).notes
+    assert note == "sam is not placed on T4: no profile of it there"
+
+
+def test_experts_take_turns_where_they_do_not_fit_beside_each_other():
+    profiles = [profile(name, "cpu X", (1, 2.0, 1)) for name in ("sam", "vary", "clip", "deplot")]
+    placed = plan_placement(
+        dict.fromkeys(["sam", "vary", "clip", "deplot"], 600), profiles, [Nodes(cpus=4, memory=9 * GIB)]
+    )
+    assert placed.in_turn and {pool.max_size for pool in placed.pools} == {3}
+    assert placed.images_per_second == pytest.approx(1.5) and placed.seconds == pytest.approx(400)
+    assert "one expert after the other" in placed.describe()[0]
+
+
+def test_decoding_takes_cpus_beside_a_gpu():
+    fast = [profile("sam", "A100", (1, 1000.0, 1))]
+    [pool] = plan_placement({"sam": 1}, fast, [gpus(1, cpus=5)], PIXELS).pools
+    assert (pool.rate, pool.cpus) == (240.0, 4.0), "four cores decode, more an actor cannot use"
+    shared = plan_placement({"sam": 1}, fast, [gpus(1, cpus=16)], PIXELS)
+    assert 240 < shared.images_per_second <= 15 * PIXELS, "several actors on the GPU can"
+    cpu = plan_placement({"sam": 1}, [profile("sam", "cpu X", (1, 60.0, 1))], [Nodes(cpus=2, memory=GIB)], PIXELS)
+    assert cpu.images_per_second == pytest.approx(30)
+
+
+def test_no_machine_is_given_more_than_it_has(chance):
+    nodes, wanted = chance.cluster(), chance.mix()
+    placed = plan_placement(wanted, chance.profiles(), nodes, chance.choice([None, PIXELS]), seconds=1)
+    machines = [one for one in nodes for _ in range(one.count)]
+    assert set(plan_pools(list(wanted), placed.pools)) == {pool.expert for pool in placed.pools}
+    for beside in [[name] for name in wanted] if placed.in_turn else [list(wanted)]:
+        pools = [pool for pool in placed.pools if pool.expert in beside]
+        gpu: Counter[tuple[int, int]] = Counter()
+        held: dict[str, Counter[int]] = {"cpu": Counter(), "memory": Counter()}
+        for pool, seats in zip(pools, seat(pools, nodes), strict=True):
+            assert len(seats) == pool.max_size, "every actor has a seat"
+            for machine, index in seats:
+                assert pool.accelerator in (None, machines[machine].accelerator)
+                assert index < machines[machine].gpus
+                gpu[machine, index] += pool.gpu  # type: ignore[assignment]
+                held["cpu"][machine] += pool.cpus  # type: ignore[assignment]
+                held["memory"][machine] += pool.memory
+        assert all(share <= 1 for (_, index), share in gpu.items() if index >= 0)
+        assert all(taken <= machines[machine].cpus for machine, taken in held["cpu"].items())
+        assert all(taken <= machines[machine].memory for machine, taken in held["memory"].items())
+        assert sum(held["cpu"].values()) <= sum(one.cpus for one in machines) - 1
+
+
+def test_no_placement_by_chance_is_better(chance):
+    """Actors drawn one by one until no more fits, a hundred times."""
+    nodes, wanted, profiles = chance.cluster(), chance.mix(), chance.profiles()
+    placed = plan_placement(wanted, profiles, nodes, seconds=1)
+    ways = [way for name in wanted for way in _ways(name, profiles, nodes, None, [])]
+    best = 0.0
+    for _ in range(100):
+        drawn: dict[PoolSpec, int] = {}
+        chosen = chance.sample(ways, min(len(ways), chance.randint(len(wanted), 3 * len(wanted))))
+        pools = [replace(way.pool, max_size=chance.randint(1, 12)) for way in chosen]
+        for way, pool, seats in zip(chosen, pools, seat(pools, nodes), strict=True):
+            drawn[way.pool] = drawn.get(way.pool, 0) + len(seats)
+            assert len(seats) <= pool.max_size
+        rates = Counter[str]()
+        for way in chosen:
+            rates[way.pool.expert] += way.rate * drawn[way.pool]  # type: ignore[assignment]
+        best = max(best, max(wanted.values()) * min(rates[name] / wanted[name] for name in wanted))
+    assert NEAR * best <= placed.images_per_second <= placed.bound * 1.0001
+
+
+def test_more_gpus_are_never_slower(chance):
+    profiles, wanted = chance.profiles(), chance.mix()
+    rates, bounds = [], []
+    for count in (1, 4):
+        nodes = [replace(gpus(count, cpus=32), count=2), gpus(2, "T4", 15)]
+        placed = plan_placement(wanted, profiles, nodes, seconds=1)
+        rates.append(placed.images_per_second)
+        bounds.append(placed.bound)
+    assert bounds == sorted(bounds)
+    assert all(more >= NEAR * less for less, more in pairwise(rates))
