@@ -209,7 +209,7 @@ def nodes(log: Path, speeds: Sequence[float]) -> Iterator[None]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         for speed in speeds:
-            cluster.add_node(num_cpus=2, labels={"speed": str(speed)})
+            cluster.add_node(num_cpus=3, labels={"speed": str(speed)})
         ray.init(cluster.address, logging_level=logging.ERROR, log_to_driver=False)
         yield
     finally:
