@@ -272,9 +272,8 @@ class ExpertShelf:
         self, shard_id: str, made: Callable[[], Sequence[tuple[Mapping[str, Any], Any]]]
     ) -> list[dict[str, Any]]:
         try:
-            if not self.committed(shard_id):
-                self._commit(shard_id, made())
-            table = self._receipt(shard_id)
+            table = None if self.committed(shard_id) else self._commit(shard_id, made())
+            table = table or self._receipt(shard_id)
         except _DamagedReceipt as error:
             raise StoreError(f"{error}: run `mova store verify`, then the same command again") from None
         with self._lock:
@@ -285,23 +284,33 @@ class ExpertShelf:
         """Makes the shelf's folders, which tools that copy a store may have left out where they were empty."""
         self.place.make("shards", "receipts", "index", "snapshots")
 
-    def _commit(self, shard_id: str, made: Sequence[tuple[Mapping[str, Any], Any]]) -> None:
+    def _commit(self, shard_id: str, made: Sequence[tuple[Mapping[str, Any], Any]]) -> pa.Table | None:
+        """Puts shard and receipt down; the receipt if this writer won."""
         name = f"{shard_id}-{uuid.uuid4().hex[:12]}.safetensors"
         receipt, pieces = self._lay_out(name, made)
-        lost = asked = False
+        lost = asked = won = False
         with writing(self.store):
             try:
                 self.make_folders()
                 self.place.put(f"shards/{name}", pieces)
                 asked = True
-                lost = not self.place.put_if_absent(f"receipts/{shard_id}.parquet", receipt)
+                won = self.place.put_if_absent(f"receipts/{shard_id}.parquet", receipt)
+                lost = not won
             finally:
                 # Ask the disk who won: an interrupt, or a reply that NFS lost, can hide that the link was made.
                 with suppress(OSError, ValueError):
-                    winner = self._receipt(shard_id)["file"][0].as_py() if self.committed(shard_id) else None
+                    winner = name if won else self._winner(shard_id)
                     unheard = lost or (asked and not self.place.certain)  # `gc` knows later
                     if winner != name and (winner or not unheard):
                         self.place.delete(f"shards/{name}")
+        return self._parsed(shard_id, receipt) if won else None
+
+    def _winner(self, shard_id: str) -> str | None:
+        """The shard file that a receipt names."""
+        try:
+            return str(self._receipt(shard_id)["file"][0])
+        except FileNotFoundError:
+            return None
 
     def _encode(self, features: Mapping[str, Features]) -> Sequence[tuple[Mapping[str, Any], Any]]:
         """Receipt row, but for where it will lie, and bytes of each feature."""
@@ -711,7 +720,7 @@ class ExpertShelf:
         """A receipt; FileNotFoundError where there is none, _DamagedReceipt where it cannot be read."""
         return self._parsed(shard_id, self.place.read(f"receipts/{shard_id}.parquet"))
 
-    def _parsed(self, shard_id: str, content: bytes) -> pa.Table:
+    def _parsed(self, shard_id: str, content: Any) -> pa.Table:
         try:
             file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
             table = file.read(use_threads=False).select(RECEIPT.names).cast(RECEIPT)
