@@ -203,7 +203,7 @@ def nodes(log: Path, speeds: Sequence[float]) -> Iterator[None]:
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ.update(WAITING_MS=str(WAIT_MS), WAITING_LOG=str(log))
+    os.environ.update(WAITING_MS=str(WAIT_MS), WAITING_LOG=str(log), RAY_raylet_start_wait_time_s="120")
     path = [str(Path(__file__).parents[1]), *sys.path]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -28,6 +28,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.mova_core.test_store_remote import Server
+
 ROOT = Path(__file__).parents[2]
 MOMENTS = int(os.environ.get("MOVA_FAULT_MOMENTS", "2"))
 PICTURES = 480
@@ -97,6 +99,7 @@ class Place:
 
     folder: Path
     cluster: Any
+    s3: Server
     node: Any = None  # the second one, which may be killed
     bytes_of: dict[str, bytes] = field(default_factory=dict)
     first_commit: float = 0.0  # seconds from the start of a run
@@ -141,12 +144,19 @@ def place(tmp_path_factory) -> Iterator[Place]:
         patch.setenv("PYTHONPATH", os.pathsep.join(path))
         patch.setenv("WAITING_MS", str(WAITING_MS))
         patch.setenv("WAITING_LOG", str(folder / "waiting.log"))
+        s3 = Server()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3.http.server_port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "any")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         for name, value in (("period_ms", 500), ("timeout_ms", 1000), ("failure_threshold", 3)):
             patch.setenv(f"RAY_health_check_{name}", str(value))  # a dead node is noticed in seconds
+        patch.setenv("RAY_raylet_start_wait_time_s", "120")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         patch.setenv("RAY_ADDRESS", cluster.address)
         forks.set_forkserver_preload(["cluster.session", "pipelines.cli", "pipelines.precompute", "waiting_expert"])
-        here = Place(folder, cluster)
+        here = Place(folder, cluster, s3)
         try:
             here.add_node()
             run = Driver(folder, str(folder / "undisturbed"))
@@ -160,6 +170,7 @@ def place(tmp_path_factory) -> Iterator[Place]:
             yield here
         finally:
             cluster.shutdown()
+            s3.close()
 
 
 @pytest.fixture(autouse=True)
@@ -328,8 +339,17 @@ def test_flipped_bytes(place, tmp_path):
 
 
 @pytest.mark.timeout(200)
-def test_a_store_on_s3_that_fails_one_call_in_twenty(place, tmp_path):
-    pytest.importorskip("moto")
+def test_a_store_on_s3_that_fails_one_call_in_twenty(place):
+    fsspec.filesystem("s3").mkdir("faults")
+    place.s3.failing, before = 0.05, len(place.s3.asked)
+    try:
+        summary = Driver(place.folder, "s3://faults/store").end()
+    finally:
+        place.s3.failing = 0.0
+    assert summary["computed"] == {"waiting": PICTURES} and place.s3.failed
+    calls = len(place.s3.asked) - before
+    report("failing S3", calls=calls, failed=place.s3.failed, redone=place.computed() - PICTURES)
+    check(place, "s3://faults/store")
 
 
 def phase(place: Place, run: Driver) -> dict[str, Any]:
