@@ -146,7 +146,8 @@ class ExpertServer:
         self._waiting: deque[_Asked] = deque()
         self._unanswered: set[_Asked] = set()  # those, and those in the batches under way
         self._changed = threading.Condition()  # of the five above
-        self._decoders = ThreadPoolExecutor(4 if on_accelerator else 1, thread_name_prefix=f"{expert}-decode")
+        self._decoding = 4 if on_accelerator else 1  # threads
+        self._decoders = ThreadPoolExecutor(self._decoding, thread_name_prefix=f"{expert}-decode")
         # One batch being gathered, one here, one on the device: what bounds the memory that pixels take.
         self._ready: Queue[tuple[list[_Asked], dict[str, Tensor]] | None] = Queue(maxsize=1)
         self._threads = [
@@ -328,30 +329,35 @@ class ExpertServer:
         self._ready.put(None)
 
     def _prepare(self, group: Sequence[_Asked]) -> tuple[list[_Asked], dict[str, Tensor]] | None:
-        good, pixels = [], []
-        for asked, made in zip(group, self._decoders.map(self._pixels, group), strict=True):
-            if isinstance(made, ImageError):
-                self._give(asked, made)
-            else:
-                good.append(asked)
-                pixels.append(made)
-        if not good:
+        share = -(-len(group) // self._decoding)
+        parts = [group[at : at + share] for at in range(0, len(group), share)]
+        made = [one for part in self._decoders.map(self._pixels, parts) for one in part]
+        if not made:
             return None
-        batch = {name: torch.cat([one[name] for one in pixels]) for name in pixels[0]}
+        batch = made[0][1]
+        if len(made) > 1:
+            batch = {name: torch.cat([pixels[name] for _, pixels in made]) for name in batch}
         if self.device.type == "cuda":
             batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-        return good, batch
+        return [asked for part, _ in made for asked in part], batch
 
-    def _pixels(self, asked: _Asked) -> dict[str, Tensor] | ImageError:
+    def _pixels(self, part: Sequence[_Asked]) -> list[tuple[Sequence[_Asked], dict[str, Tensor]]]:
+        """Pictures with their pixels: all in one where they are good, else one by one; those that are not get their error."""
         started = time.monotonic()
         try:
-            return self.expert.preprocess([asked.image])
-        except ImageError as error:
-            return error
+            pixels = self.expert.preprocess([asked.image for asked in part])
         except Exception as error:
-            return ImageError(f"{asked}: {self.name} cannot prepare it ({type(error).__name__}: {error})")
+            failure = error
+        else:
+            return [(part, pixels)]
         finally:
             self._load["prepare"] += time.monotonic() - started
+        if len(part) > 1:
+            return [one for asked in part for one in self._pixels([asked])]
+        if not isinstance(failure, ImageError):
+            failure = ImageError(f"{part[0]}: {self.name} cannot prepare it ({type(failure).__name__}: {failure})")
+        self._give(part[0], failure)
+        return []
 
     def _compute(self) -> None:
         while (work := self._ready.get()) is not None:

@@ -32,6 +32,7 @@ FEW = 3  # machines of a kind that are each planned by themselves
 GAP = 5e-3  # of the rate, that the solver may leave
 SPARE = 0.01  # of the rate, given up for fewer pools and actors; of these the solver may leave five times as much
 POOL_COST = 4.0  # actors that one pool less is worth
+TAIL = 0.05  # of the run: where one shard takes longer than that, the last shards would be waited for
 IN_TURN_GAIN = 1.05  # experts one after the other must be faster by this: each start costs what the program cannot see
 ROUNDING = 1e-6  # ten times 0.1 GPU is one GPU
 
@@ -233,10 +234,10 @@ class Placement:
     """Pools for every expert, and what they bring."""
 
     wanted: Mapping[str, int]  # expert -> features to compute
-    pools: list[PoolSpec]  # in the order to start them, larger shares of a GPU first; `max_size` is what is planned
+    pools: list[PoolSpec]  # in the order to start them, larger shares of a GPU first; planned with `max_size` actors
     in_turn: bool  # experts one after the other, each with all of the cluster; else side by side
     images_per_second: float  # of the most wanted expert, while all keep step with it
-    bound: float  # images/s that no placement exceeds: GPUs cut at will, whole experts or not
+    bound: float  # images/s that no placement exceeds: with every device in use and actors cut at will
     shares: Mapping[str, float]  # resource -> its part in the bound, in all 1: the largest is the bottleneck
     gains: Mapping[str, float]  # accelerator -> images/s that one more such GPU adds to the bound
     notes: list[str] = field(default_factory=list)  # what profiles lack, for people
@@ -264,7 +265,7 @@ class Placement:
         lines = [
             f"{order}: {self.images_per_second:.4g} images/s of the mix, {self.images_per_second / self.bound:.0%} of "
             f"what this cluster could give at most",
-            f"{max(self.wanted.values()):,} images in {_duration(self.seconds)}, without the start of the actors",
+            f"{max(self.wanted.values()):,} images in {duration(self.seconds)}, without the start of the actors",
             f"bottleneck: {self.bottleneck}",
             *(f"one more {kind}: {gain:+.3g} images/s" for kind, gain in self.gains.items()),
         ]
@@ -292,6 +293,7 @@ def plan_placement(
     profiles: "Iterable[Profile]",
     nodes: Sequence[Nodes],
     decode: float | None = None,
+    shard_rows: Mapping[str, int] | int = 64,
     seconds: float = 5.0,
 ) -> Placement:
     """The placement that computes what is wanted soonest.
@@ -306,6 +308,7 @@ def plan_placement(
         nodes: machines, as `cluster.nodes` reads them.
         decode: pictures/s that one core decodes and prepares, which profiles leave out; an actor beside a GPU then holds
             the CPUs it takes to keep up, four at most. None: costs nothing.
+        shard_rows: pictures per shard; devices so slow that a shard takes a good part of the run are left to others.
         seconds: longest time for each of two integer programs, after which the best found so far counts.
 
     Raises:
@@ -316,9 +319,13 @@ def plan_placement(
         raise PlanError("nothing is wanted of any expert: there is nothing to place")
     profiles, notes = list(profiles), list[str]()
     ways = {name: _ways(name, profiles, nodes, decode, notes) for name in wanted}
+    bound, shares = _Program(wanted, ways, nodes).bound()
+    for name, each in ways.items():
+        rows = shard_rows if isinstance(shard_rows, int) else shard_rows[name]
+        slowest = min(max(way.rate for way in each), rows / (TAIL / bound) if bound else 0.0)
+        ways[name] = [way for way in each if way.rate >= slowest]
     program = _Program(wanted, ways, nodes)
-    bound, shares = program.bound()
-    together = program.solve(bound, seconds)
+    together = program.solve(program.bound()[0], seconds)
     alone = {name: _Program({name: wanted[name]}, {name: ways[name]}, nodes) for name in wanted}
     in_turn = {name: one.solve(one.bound()[0], seconds) for name, one in alone.items()} if len(wanted) > 1 else {}
     most = max(wanted.values())
@@ -338,7 +345,9 @@ def plan_placement(
             f"the cluster has {sum(one.cpus * one.count for one in nodes):g}: profile it with a lower --cpu, or add a node"
         )
     use_turns = turns > beside * IN_TURN_GAIN
-    pools = [pool for name in in_turn for pool in in_turn[name]] if use_turns else together
+    pools = together
+    if use_turns:  # a pool that started with what another left over would keep to it
+        pools = [replace(pool, min_size=pool.max_size) for name in in_turn for pool in in_turn[name]]
     pools.sort(key=lambda pool: -pool.gpu)
     if not use_turns:
         for pool, seats in zip(pools, seat(pools, nodes), strict=True):
@@ -347,7 +356,7 @@ def plan_placement(
                     f"{pool.max_size - len(seats)} of {pool} may wait where Ray puts the others in its own order"
                 )
     kinds = dict.fromkeys(one.accelerator for one in nodes if one.accelerator)
-    gains = {kind: (program.bound(one_more=kind)[0] - bound) * most for kind in kinds}
+    gains = {kind: (program.bound(one_more=kind)[0] - program.bound()[0]) * most for kind in kinds}
     return Placement(
         wanted=wanted,
         pools=pools,
@@ -548,43 +557,66 @@ def _group_sizes(count: int) -> list[int]:
     return sizes + [1] * count
 
 
-def seat(pools: Sequence[PoolSpec], nodes: Sequence[Nodes]) -> list[list[tuple[int, int]]]:
-    """For each pool the machine and GPU of as many of its `max_size` actors as there is room for.
+class Room:
+    """What the machines have left while actors take seats on them, with one CPU of all kept free for reading tasks.
 
-    Larger shares come first. Machines count through `nodes` in their order; without a GPU it is -1.
+    Machines count through `nodes` in their order.
     """
-    machines = [one for one in nodes for _ in range(one.count)]
-    cpu = np.array([float(one.cpus) for one in machines])
-    memory = np.array([float(one.memory) for one in machines])
-    cpus, bytes_ = cpu.sum() or 1.0, memory.sum() or 1.0
-    free = np.full((len(machines), max((one.gpus for one in machines), default=0)), -1.0)
-    for machine, one in enumerate(machines):
-        free[machine, : one.gpus] = 1.0
-    kind = np.array([one.accelerator or "" for one in machines])
+
+    def __init__(self, nodes: Sequence[Nodes]):
+        machines = [one for one in nodes for _ in range(one.count)]
+        self.kind = np.array([one.accelerator or "" for one in machines])
+        self.cpu = np.array([float(one.cpus) for one in machines])
+        self.memory = np.array([float(one.memory) for one in machines])
+        self.gpu = np.full((len(machines), max((one.gpus for one in machines), default=0)), -1.0)
+        for machine, one in enumerate(machines):
+            self.gpu[machine, : one.gpus] = 1.0
+        self.up = np.ones(len(machines), dtype=bool)
+        self.spare = self.cpu.sum() - 1  # CPUs
+        self.all = {"cpu": self.cpu.sum() or 1.0, "memory": self.memory.sum() or 1.0}
+
+    def take(self, pool: PoolSpec) -> tuple[int, int] | None:
+        """A seat for one actor: machine and GPU (-1 without one); None where there is no room."""
+        if self.spare < pool.cpus - ROUNDING:
+            return None
+        room = self.up & (self.cpu >= pool.cpus - ROUNDING) & (self.memory >= pool.memory)
+        if pool.gpu:
+            room &= (self.gpu >= pool.gpu - ROUNDING).any(axis=1)
+        if pool.accelerator:
+            room &= self.kind == pool.accelerator
+        if not room.any():
+            return None
+        # The machine with most left of what the actor takes most of: else small shares take all the CPUs of one.
+        left = self.cpu * (pool.cpus / self.all["cpu"]) + self.memory * (pool.memory / self.all["memory"])
+        machine, gpu = int(np.where(room, left, -1).argmax()), -1
+        if pool.gpu:  # the fullest that has room
+            free = self.gpu[machine]
+            gpu = int(np.where(free >= pool.gpu - ROUNDING, -free, -2).argmax())
+        self._move(pool, machine, gpu, -1)
+        return machine, gpu
+
+    def give(self, pool: PoolSpec, machine: int, gpu: int) -> None:
+        """Takes back the seat of an actor."""
+        self._move(pool, machine, gpu, 1)
+
+    def _move(self, pool: PoolSpec, machine: int, gpu: int, sign: int) -> None:
+        self.cpu[machine] += sign * pool.cpus
+        self.memory[machine] += sign * pool.memory
+        self.spare += sign * pool.cpus
+        if gpu >= 0:
+            self.gpu[machine, gpu] += sign * pool.gpu
+
+
+def seat(pools: Sequence[PoolSpec], nodes: Sequence[Nodes]) -> list[list[tuple[int, int]]]:
+    """For each pool the machine and GPU of as many of its `max_size` actors as there is room for, larger shares first."""
+    room = Room(nodes)
     seats: list[list[tuple[int, int]]] = [[] for _ in pools]
     for index in sorted(range(len(pools)), key=lambda i: (-pools[i].gpu, -pools[i].memory, -pools[i].cpus)):
-        pool = pools[index]
-        for _ in range(pool.max_size):
-            room = (cpu >= pool.cpus - ROUNDING) & (memory >= pool.memory)
-            if pool.gpu:
-                room &= (free >= pool.gpu - ROUNDING).any(axis=1)
-            if pool.accelerator:
-                room &= kind == pool.accelerator
-            if not room.any():
-                break
-            # The machine with most left of what the actor takes most of: else small shares take all the CPUs of one.
-            left = cpu * pool.cpus / cpus + memory * pool.memory / bytes_
-            machine = int(np.where(room, left, -1).argmax())
-            gpu = -1
-            if pool.gpu:
-                gpu = int(np.where(free[machine] >= pool.gpu - ROUNDING, -free[machine], -2).argmax())  # the fullest
-                free[machine, gpu] -= pool.gpu
-            cpu[machine] -= pool.cpus
-            memory[machine] -= pool.memory
-            seats[index].append((machine, gpu))
+        while len(seats[index]) < pools[index].max_size and (taken := room.take(pools[index])):
+            seats[index].append(taken)
     return seats
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} s" if minutes < 3 else f"{minutes:.0f} min" if hours < 3 else f"{hours:.1f} h"

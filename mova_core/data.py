@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mova_core.experts import EXPERTS
 from mova_core.images import ImageError, ImageRef
+from mova_core.locators import absolute, joined, parent, read_file
 from mova_core.routing import build_routing_prompt, build_routing_reply, shuffle_pool
 
 IMAGE_MARK = "<image>"
@@ -108,8 +109,8 @@ def read_samples(
     first question is left out and a single picture goes to the front of its turn; several stay at their marks.
 
     Args:
-        path: the file.
-        images: folder that the records' `image` is relative to; default the file's own folder.
+        path: the file, or its URL.
+        images: folder or URL that the records' `image` is relative to; default the file's own folder.
         on_error: whether the first broken record ends it, or all are left out. A JSON array that cannot be parsed is always
             fatal: nobody knows where its next record starts.
         skipped: takes the error of every record left out, which names its line.
@@ -118,33 +119,40 @@ def read_samples(
     Raises:
         DataError: the file is missing, holds no usable record, or a record is broken; names file and line.
     """
-    path = Path(path)
-    root = Path(images) if images is not None else path.parent
     refused: list[DataError] = [] if skipped is None else skipped
-    samples = []
-    for line, record in read_records(path, refused.append if on_error == "skip" else None):
-        try:
-            samples.append(_sample(record, root, f"{path}, line {line}", pool))
-        except DataError as error:
-            if on_error == "raise":
-                raise
-            refused.append(error)
+    samples = list(iterate_samples(path, images, refused.append if on_error == "skip" else None, pool))
     if not samples:
         why = f"no usable record, the first error: {refused[0]}" if refused else "no record"
         raise DataError(f"{path} holds {why}: give a LLaVA JSON array or one JSON object a line")
     return samples
 
 
+def iterate_samples(
+    path: str | Path,
+    images: str | Path | None = None,
+    broken: Callable[[DataError], object] | None = None,
+    pool: Sequence[str] = EXPERTS,
+) -> Iterator[Sample]:
+    """As `read_samples`, one after another. `broken` takes the errors of records left out; without it they are raised."""
+    root = images if images is not None else parent(path)
+    for line, record in read_records(path, broken):
+        try:
+            yield _sample(record, root, f"{path}, line {line}", pool)
+        except DataError as error:
+            if broken is None:
+                raise
+            broken(error)
+
+
 def read_records(
-    path: str | Path, broken: Callable[[DataError], None] | None = None
+    path: str | Path, broken: Callable[[DataError], object] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line the record starts on, the record) of a LLaVA JSON array or a JSONL file.
 
     `broken` takes the error of each record that is left out: no JSON (in JSONL) or no object. Without it they are raised.
     """
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path).decode()
     except FileNotFoundError:
         raise DataError(f"no data file {path}: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -185,10 +193,10 @@ def usable_samples(samples: Iterable[Sample], quarantine: Iterable[Mapping[str, 
     Args:
         quarantine: rows with `image` (path) and `sha256`, as `FeatureStore.quarantined` gives them.
     """
-    refused = {str(Path(row["image"]).resolve()): row["sha256"] for row in quarantine if row["image"]}
+    refused = {absolute(row["image"]): row["sha256"] for row in quarantine if row["image"]}
 
     def good(image: ImageRef) -> bool:
-        path = str(Path(image.path or "").resolve())
+        path = absolute(image.path or "")
         try:
             return path not in refused or image.key != refused[path]
         except ImageError:
@@ -295,7 +303,7 @@ def modality_groups(
     return [index for step in [*steps, sorted(rest)] for index in step]
 
 
-def _sample(record: dict[str, Any], root: Path, where: str, pool: Sequence[str]) -> Sample:
+def _sample(record: dict[str, Any], root: str | Path, where: str, pool: Sequence[str]) -> Sample:
     record = dict(record)
     conversation = record.pop("conversations", None)
     if not isinstance(conversation, list) or not conversation:
@@ -319,7 +327,7 @@ def _sample(record: dict[str, Any], root: Path, where: str, pool: Sequence[str])
         raise DataError(f"{where}: `image` must be one path or a list of paths, got {kinds}")
     return Sample(
         id=str(record.pop("id", where)),
-        images=tuple(ImageRef(path=str(root / picture)) for picture in pictures),
+        images=tuple(ImageRef(path=joined(root, picture)) for picture in pictures),
         turns=_placed(turns, len(pictures), where),
         routing=_routing(record, pool, where),
         extra=record,

@@ -12,14 +12,16 @@ import io
 import math
 import os
 import struct
+import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+
+from mova_core import locators
 
 if TYPE_CHECKING:  # reading pictures must not cost the seconds that torch takes to start
     from torch import Tensor
@@ -45,11 +47,15 @@ class ImageError(ValueError):
     """An image that cannot be used; the message is one line that names it and says what is wrong."""
 
 
+class ImageUnavailable(ImageError):
+    """An image whose bytes cannot be had now: its file is away, or the network. It may come back."""
+
+
 class ImageRef:
     """An encoded image in a file or in memory, known by the SHA-256 of its bytes. Read-only; pickles as path and key.
 
     Args:
-        path: file that holds it.
+        path: what holds it, as `mova_core.locators` says: a file, a URL, a member of a tar, a cell of a Parquet file.
         data: its encoded bytes, instead of a file.
         key: its SHA-256 in hex where known; else it is computed when first asked for.
 
@@ -85,7 +91,7 @@ class ImageRef:
 
     @property
     def path(self) -> str | None:
-        """File that holds the image, or None."""
+        """Locator of what holds the image, or None."""
         return self._path
 
     @property
@@ -109,6 +115,9 @@ class ImageRef:
         """
         data = self._encoded()
         key = hashlib.sha256(data).hexdigest()
+        if self._key not in (None, key) and self._data is None:  # what was fetched for an earlier run may be old
+            data = read_image(self._path or "", newer_than=time.time())
+            key = hashlib.sha256(data).hexdigest()
         if self._key is None:
             self._key = key
         elif self._key != key:  # else new pixels would be stored under the old picture's name
@@ -117,7 +126,7 @@ class ImageRef:
         return data
 
     def _encoded(self) -> bytes:
-        return self._data if self._data is not None else _read_file(self._path or "")
+        return self._data if self._data is not None else read_image(self._path or "")
 
     def decode(self, compat: Compat = "fixed") -> Image.Image:
         """The RGB picture, as `load_image` gives it."""
@@ -160,6 +169,22 @@ class Picture:
 
 
 ImageSource = Image.Image | bytes | str | os.PathLike[str] | np.ndarray | ImageRef | Picture
+
+
+def read_image(locator: str, newer_than: float = 0.0) -> bytes:
+    """The encoded bytes, not looked at.
+
+    Args:
+        locator: see `mova_core.locators`.
+        newer_than: seconds since 1970; what this machine fetched before is fetched again.
+
+    Raises:
+        ImageUnavailable: they cannot be had.
+    """
+    try:
+        return locators.read(locator, newer_than)
+    except locators.Unavailable as error:
+        raise ImageUnavailable(f"{locator}: {error}") from error
 
 
 def load_image(source: ImageSource, compat: Compat = "fixed", max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -363,13 +388,6 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
         raise ImageError(f"{name}: {width}x{height} is over the limit of {max_pixels:,} pixels")
     if max(size) > MAX_SIDE:
         raise ImageError(f"{name}: {width}x{height} has a side over the limit of {MAX_SIDE:,} pixels")
-
-
-def _read_file(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _label(source: object) -> str:

@@ -20,12 +20,12 @@ from cluster.planner import ROUNDING, PlanError, PoolSpec
 from mova_core.features import ExpertShelf
 from pipelines.actor_pool import Execution, executions_stopped
 from pipelines.errors import root_cause
-from pipelines.run_board import Teller, in_words, place, resized
+from pipelines.run_board import Teller, place, resized
 from pipelines.run_log import ExpertLog, RunLog
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.5  # seconds between two looks at everything
+TICK = 1.0  # seconds between two looks at everything
 BLOCKS = 1024  # per pool: enough that no actor waits for another, few enough for the driver
 BLOCKS_PER_ACTOR = 32
 CALLS = 2  # shards at once in an actor: one is written while the other is computed
@@ -138,7 +138,7 @@ class ExpertRun:
             self._shards = self._shards.filter(pc.invert(pc.is_in(self._shards["shard"], value_set=there)))
             self._done = set()
         self.pools = divide(self._shards, self.work.pools)
-        self.log.pools = [in_words(pool) for pool in self.work.pools]
+        self.log.pools = [str(pool) for pool in self.work.pools]
 
     def account(self, row: Mapping[str, Any]) -> None:
         """A shard is done. Called from the threads of its pools."""
@@ -158,7 +158,7 @@ class ExpertRun:
     def resize(self, pools: tuple[PoolSpec, ...]) -> None:
         """Takes other sizes: at once where pools grow, else at the next shard boundary."""
         self.work.pools = pools
-        self.log.pools = [in_words(pool) for pool in pools]
+        self.log.pools = [str(pool) for pool in pools]
         specs = {place(spec): spec for spec in pools}
         if any(pool.execution and pool.execution.size > specs[place(pool.spec)].max_size for pool in self.pools):
             self.again()
@@ -203,18 +203,22 @@ class ExpertRun:
 
 
 class Room:
-    """What the nodes have free for more actors, beside a CPU that stays free for reading tasks (ray#44687)."""
+    """What the nodes have for more actors, but for one CPU in all that stays free for reading tasks (ray#44687).
 
-    def __init__(self) -> None:
+    Args:
+        empty: as if nothing ran on them.
+    """
+
+    def __init__(self, empty: bool = False) -> None:
         free = available_resources_per_node()
         self.nodes = []
         for node in ray.nodes():
-            if node["Alive"] and (has := free.get(node["NodeID"])) is not None:
+            has = node["Resources"] if empty else free.get(node["NodeID"])
+            if node["Alive"] and has is not None:
                 kinds = {key.removeprefix("accelerator_type:") for key in has if key.startswith("accelerator_type:")}
                 share = {"cpu": has.get("CPU", 0.0), "gpu": has.get("GPU", 0.0), "memory": has.get("memory", 0.0)}
                 self.nodes.append((share, kinds))
-        if self.nodes:
-            max(self.nodes, key=lambda node: node[0]["cpu"])[0]["cpu"] -= 1
+        self.cpus = sum(share["cpu"] for share, _ in self.nodes) - 1
 
     def take(self, pool: PoolSpec, actors: int) -> int:
         """Takes room for up to so many actors; returns for how many there was."""
@@ -224,12 +228,30 @@ class Room:
                 for share, kinds in self.nodes
                 if (not pool.accelerator or pool.accelerator in kinds)
                 and all(share[kind] + ROUNDING >= held for kind, held in pool.holds.items() if held)
+                and (not pool.cpus or self.cpus + ROUNDING >= pool.cpus)
             )
             if (share := max(fitting, key=lambda share: share["cpu"], default=None)) is None:
                 return taken
+            self.cpus -= pool.cpus
             for kind, held in pool.holds.items():
                 share[kind] -= held
         return actors
+
+
+def check_nodes(pools: Sequence[PoolSpec]) -> None:
+    """Whether single nodes can hold the least actors of an expert's pools; `fit_pools` looks at all of them together.
+
+    Raises:
+        PlanError: they cannot, even if nothing else ran there.
+    """
+    room = Room(empty=True)
+    for pool in sorted(pools, key=lambda pool: (-pool.gpu, -pool.cpus)):
+        if (actors := room.take(pool, pool.min_size)) < pool.min_size:
+            holds = " and ".join(f"{held:g} {kind}" for kind, held in pool.holds.items() if held)
+            raise PlanError(
+                f"pool {pool}: each actor holds {holds}, and no more than {actors} of {pool.min_size} find that "
+                f"on one of {len(room.nodes)} nodes: lower the size, cpu= or gpu= of --pool {pool.expert}"
+            )
 
 
 class BulkRun:
@@ -326,6 +348,11 @@ class BulkRun:
             expert.log.started += pool.execution.size
             pool.ended = threads.submit(self._follow, expert, pool.execution)
         if waiting and not starting and not going:
+            for expert, _ in waiting:
+                try:
+                    check_nodes(expert.work.pools)
+                except PlanError as error:  # since nodes have gone
+                    expert.error, expert.ended, expert.pools = error, True, []
             self._waited += TICK
             if self._waited % 60 < TICK:
                 names = ", ".join(dict.fromkeys(expert.work.expert for expert, _ in waiting))

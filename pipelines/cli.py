@@ -45,12 +45,35 @@ app.add_typer(precompute_app, name="precompute")
 app.add_typer(train_app, name="train")
 app.add_typer(store_app, name="store")
 
+
+def _location(store: str) -> str:
+    """A store's folder, absolute, so that it means the same in every process; or its URL."""
+    return store if "://" in store else str(Path(store).resolve())
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-StorePath = Annotated[Path, typer.Option("--store", help="Folder of the feature store.")]
+StorePath = Annotated[
+    str,
+    typer.Option("--store", help="Feature store: a folder, or a URL (s3://, gs://, ...).", parser=_location),
+]
+StoreHere = Annotated[
+    str,
+    typer.Argument(metavar="STORE", help="The store: a folder, or a URL (s3://, gs://, ...).", parser=_location),
+]
 DataPath = Annotated[Path, typer.Option("--data", help="LLaVA JSON array, or JSONL with one record a line.")]
 ImagesPath = Annotated[
-    Path | None, typer.Option("--images", help="Folder the records' images are relative to (default: the data file's).")
+    str | None,
+    typer.Option("--images", help="Folder or URL the records' images are relative to (default: the data file's)."),
+]
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Where the pictures are; a path or a URL (s3://, gs://, https://, ...): a folder of pictures at any depth, of "
+        "Parquet files or of webdataset tars; such files by name, glob (data/*.parquet, quoted) or range "
+        "(train-{000..099}.tar); or LLaVA JSON/JSONL that names them. What is far away is fetched once per node, into "
+        "$MOVA_CACHE (default: mova-<user id> in the temporary folder), of which $MOVA_CACHE_GB (default 10) are kept."
+    ),
 ]
 ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False)]
 Experts = Annotated[
@@ -69,7 +92,7 @@ Imports = Annotated[
 ]
 BadRow = Annotated[
     Literal["raise", "skip"],
-    typer.Option("--bad-rows", help="Whether the first bad record of a data file ends it, or all are left out."),
+    typer.Option("--bad-rows", help="Whether the first bad record, tar or Parquet file ends it, or all are left out."),
 ]
 Gpu = Annotated[float, typer.Option("--gpu", help="GPUs per actor, fractions allowed.", min=0)]
 
@@ -91,7 +114,9 @@ def main() -> None:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         missing = (error.name or "").split(".")[0]
-        extra = {"ray": "ray,train", "psutil": "ray", "yaml": "ray", "scipy": "ray"}.get(missing, "demo" if missing in DEMO_PACKAGES else "")
+        extra = {"ray": "ray,train", "psutil": "ray", "yaml": "ray", "scipy": "ray"}.get(
+            missing, "demo" if missing in DEMO_PACKAGES else ""
+        )
         if extra:
             return f"this command needs the package {missing}: pip install 'mova-ray[{extra}]'"
     text = " ".join(str(error).split())
@@ -355,10 +380,7 @@ def profile(
 
 @precompute_app.command("run", epilog="Beside it: mova precompute status [JOB], mova precompute resize JOB NAME=SIZE")
 def precompute(
-    source: Annotated[
-        str,
-        typer.Argument(help="Folder of pictures, LLaVA JSON/JSONL that names them, Parquet or tars; local or a URL."),
-    ],
+    source: Source,
     store: Annotated[str, typer.Option("--store", help="Folder or URL of the feature store; made if it is not there.")],
     images: ImagesPath = None,
     bad_rows: BadRow = "raise",
@@ -609,15 +631,16 @@ def _train_command(
     ) -> None:
         with results_only():
             from cluster.session import ray_session
+            from mova_core.locators import absolute
             from pipelines.train import TrainConfig, train
 
             config = TrainConfig(
                 stage=stage,
                 model=str(model.resolve()),
                 data=str(data.resolve()),
-                store=str(store.resolve()),
+                store=store,
                 output=str(output.resolve()),
-                images=None if images is None else str(images.resolve()),
+                images=None if images is None else absolute(images),
                 bad_rows=bad_rows,
                 learning_rate=learning_rate,
                 batch_size=batch_size,
@@ -685,7 +708,7 @@ def label(
                 str(data),
                 str(store),
                 str(output),
-                images=None if images is None else str(images),
+                images=images,
                 bad_rows=bad_rows,
                 actors=actors,
                 gpu=gpu,
@@ -730,7 +753,7 @@ def evaluate(
                 str(model.resolve()),
                 str(data),
                 str(store),
-                images=None if images is None else str(images),
+                images=images,
                 bad_rows=bad_rows,
                 train=None if train is None else str(train),
                 limit=limit,
@@ -772,7 +795,13 @@ def ask(
     ],
     model: ModelPath,
     also: Annotated[list[Path], typer.Option(help="One more picture file; may be given again.")] = [],  # noqa: B006
-    store: Annotated[Path | None, typer.Option(help="Feature store that is read first and kept up to date.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Feature store that is read first and kept up to date: a folder, or a URL.",
+            parser=_location,
+        ),
+    ] = None,
     router: Annotated[str, typer.Option(help="Who picks the experts: llm, or light where the model has one.")] = "llm",
     force: Annotated[
         str | None, typer.Option(help="Experts to use, comma-separated, instead of asking the router; 'none' for none.")
@@ -936,7 +965,7 @@ def convert(
 
 
 @store_app.command("ls")
-def store_ls(store: Annotated[Path, typer.Argument(help="Folder of the store.")], as_json: Json = False) -> None:
+def store_ls(store: StoreHere, as_json: Json = False) -> None:
     """List experts and fingerprints, with what each fingerprint covers."""
     from mova_core.features import FeatureStore
 
@@ -950,7 +979,7 @@ def store_ls(store: Annotated[Path, typer.Argument(help="Folder of the store.")]
         rows,
         as_json,
         lambda: table(
-            str(store),
+            store,
             ["expert", "fingerprint", "grid", "channels", "dtype"],
             [
                 [row["expert"], row["fingerprint"], "x".join(map(str, row["grid"])), row["channels"], row["dtype"]]
@@ -961,51 +990,172 @@ def store_ls(store: Annotated[Path, typer.Argument(help="Folder of the store.")]
 
 
 @store_app.command("stat")
-def store_stat(store: Annotated[Path, typer.Argument(help="Folder of the store.")], as_json: Json = False) -> None:
-    """Count features and bytes per expert."""
+def store_stat(store: StoreHere, as_json: Json = False) -> None:
+    """Count features, bytes and bytes per image of each fingerprint, and what its dtype lost when it was stored.
+
+    The loss is relative L2: the norm of the error over that of what the expert computed.
+    """
     from mova_core.features import FeatureStore
 
     stat = FeatureStore(store).stat()
-    emit(
-        stat,
-        as_json,
-        lambda: table(
-            str(store),
-            ["expert", "features", "bytes"],
-            [[name, row["features"], row["bytes"]] for name, row in stat["experts"].items()],
-        ),
-    )
+
+    def show() -> None:
+        table(
+            f"{store}, {stat['quarantined']} pictures in quarantine",
+            ["expert", "fingerprint", "dtype", "features", "shards", "MB", "KB per image", "mean loss", "max loss"],
+            [
+                [
+                    name,
+                    fingerprint,
+                    one["dtype"],
+                    one["features"],
+                    one["shards"],
+                    rounded(one["bytes"] / 1e6),
+                    rounded(one["bytes_per_feature"] / 1e3),
+                    f"{one['loss']:.1e}" if one["loss"] else "exact",
+                    f"{one['max_loss']:.1e}" if one["max_loss"] else "exact",
+                ]
+                for name, row in stat["experts"].items()
+                for fingerprint, one in row["fingerprints"].items()
+            ],
+        )
+
+    emit(stat, as_json, show)
 
 
 @store_app.command("verify")
 def store_verify(
-    store: Annotated[Path, typer.Argument(help="Folder of the store.")],
-    forget: Annotated[
-        bool, typer.Option("--forget", help="Withdraw damaged shards, so that the next precompute makes them anew.")
-    ] = False,
+    store: StoreHere,
+    keep: Annotated[bool, typer.Option("--keep", help="Only look: withdraw nothing.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Check the checksum of every feature; exit 1 and name what is damaged."""
-    from mova_core.features import FeatureStore
-    from pipelines.progress import progress_bar
+    """Read every byte of a store, name what is damaged and withdraw it, so that the next precompute makes it anew.
 
-    opened = FeatureStore(store)
-    total = sum(row["features"] for row in opened.stat()["experts"].values())
-    with progress_bar(total, "verify", "features", not quiet) as bar:
-        damaged = list(opened.verify(progress=bar.update))
-    withdrawn = opened.forget(damaged) if forget else 0
+    Exit 1 if anything is damaged. Sound features of a damaged shard are kept, in a shard of their own; `mova store gc`
+    deletes the damaged files.
+    """
+    with results_only():
+        from mova_core.features import FeatureStore
+        from pipelines.progress import progress_bar
+
+        opened = FeatureStore(store, damaged=True)
+        total = sum(row["features"] for row in opened.stat()["experts"].values())
+        checked = 0
+        with progress_bar(total, "verify", "features", not quiet) as bar:
+
+            def count(features: int) -> None:
+                nonlocal checked
+                checked += features
+                bar.update(features)
+
+            damaged = list(opened.verify(progress=count))
+        withdrawn = 0 if keep else opened.forget(damaged)
 
     def show() -> None:
         for row in damaged:
-            print(f"damaged: {row['expert']} {row['shard']} {row['key']}: {row['reason']}")
-        print(f"{total} features checked, {len(damaged)} damaged, {withdrawn} withdrawn")
+            where = "/".join(part for part in (row["expert"], row["fingerprint"], row["shard"]) if part)
+            print(f"damaged: {where} {row['key']}: {row['reason']}".replace(" :", ":"))
+        print(f"{checked} features checked, {len(damaged)} damages, {withdrawn} features withdrawn")
         if damaged:
-            print("`mova precompute` makes the withdrawn ones anew" if forget else "--forget withdraws them")
+            print("without --keep what is damaged is withdrawn" if keep else "`mova precompute` makes them anew")
 
-    emit({"features": total, "damaged": damaged, "withdrawn": withdrawn}, as_json, show)
+    emit({"features": checked, "damaged": damaged, "withdrawn": withdrawn}, as_json, show)
     if damaged:
         sys.exit(1)
+
+
+@store_app.command("gc")
+def store_gc(
+    store: StoreHere,
+    grace: Annotated[
+        float,
+        typer.Option(
+            help="Minutes for which a file that nothing names is left alone: more than a writer's longest pause.", min=0
+        ),
+    ] = 60.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete what crashed writers, lost races and repairs left: nothing that a feature is in."""
+    from mova_core.features import FeatureStore
+
+    removed = FeatureStore(store).gc(60 * grace, dry_run)
+    what = "would be deleted" if dry_run else "deleted"
+    emit(removed, as_json, lambda: print(f"{removed['files']} files, {removed['bytes'] / 1e6:,.1f} MB {what}"))
+
+
+@store_app.command("diff")
+def store_diff(
+    store: StoreHere,
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="The other: a folder, or a URL.", parser=_location)],
+    keys: Annotated[bool, typer.Option("--keys", help="Also name the images: keys, one a line.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell which features one store has and the other lacks, and which both have with different bytes."""
+    from mova_core.features import FeatureStore
+
+    parts = ("only_here", "only_there", "differ")
+    found = FeatureStore(store).diff(FeatureStore(other))
+    counts = [{**row, **{part: len(row[part]) for part in parts}} for row in found]
+
+    def show() -> None:
+        columns = ["expert", "fingerprint", "same", "only here", "only there", "differ"]
+        table(f"{store} and {other}", columns, [list(row.values()) for row in counts])
+        for row in found if keys else ():
+            for part in parts:
+                for key in row[part]:
+                    print(part.replace("_", "-"), row["expert"], row["fingerprint"], key)
+
+    emit(found if keys else counts, as_json, show)
+
+
+@store_app.command("export")
+def store_export(
+    store: StoreHere,
+    to: Annotated[
+        str,
+        typer.Argument(metavar="TO", help="The other store, made if there is none.", parser=_location),
+    ],
+    experts: Annotated[str | None, typer.Option("--experts", help="Comma-separated names; all without it.")] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="File of image keys (sha256, hex), one a line: only these.", exists=True, dir_okay=False),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Only the images of this LLaVA JSON or JSONL, or of this folder.")
+    ] = None,
+    images: ImagesPath = None,
+    shard_mb: Annotated[float, typer.Option(help="Size a shard there aims at, MiB.", min=0.1)] = 128.0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Copy features to another store, local or remote, byte for byte; started again, it copies what is still missing."""
+    with results_only():
+        from mova_core.features import FeatureStore
+        from pipelines.progress import progress_bar
+
+        if keys is not None and data is not None:
+            raise typer.BadParameter("give --keys or --data, not both")
+        source = FeatureStore(store)
+        chosen: list[str] | None = None
+        if keys is not None:
+            chosen = keys.read_text().split()
+        elif data is not None:
+            from mova_core.images import ImageRef
+            from pipelines.precompute import find_images
+
+            chosen = [ImageRef(path=str(path)).key for path in find_images(data, images)]
+        names = [name.strip() for name in experts.split(",")] if experts else list(source.experts())
+        with progress_bar(None, "export", "features", not quiet) as bar:
+            copied = source.export(
+                FeatureStore(to, create=True), names, chosen, shard_bytes=int(shard_mb * 2**20), progress=bar.update
+            )
+    emit(
+        copied,
+        as_json,
+        lambda: table(f"copied to {to}", ["expert", "features"], [list(pair) for pair in copied.items()]),
+    )
 
 
 @app.command()

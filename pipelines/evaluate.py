@@ -9,6 +9,7 @@ from actors.answer_server import AnswerServer
 from mova_core.config import MoVAConfig
 from mova_core.data import Sample, usable_samples
 from mova_core.features import FeatureStore
+from mova_core.locators import absolute
 from mova_core.metrics import exact_match, normalise
 from pipelines.actor_pool import through_actors
 from pipelines.bad_rows import BadRows, read_rows, tell_skipped
@@ -56,7 +57,7 @@ def evaluate(
     usable = usable_samples(read, opened.quarantined())
     samples = usable[:limit]
     rows = [
-        {"id": str(n), "image": str(Path(sample.image.path or "").resolve()), "question": sample.question}
+        {"id": str(n), "image": absolute(sample.image.path or ""), "question": sample.question}
         for n, sample in enumerate(samples)
         if sample.image is not None
     ]

@@ -1,20 +1,36 @@
-"""The first look at every picture: hashed and decoded once, by worker processes that start without torch."""
+"""The first look at every picture: hashed and decoded once, by worker processes that start without torch.
 
+What was seen is kept in <store>/listings/*.parquet: of each image a version (size and time, or ETag) and the key found, so
+that a later run reads only what is new or has changed. Nothing depends on these files; delete them at will.
+"""
+
+import contextlib
+import hashlib
+import io
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from mova_core.images import ImageError, ImageRef
+from mova_core import locators
+from mova_core.images import ImageError, load_image, read_image
 from pipelines.progress import progress_bar
 
 if TYPE_CHECKING:  # workers load this file
     from mova_core.features import FeatureStore
 
-ROWS = 256  # images per task, at most
+ROWS = 1024  # images per task, at most
+FETCHES = 16  # remote images that a task fetches at once
 KEY = pa.binary(32)
-INSPECTED = pa.schema([("row", pa.int64()), ("key", KEY), ("error", pa.string())])
+SEEN = pa.schema([("image", pa.string()), ("version", pa.string()), ("key", KEY), ("error", pa.string())])
+INSPECTED = pa.schema([("row", pa.int64()), ("version", pa.string()), ("key", KEY), ("error", pa.string())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +42,10 @@ class Inspected:
 
 
 def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> Inspected:
-    """Hashes and decodes every image once. Needs an open Ray session.
+    """Hashes and decodes every image that is new or has changed since an earlier run. Needs an open Ray session.
 
-    Pictures that are no pictures go to the store's quarantine with their reason, each once; files that cannot be read do
-    not: they may come back.
+    What is no picture goes to the store's quarantine with its reason, once; files that cannot be had do not: they may come
+    back. To have what is there looked at again, `release` it.
 
     Args:
         images: as `find_images` gives them.
@@ -37,68 +53,187 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    rows = pa.table({"row": np.arange(len(images)), "image": images["image"]})
+    quarantined = {(row["image"], row["reason"]) for row in store.quarantined()}
+    seen, covered = _seen_before(images["image"], store, quarantined)
+    rows = pa.table({"row": np.arange(len(images)), "image": images["image"], **seen})
     size = max(1, min(ROWS, len(rows) // int(4 * ray.cluster_resources().get("CPU", 1))))
     blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
+    since = {"newer_than": time.time()}
     keys = np.zeros((len(images), 32), dtype=np.uint8)
-    refused: dict[int, tuple[bool, str]] = {}
+    errors: dict[int, tuple[bool, str]] = {}  # row -> whether there were bytes, and what is wrong
+    told = []
     with progress_bar(len(images), "inspect", "images", progress) as bar:
-        looked_at = ray.data.from_arrow(blocks).map_batches(inspect_images, batch_format="pyarrow", batch_size=None)
+        looked_at = ray.data.from_arrow(blocks).map_batches(
+            inspect_images, batch_format="pyarrow", batch_size=None, fn_kwargs=since
+        )
         for batch in looked_at.iter_batches(batch_format="pyarrow", batch_size=None):
             assert isinstance(batch, pa.Table)
             bar.update(len(batch))
-            at, key = batch["row"].to_numpy(), batch["key"].combine_chunks()
-            there = key.is_valid().to_numpy(zero_copy_only=False)
-            keys[at[there]] = np.frombuffer(b"".join(key.drop_null().to_pylist()), np.uint8).reshape(-1, 32)
-            for row, readable, error in zip(at.tolist(), there.tolist(), batch["error"].to_pylist(), strict=True):
-                if error is not None:
-                    refused[row] = readable, error
-    bad = sorted(refused)
-    paths = dict(zip(bad, images["image"].take(pa.array(bad, pa.int64())).to_pylist(), strict=True))
-    known = {(row["image"], row["reason"]) for row in store.quarantined()}
+            at, there = batch["row"].to_numpy(), batch["key"].is_valid().to_numpy()
+            keys[at[there]] = _bytes(batch["key"].drop_null())
+            for row in np.flatnonzero(batch["error"].is_valid().to_numpy()).tolist():
+                errors[int(at[row])] = bool(there[row]), batch["error"][row].as_py()
+            told.append(batch.select(["row", "version"]))
+    bad = np.array(sorted(errors), np.int64)
+    refused = [
+        {"path": path, "reason": errors[row][1], "row": row}
+        for row, path in zip(bad.tolist(), images["image"].take(pa.array(bad)).to_pylist(), strict=True)
+    ]
     store.quarantine(
         [
-            {"image": paths[row], "sha256": keys[row].tobytes().hex(), "reason": refused[row][1], "expert": None}
-            for row in bad
-            if refused[row][0] and (paths[row], refused[row][1]) not in known
+            {"image": one["path"], "sha256": keys[one["row"]].tobytes().hex(), "reason": one["reason"], "expert": None}
+            for one in refused
+            if errors[one["row"]][0] and (one["path"], one["reason"]) not in quarantined
         ]
     )
-    good = np.setdiff1d(np.arange(len(images)), bad, assume_unique=True)
+    versions = pa.concat_tables(told)
+    versions = versions["version"].take(pa.array(np.argsort(versions["row"].to_numpy())))
+    _keep_listing(images["image"], versions, keys, errors, seen, covered, store)
+    if refused:
+        good = np.setdiff1d(np.arange(len(images)), bad, assume_unique=True)
+        images, keys = images.take(pa.array(good)), keys[good]
     return Inspected(
-        readable=_each_once(images.take(good), keys[good]),
-        refused=[{"path": paths[row], "reason": refused[row][1]} for row in bad],
+        readable=_each_once(images, keys), refused=[{"path": one["path"], "reason": one["reason"]} for one in refused]
     )
 
 
-def inspect_images(rows: pa.Table) -> pa.Table:
-    """Rows with `image` locators to rows with `key` (of the encoded bytes) and, for one that cannot be used, its `error`."""
-    keys: list[bytes | None] = []
-    errors: list[str | None] = []
-    for path in rows["image"].to_pylist():
-        image, key, reason = ImageRef(path=path), None, None
+def release(store: "FeatureStore") -> int:
+    """Empties the quarantine, so that its images are looked at again. Returns how many rows that were."""
+    rows = len(store.quarantined())
+    system, folder = locators.filesystem(f"{store.location}/quarantine")
+    for file in system.glob(f"{folder}/*.parquet"):
+        with contextlib.suppress(FileNotFoundError):  # released by another one
+            system.rm_file(file)
+    return rows
+
+
+def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
+    """Looks at images that are not as they were seen before.
+
+    Args:
+        rows: `row`, `image` (locator), and as last seen its `version`, `key` and `error`; null where it never was.
+        newer_than: seconds since 1970; remote images that this machine fetched before are fetched again.
+
+    Returns:
+        `row`, `version` (null: unknown), `key` of the encoded bytes and, for an image that cannot be used, its `error`.
+    """
+    versions: dict[str, str | None] = {}  # of files, which many images may share
+    one_decodes = Lock()  # the task holds one CPU, and pictures are large
+
+    def look(row: dict[str, object]) -> tuple[str | None, bytes | None, str | None]:
+        image, version, key = str(row["image"]), None, None
         try:
-            key = bytes.fromhex(image.key)
-            image.decode()
+            place = locators.parse(image)
+            file = place if isinstance(place, str) else place.file
+            if file not in versions:
+                versions[file] = locators.version(file)
+            if (version := versions[file]) is not None and version == row["version"]:
+                return version, row["key"], row["error"]  # type: ignore[return-value]
+            data = read_image(image, newer_than)
+            key = hashlib.sha256(data).digest()
+            with one_decodes:
+                load_image(data)
+        except locators.Unavailable as error:
+            return None, None, str(error)
         except ImageError as error:
-            reason = str(error).removeprefix(f"{path}: ")  # the path stands beside it
-        keys.append(key)
-        errors.append(reason)
-    return pa.table([rows["row"], pa.array(keys, KEY), pa.array(errors, pa.string())], schema=INSPECTED)
+            reason = str(error).removeprefix(f"{image}: ")  # it stands beside it
+            return version, key, reason if key is None else reason.partition(": ")[2]
+        return version, key, None
+
+    away = any(locators.is_url(image) for image in rows["image"].to_pylist())
+    with ThreadPoolExecutor(FETCHES if away else 1) as threads:
+        found = list(threads.map(look, rows.to_pylist()))
+    columns = [
+        pa.array(column, field.type)
+        for column, field in zip(zip(*found, strict=True), list(INSPECTED)[1:], strict=True)
+    ]
+    return pa.table([rows["row"], *columns], schema=INSPECTED)
+
+
+def _seen_before(
+    images: pa.ChunkedArray, store: "FeatureStore", quarantined: set[tuple[str, str]]
+) -> tuple[dict[str, pa.ChunkedArray], list[str]]:
+    """What earlier runs found of these images, and the listings that tell of no others.
+
+    A refusal counts as long as it stands in the quarantine.
+    """
+    seen = {field.name: pa.chunked_array([pa.nulls(len(images), field.type)]) for field in list(SEEN)[1:]}
+    covered = []
+    system, folder = locators.filesystem(f"{store.location}/listings")
+    for file in sorted(system.glob(f"{folder}/*.parquet")):  # the newest last
+        try:
+            listing = pq.read_table(io.BytesIO(system.cat_file(file)), schema=SEEN)
+        except (OSError, pa.ArrowException):  # deleted since, or damaged: its images are read again
+            continue
+        bad = listing["error"].is_valid()
+        refusals = zip(listing["image"].filter(bad).to_pylist(), listing["error"].filter(bad).to_pylist(), strict=True)
+        counts = np.ones(len(listing), dtype=bool)
+        counts[bad.to_numpy()] = [refusal in quarantined for refusal in refusals]
+        known = pc.if_else(pa.array(counts), listing["version"], None)
+        place = pc.index_in(images, value_set=listing["image"].combine_chunks())
+        if len(images) - place.null_count == len(listing):
+            covered.append(file)
+        for name, column in (("version", known), ("key", listing["key"]), ("error", listing["error"])):
+            seen[name] = pc.if_else(place.is_valid(), column.take(place), seen[name])
+    return seen, covered
+
+
+def _keep_listing(
+    images: pa.ChunkedArray,
+    versions: pa.ChunkedArray,
+    keys: np.ndarray,
+    errors: dict[int, tuple[bool, str]],
+    seen: dict[str, pa.ChunkedArray],
+    covered: list[str],
+    store: "FeatureStore",
+) -> None:
+    """Writes what is known now, in the place of the listings it covers; two runs at once leave one each."""
+    had = np.ones(len(images), dtype=bool)
+    had[[row for row, (there, _) in errors.items() if not there]] = False
+    kept = pc.and_(versions.is_valid(), pa.array(had))
+    if pc.all(pc.fill_null(pc.equal(versions, seen["version"]), False).filter(kept)).as_py() is not False:
+        return
+    reasons = np.full(len(images), None, dtype=object)
+    for row, (_, reason) in errors.items():
+        reasons[row] = reason
+    table = pa.table([images, versions, _array(keys), pa.array(reasons, pa.string())], schema=SEEN).filter(kept)
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content, compression="zstd", use_dictionary=False)
+    system, folder = locators.filesystem(f"{store.location}/listings")
+    draft = f"{folder}/.{uuid.uuid4().hex}.tmp"  # `gc` removes it where its writer died
+    with contextlib.suppress(OSError):  # it saves time and nothing else
+        system.makedirs(folder, exist_ok=True)
+        system.pipe_file(draft, content.getvalue().to_pybytes())
+        system.mv(draft, f"{folder}/{time.time_ns():020d}-{uuid.uuid4().hex}.parquet")
+        for file in covered:
+            with contextlib.suppress(FileNotFoundError):  # another run, too
+                system.rm_file(file)
 
 
 def _each_once(images: pa.Table, keys: np.ndarray) -> pa.Table:
     """One row per key, where it first stands; it needs the experts that any of its rows needs."""
     from pipelines.sources import united  # only here: it costs workers the seconds that torch takes to start
 
-    _, first, group = np.unique(keys.view("V32").reshape(-1), return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    kept = np.ascontiguousarray(keys[first[order]])
+    each = _array(keys).dictionary_encode()
+    group = each.indices.to_numpy()  # numbered as they first appear
+    first = np.flatnonzero(np.diff(np.maximum.accumulate(group), prepend=-1))
+    if len(first) == len(images):
+        return images.add_column(0, "key", _array(keys))
     return pa.table(
         {
-            "key": pa.FixedSizeBinaryArray.from_buffers(KEY, len(kept), [None, pa.py_buffer(kept)]),
-            "image": images["image"].take(pa.array(first[order])),
-            "experts": united(images["experts"], place[group.reshape(-1)], len(order)),
+            "key": each.dictionary,
+            "image": images["image"].take(pa.array(first)),
+            "experts": united(images["experts"], group, len(first)),
         }
     )
+
+
+def _array(keys: np.ndarray) -> pa.FixedSizeBinaryArray:
+    """(N, 32) bytes as N keys, not copied."""
+    return pa.FixedSizeBinaryArray.from_buffers(KEY, len(keys), [None, pa.py_buffer(keys)])
+
+
+def _bytes(keys: pa.ChunkedArray) -> np.ndarray:
+    """N keys as (N, 32) bytes."""
+    flat = keys.combine_chunks()
+    return np.frombuffer(flat.buffers()[1] or b"", np.uint8).reshape(-1, 32)[flat.offset : flat.offset + len(flat)]

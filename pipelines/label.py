@@ -17,6 +17,7 @@ from mova_core.config import MoVAConfig
 from mova_core.data import Sample, read_records, usable_samples, write_records
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
+from mova_core.locators import absolute
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import label_experts
@@ -130,7 +131,7 @@ def label(
     good, records = {sample.where for sample in read}, []
     counts = dict.fromkeys(pool, 0)
     for line, record in read_records(data, broken=lambda _: None):  # told of above
-        if (where := f"{Path(data)}, line {line}") not in good:
+        if (where := f"{data}, line {line}") not in good:
             continue
         if (by_expert := losses.get(where)) is not None:
             chosen = label_experts(by_expert[WITHOUT], {name: by_expert[name] for name in pool}, max_experts)
@@ -151,4 +152,4 @@ def label(
 
 def _path(sample: Sample) -> str:
     assert sample.image is not None and sample.image.path is not None
-    return str(Path(sample.image.path).resolve())
+    return absolute(sample.image.path)

@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,18 +14,19 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from cluster.planner import PoolSpec, fit_pools, know_memory, plan_pools
+from cluster.nodes import running_nodes
+from cluster.planner import PlanError, PoolSpec, fit_pools, know_memory, plan_placement, plan_pools
 from mova_core.experts import EXPERTS, expert_card, expert_module, fingerprint, load_expert
 from mova_core.experts.profile import Profile
 from mova_core.features import FeatureStore, StoreError
-from pipelines.bulk_run import BulkRun, Work, binary
+from pipelines.bulk_run import BulkRun, Work, binary, check_nodes
 from pipelines.errors import root_cause
 from pipelines.inspect_images import Inspected, inspect
 from pipelines.run_board import put_up
 from pipelines.run_log import ExpertLog, RunLog, draw_run
 
 SHARDS = 64  # per expert, at least: a set of few or small features is divided, too
-LEAST_ROWS = 32  # pictures per shard, at least, unless they are large
+LEAST_ROWS = 64  # pictures per shard, at least, unless they are large
 
 
 class PrecomputeError(RuntimeError):
@@ -107,13 +108,16 @@ def precompute(
     of = Settings(**settings)
     profiles, pools = _profiles_of(of, profiles), list(pools)
     planned = fit_pools(know_memory(plan_pools(of.experts, pools), profiles), ray.cluster_resources())
+    for specs in planned.values():
+        check_nodes(specs)
     store = FeatureStore(store_path, create=True)
     job = name or time.strftime("%m%d-%H%M%S")
-    board = put_up(job)  # starts while images are looked at
+    board = put_up(job, store.location)  # starts while images are looked at
     try:
         inspected = _readable(images, store, progress)
         told = Summary(job=job, images=len(images), quarantined=list(inspected.refused))
-        works, logs = [], {}
+        works: list[Work] = []
+        logs: dict[str, ExpertLog] = {}
         for work, left_out in _work(of, inspected.readable, store):
             absent = work.look()
             work.pools = planned[work.expert]
@@ -122,9 +126,12 @@ def precompute(
             works.append(work)
             logs[work.expert] = ExpertLog(total=len(work.images), reused=len(work.images) - absent)
         _check_disk(store, works)
+        lines = _place(works, profiles) if placement == "auto" and not pools else []
         log = RunLog(job, store.location, logs, progress)
         if any(len(work.absent) for work in works):
-            log.say(f"run {job} begins: `mova precompute status {job}` tells how far it is")
+            log.tell(f"run {job} begins: `mova precompute status {job}` tells how far it is")
+        for line in lines:
+            log.tell(line)
         run = BulkRun(store.location, works, log, board)
         try:
             failures = run.all()
@@ -266,6 +273,24 @@ def _wanted(
         for row in images.filter(pa.array(out)).to_pylist()
     ]
     return images.filter(pa.array(~out)).combine_chunks(), told
+
+
+def _place(works: list[Work], profiles: Sequence[Profile]) -> list[str]:
+    """Gives experts the pools that `plan_placement` chooses, where it can; returns what to tell of it."""
+    missing = {work.expert: len(work.absent) for work in works if len(work.absent)}
+    if not missing or not {one.expert for one in profiles} >= missing.keys():
+        return []
+    try:
+        placed = plan_placement(missing, profiles, running_nodes())
+    except PlanError as error:
+        return [f"no placement from the profiles, so one actor on a CPU per expert: {error}"]
+    # In turn: each waits until all its actors find room. Side by side: those that do begin.
+    chosen = [replace(pool, min_size=pool.max_size if placed.in_turn else 1) for pool in placed.pools]
+    fitted = fit_pools(plan_pools(list(missing), chosen), ray.cluster_resources())
+    for work in works:
+        work.pools = fitted.get(work.expert, work.pools)
+    works.sort(key=lambda work: -max(pool.gpu for pool in work.pools))  # larger shares of a GPU first, as planned
+    return [*placed.describe(), *(f"pool {pool}" for pool in chosen)]
 
 
 def _check_disk(store: FeatureStore, works: Sequence[Work]) -> None:

@@ -22,10 +22,10 @@ class RunError(ValueError):
 class Board:
     """What the actor holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, job: str, store: str) -> None:
         self.loads: dict[str, dict[str, dict[str, Any]]] = {}  # expert -> server -> the last it told
         self.asked: list[str] = []
-        self.progress: dict[str, Any] = {}
+        self.progress: dict[str, Any] = {"job": job, "store": store, "seconds": 0.0, "experts": {}}
 
     def tell(self, expert: str, load: dict[str, Any]) -> None:
         """A server's load."""
@@ -56,8 +56,8 @@ class Teller:
         self.board.tell.remote(self.expert, load)
 
 
-def put_up(job: str) -> Any:
-    """The board of a new run.
+def put_up(job: str, store: str) -> Any:
+    """The board of a new run into a store.
 
     Raises:
         RunError: a run of that name is under way.
@@ -68,7 +68,7 @@ def put_up(job: str) -> Any:
         ray.get_runtime_context().get_node_id(), soft=False
     )  # dies with no other node
     options = {"name": PREFIX + job, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1}
-    return ray.remote(Board).options(**options, scheduling_strategy=here).remote()
+    return ray.remote(Board).options(**options, scheduling_strategy=here).remote(job, store)
 
 
 def running() -> list[str]:
@@ -100,7 +100,7 @@ def board_of(job: str) -> Any:
 def status(job: str | None = None) -> list[dict[str, Any]]:
     """How far a run is, or all of them: job, store, seconds, and per expert what `RunLog.now` tells."""
     boards = [board_of(name) for name in ([job] if job else running())]
-    return [told for told in ray.get([board.status.remote() for board in boards], timeout=30) if told]
+    return list(ray.get([board.status.remote() for board in boards], timeout=30))
 
 
 def resize(job: str, pools: list[str]) -> dict[str, list[str]]:
@@ -114,13 +114,13 @@ def resize(job: str, pools: list[str]) -> dict[str, list[str]]:
         RunError: no such run, or an expert it does not compute.
     """
     board = board_of(job)
-    told: dict[str, Any] = ray.get(board.status.remote(), timeout=30).get("experts", {})
+    told: dict[str, Any] = ray.get(board.status.remote(), timeout=30)["experts"]
     new: dict[str, list[str]] = {}
     for text in pools:
         if (name := PoolSpec.parse(text).expert) not in told:
             raise RunError(f"{job} computes no {name} ({', '.join(told) or 'it is still looking at its pictures'})")
         there = [PoolSpec.parse(pool) for pool in new.get(name, told[name]["pools"])]
-        new[name] = [in_words(pool) for pool in resized(there, PoolSpec.parse(text), ray.cluster_resources())]
+        new[name] = [str(pool) for pool in resized(there, PoolSpec.parse(text), ray.cluster_resources())]
     ray.get(board.resize.remote(pools), timeout=30)
     return new
 
@@ -128,14 +128,6 @@ def resize(job: str, pools: list[str]) -> dict[str, list[str]]:
 def place(pool: PoolSpec) -> tuple[str | None, float, float]:
     """What makes two pools of an expert different."""
     return pool.accelerator, pool.gpu, pool.cpus
-
-
-def in_words(pool: PoolSpec) -> str:
-    """A pool as `PoolSpec.parse` reads it."""
-    size = f"{pool.min_size}" if pool.min_size == pool.max_size else f"{pool.min_size}..{pool.max_size}"
-    numbers = [f"{name}={value:g}" for name, value in (("gpu", pool.gpu), ("cpu", pool.cpu)) if value]
-    others = [f"{name}={value}" for name, value in (("accelerator", pool.accelerator), ("batch", pool.batch)) if value]
-    return ",".join([f"{pool.expert}={size}", *numbers, *others])
 
 
 def resized(pools: Sequence[PoolSpec], asked: PoolSpec, resources: Mapping[str, float]) -> tuple[PoolSpec, ...]:
@@ -147,7 +139,7 @@ def resized(pools: Sequence[PoolSpec], asked: PoolSpec, resources: Mapping[str, 
     anywhere = not asked.gpu and not asked.accelerator and asked.cpu is None
     chosen = list(pools) if anywhere else [pool for pool in pools if place(pool) == place(asked)]
     if len(chosen) != 1:
-        there = " and ".join(in_words(pool) for pool in pools)
+        there = " and ".join(str(pool) for pool in pools)
         raise PlanError(f"{asked.expert} has the pools {there}: say which, with the same gpu= and accelerator=")
     new = replace(chosen[0], min_size=asked.min_size, max_size=asked.max_size)
     return fit_pools({asked.expert: [new if pool is chosen[0] else pool for pool in pools]}, resources)[asked.expert]

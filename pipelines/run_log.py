@@ -153,9 +153,10 @@ class RunLog:
     def say(self, line: str) -> None:
         """Something that happened: a line beside the bars, and a mark in the picture."""
         self.events.append((self.seconds, line))
-        self._print(line)
+        self.tell(line)
 
-    def _print(self, line: str) -> None:
+    def tell(self, line: str) -> None:
+        """A line beside the bars."""
         if self.show:
             from tqdm import tqdm
 
@@ -208,7 +209,7 @@ class RunLog:
             for name, log in self.experts.items():
                 if log.done + len(log.failed) < log.total:
                     eta = "?" if log.eta is None else f"{log.eta:,.0f} s"
-                    self._print(
+                    self.tell(
                         f"{name} {log.done:,} of {log.total:,} features, {log.rate:.1f} images/s, {eta} to go, {_beside(log)}"
                     )
 
@@ -263,6 +264,7 @@ def draw_run(log: RunLog, path: str | Path) -> None:
         )
     if drawn:
         rates.set_yscale("log")
+        rates.yaxis.set_major_formatter("{x:g}")
         rates.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     rates.set_ylabel("images/s")
     sizes.set_ylabel("actors")

@@ -139,6 +139,12 @@ def binary_keys(keys: Sequence[str]) -> np.ndarray:
     return binary
 
 
+def hex_keys(keys: np.ndarray) -> list[str]:
+    """Binary keys as people and files write them."""
+    text = keys.tobytes().hex()
+    return [text[at : at + 64] for at in range(0, len(text), 64)]
+
+
 def sorting(keys: np.ndarray) -> np.ndarray:
     """The positions that sort binary keys, equal ones in the order they came: by their first bytes, 3x faster."""
     first = _first_bytes(keys)

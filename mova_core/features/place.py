@@ -199,20 +199,19 @@ class LocalFolder(Place):
     def fill(self, name: str, offset: int, views: Sequence[memoryview], digests: list[int] | None = None) -> None:
         """See `Place`."""
         descriptor = self._open(name)  # held, so that it stays open
+        if digests is None and os.preadv(descriptor.number, views, offset) == sum(map(len, views)):
+            return
         for view in views:
-            size, done, hasher = len(view), 0, None
-            step = size
-            if digests is not None:
-                hasher, step = xxhash.xxh3_64(), _HASHED
+            size, done, hasher = len(view), 0, xxhash.xxh3_64()
             while done < size:
-                part = view[done : done + step]
+                part = view[done : done + _HASHED]
                 read = os.preadv(descriptor.number, [part], offset + done)
                 if not read:
                     raise EOFError(f"{name} ends before byte {offset + size}")
-                if hasher is not None:
+                if digests is not None:
                     hasher.update(part[:read])
                 done += read
-            if digests is not None and hasher is not None:
+            if digests is not None:
                 digests.append(hasher.intdigest())
             offset += size
 

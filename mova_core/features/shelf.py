@@ -15,7 +15,7 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache, partial
 from itertools import islice
 from operator import call
@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mova_core.features.codec import CODECS, checksum
-from mova_core.features.index import RECEIPT, Rows, Stored, binary_keys, parquet, sorting
+from mova_core.features.index import RECEIPT, Rows, Stored, binary_keys, hex_keys, parquet, sorting
 from mova_core.features.place import Place, StoreError, place_at, writing
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 PAGE = 4096  # rows start at multiples of it, so that they can be mapped alone and read past the page cache
 _SMALL = 1 << 20  # bytes under which a batch is read faster on the caller's own thread
+_BLOCK = 4096  # features whose whereabouts are told at once
 _VERIFIED = 4  # shards that are in memory at once while they are verified
 _CHANGED = "its bytes have changed"
 _SETTLED = 2_000_000_000  # ns after which no clock tick of a file system is still running
@@ -113,6 +114,21 @@ class ExpertShelf:
         self._listed: int | None = 0  # when receipts/ had last changed at the last look
         self.refresh()
 
+    @classmethod
+    def made(cls, location: str, description: Mapping[str, Any]) -> ExpertShelf:
+        """The shelf there, made if there is none; StoreError where its expert.json tells something else."""
+        place, text = place_at(location), describing(description)
+        with writing(location.rsplit("/", 2)[0]):
+            place.make()
+            place.put_if_absent("expert.json", text)
+            shelf = cls(location)
+            shelf.make_folders()
+        if shelf.description != json.loads(text):
+            raise StoreError(
+                f"{location}/expert.json does not tell this expert: run `mova store verify`, then try again"
+            )
+        return shelf
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ExpertShelf, (self.location,)
 
@@ -124,6 +140,24 @@ class ExpertShelf:
     def __len__(self) -> int:
         index, newer = self._catalog()
         return len(index.distinct()) + int((index.find(newer.distinct()) < 0).sum())
+
+    def keys(self) -> np.ndarray:
+        """The keys of what is stored, each once, sorted: bytes, dtype S32."""
+        index, newer = self._catalog()
+        more = newer.distinct()
+        return np.sort(np.concatenate([index.distinct(), more[index.find(more) < 0]]))
+
+    def chunks(self, keys: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Stored keys (dtype S32) in parts whose features take about `size` bytes."""
+        begin = total = 0
+        for block in range(0, len(keys), _BLOCK):
+            for at, row in enumerate(self._find(hex_keys(keys[block : block + _BLOCK])), block):
+                if at > begin and total + row.length > size:
+                    yield keys[begin:at]
+                    begin, total = at, 0
+                total += row.length
+        if begin < len(keys):
+            yield keys[begin:]
 
     def has(self, keys: Sequence[str]) -> np.ndarray:
         """Which of the keys are stored, as of the last `refresh` or `write` here: bool, one per key."""
@@ -519,22 +553,30 @@ class ExpertShelf:
         self, rows: Sequence[Stored], views: Sequence[memoryview], runs: Sequence[Sequence[int]], verify: bool
     ) -> None:
         for run in runs:
-            first = rows[run[0]]
+            file, begin = rows[run[0]][:2]
             into: list[memoryview] = []
-            end = first.offset
+            end = begin
             for at in run:
-                into += [memoryview(bytearray(rows[at].offset - end)), views[at]]  # what is between them, and it
+                if gap := rows[at].offset - end:
+                    into.append(memoryview(bytearray(gap)))
+                into.append(views[at])
                 end = rows[at].offset + rows[at].length
             digests: list[int] | None = [] if verify else None
-            with _telling_damage(run[0]):
-                self.place.fill(f"shards/{first.file}", first.offset, into, digests)
-            for at, digest in zip(run, digests[1::2] if digests else (), strict=verify):
-                if digest != rows[at].xxh3:
-                    raise _Damaged(_CHANGED, at)
+            try:
+                self.place.fill(f"shards/{file}", begin, into, digests)
+            except (OSError, EOFError) as error:
+                raise _Damaged(error, run[0]) from error
+            if digests is not None:
+                by_view = dict(zip(map(id, into), digests, strict=True))
+                for at in run:
+                    if by_view[id(views[at])] != rows[at].xxh3:
+                        raise _Damaged(ValueError(_CHANGED), at)
 
     def _load_part(self, rows: Sequence[Stored], at: int, view: memoryview, begin: int) -> None:
-        with _telling_damage(at):
+        try:
             self.place.fill(f"shards/{rows[at].file}", rows[at].offset + begin, [view])
+        except (OSError, EOFError) as error:
+            raise _Damaged(error, at) from error
 
     # Keeping
 
@@ -585,10 +627,8 @@ class ExpertShelf:
         content, gone = memoryview(b""), ""
         try:
             content = memoryview(self.place.read(f"shards/{file}", anew=True))
-        except FileNotFoundError:
-            gone = "the file is gone"
         except OSError as error:
-            gone = f"reading gives: {error.strerror or error}"
+            gone = _what_is_wrong(error)
 
         def differs(offset: int, size: int, xxh3: int) -> str:
             part = content[offset : offset + size]
@@ -745,6 +785,24 @@ class ExpertShelf:
             yield result
 
 
+def compare(here: ExpertShelf | None, there: ExpertShelf | None) -> dict[str, Any]:
+    """See `FeatureStore.diff`; of two shelves, of which one may not be there."""
+    mine, others = (np.empty(0, "S32") if shelf is None else shelf.keys() for shelf in (here, there))
+    both = np.intersect1d(mine, others, assume_unique=True)
+    differ: list[str] = []
+    for block in range(0, len(both), _BLOCK):
+        assert here is not None and there is not None
+        keys = hex_keys(both[block : block + _BLOCK])
+        rows = zip(keys, here._find(keys), there._find(keys), strict=True)
+        differ += [key for key, one, other in rows if one[2:7] != other[2:7]]  # length to xxh3: wherever it lies
+    return {
+        "same": len(both) - len(differ),
+        "only_here": hex_keys(np.setdiff1d(mine, others, assume_unique=True)),
+        "only_there": hex_keys(np.setdiff1d(others, mine, assume_unique=True)),
+        "differ": differ,
+    }
+
+
 class _DamagedReceipt(ValueError):
     """A receipt that cannot be read."""
 
@@ -752,22 +810,18 @@ class _DamagedReceipt(ValueError):
 class _Damaged(Exception):
     """What is wrong with a row, and which of those asked for it is."""
 
-    def __init__(self, reason: str, at: int):
-        super().__init__(reason)
+    def __init__(self, error: Exception, at: int):
+        super().__init__(_what_is_wrong(error))
         self.at = at
 
 
-@contextmanager
-def _telling_damage(at: int) -> Iterator[None]:
-    """Turns what a place says into what is wrong with a row."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise _Damaged("the file is gone", at) from error
-    except EOFError as error:
-        raise _Damaged("the file ends before it", at) from error
-    except OSError as error:
-        raise _Damaged(f"reading gives: {error.strerror or error}", at) from error
+def _what_is_wrong(error: Exception) -> str:
+    """What the place says about a file or a part of it, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "the file is gone"
+    if isinstance(error, EOFError):
+        return "the file ends before it"
+    return f"reading gives: {error.strerror or error}" if isinstance(error, OSError) else str(error)
 
 
 @cache

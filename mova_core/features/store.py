@@ -27,14 +27,15 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
 from mova_core.features.codec import CODECS
-from mova_core.features.index import parquet
+from mova_core.features.index import binary_keys, hex_keys, parquet
 from mova_core.features.place import StoreError, place_at, writing
-from mova_core.features.shelf import ExpertShelf, MissingFeatures, Shard, describing
+from mova_core.features.shelf import ExpertShelf, MissingFeatures, Shard, compare
 
 if TYPE_CHECKING:
     from mova_core.experts import Features
@@ -224,17 +225,9 @@ class FeatureStore:
                 f"store {self.location} was opened for {expert} features of weights {self._pinned[expert]}, "
                 f"got an expert of weights {digest}: open it for these, or load those"
             )
-        described = f"{expert}/{digest}/expert.json"
-        text = describing(description)
-        with writing(self.location):
-            self.place.make(f"{expert}/{digest}")
-            self.place.put_if_absent(described, text)
-            shelf = self.shelf(expert, digest)
-            shelf.make_folders()
-        if shelf.description != json.loads(text):
-            raise StoreError(
-                f"{self.location}/{described} does not tell this expert: run `mova store verify`, then try again"
-            )
+        with self._lock:
+            shelf = ExpertShelf.made(f"{self.location}/{expert}/{digest}", description)
+            shelf = self._shelves.setdefault((expert, digest), shelf)
         self._served[expert] = digest
         return shelf
 
@@ -304,6 +297,74 @@ class FeatureStore:
                     self.place.put_if_absent("store.json", _STORE)
         return sum(self.shelf(*address).forget(damages) for address, damages in found.items())
 
+    def diff(self, other: FeatureStore) -> list[dict[str, Any]]:
+        """What two stores do not have alike, told by their receipts alone.
+
+        Returns:
+            Per shelf of either: "expert", "fingerprint", "same" (features that both have with the same bytes), and the
+            keys that are "only_here", "only_there", or in both and "differ".
+        """
+        addresses = {(shelf.expert, shelf.fingerprint): None for shelf in self._all_shelves() + other._all_shelves()}
+        return [
+            {
+                "expert": expert,
+                "fingerprint": digest,
+                **compare(self._shelf_at(expert, digest), other._shelf_at(expert, digest)),
+            }
+            for expert, digest in sorted(addresses)
+        ]
+
+    def export(
+        self,
+        to: FeatureStore,
+        experts: Sequence[str] = (),
+        keys: Iterable[str] | None = None,
+        shard_bytes: int = 128 << 20,
+        progress: Callable[[int], object] | None = None,
+    ) -> dict[str, int]:
+        """Copies features to another store, as they are stored, without recoding; what is there already stays.
+
+        Args:
+            experts: all their fingerprints are copied; every expert by default.
+            keys: image keys, those that are not stored are passed over; every image by default.
+            shard_bytes: size a shard there aims at.
+            progress: gets the number of features just copied, or found there.
+
+        Returns:
+            Expert -> features copied.
+
+        Raises:
+            StoreError: a damaged row, or either store cannot be used.
+        """
+        held = self.experts()
+        if unknown := [name for name in experts if name not in held]:
+            raise StoreError(
+                f"store {self.location} has no features of {', '.join(unknown)} (it has {', '.join(held)})"
+            )
+        chosen = None if keys is None else binary_keys(list(keys))
+        copied: dict[str, int] = {}
+        for shelf in self._all_shelves():
+            if experts and shelf.expert not in experts:
+                continue
+            wanted = shelf.keys()
+            if chosen is not None:
+                wanted = wanted[np.isin(wanted, chosen)]
+            there = to._shelf_at(shelf.expert, shelf.fingerprint)
+            if there is None and len(wanted):
+                there = ExpertShelf.made(f"{to.location}/{shelf.expert}/{shelf.fingerprint}", shelf.description)
+            absent = wanted if there is None else wanted[there.absent(wanted)]
+            copied[shelf.expert] = copied.get(shelf.expert, 0) + len(absent)
+            if progress:
+                progress(len(wanted) - len(absent))
+            for chunk in shelf.chunks(absent, shard_bytes):
+                assert there is not None
+                there.adopt(there.shard_id(chunk), shelf.read_rows(hex_keys(chunk)))
+                if progress:
+                    progress(len(chunk))
+            if there is not None and len(absent):
+                there.snapshot()
+        return copied
+
     def quarantine(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Records images that cannot be processed: "image" (path or URL), "sha256" (or None), "reason", "expert"."""
         if not rows:
@@ -360,6 +421,10 @@ class FeatureStore:
                         removed["files"] += 1
                         removed["bytes"] += size
         return removed
+
+    def _shelf_at(self, expert: str, digest: str) -> ExpertShelf | None:
+        """A shelf, whichever fingerprint is served, if there is one."""
+        return self.shelf(expert, digest) if digest in self.experts().get(expert, []) else None
 
     def _all_shelves(self) -> list[ExpertShelf]:
         return [self.shelf(expert, digest) for expert, digests in self.experts().items() for digest in digests]

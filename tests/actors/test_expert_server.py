@@ -2,6 +2,7 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -133,7 +134,8 @@ def right(results, images) -> list[bool]:
 def shard_of(shelf, images):
     shard = shelf.plan([image.key for image in images], 100)[0]
     paths = {image.key: image.path for image in images}
-    return {"shard": shard.id, "keys": list(shard.keys), "paths": [paths[key] for key in shard.keys]}
+    keys = [bytes.fromhex(key) for key in shard.keys]
+    return pa.Table.from_pylist([{"shard": shard.id, "keys": keys, "images": [paths[key] for key in shard.keys]}])
 
 
 def computed(result) -> Features:
@@ -150,29 +152,67 @@ class TestPublishedExperts:
         assert alone.tokens.shape == (16, 64) and alone.grid == (4, 4)
         torch.testing.assert_close(alone.tokens, computed(results[3]).tokens, atol=1e-5, rtol=0)
 
-    def test_a_shard_is_stored_once_and_references_go_on(self, server, pictures, tmp_path):
-        path = str(FeatureStore(tmp_path / "store", create=True).path)
-        sam = server("sam", batch_size=2, queue=3, store=path)  # a shard may be longer than the queue
-        assert sam.store is not None
-        row = shard_of(sam.store.add_expert(sam.description), refs(pictures, *range(5), "bad"))
-        references = sam(pa.Table.from_pylist([row])).to_pylist()
-        assert [ref["key"] for ref in references] == row["keys"]
-        assert [ref["image"] for ref in references if ref["error"]] == [str(pictures / "bad.png")]
+    def test_a_shard_is_stored_once_and_a_line_goes_on(self, server, pictures, tmp_path):
+        path = FeatureStore(tmp_path / "store", create=True).location
+        told: list[dict[str, Any]] = []
+        sam = server(
+            "sam", batch_size=2, queue=3, store=path, watch=told.append
+        )  # a shard may be longer than the queue
+        shard = shard_of(sam.store.add_expert(sam.description), refs(pictures, *range(5), "bad"))
+        [line] = [row for table in sam(shard) for row in table.to_pylist()]
+        assert (line["shard"], line["stored"]) == (shard["shard"][0].as_py(), 5)
+        assert [bad["image"] for bad in line["failed"]] == [str(pictures / "bad.png")]
+        assert (told[-1]["computed"], told[-1]["stored"], told[-1]["waiting"]) == (5, 5, 0)
+        assert told[-1]["busy"] > 0 and told[-1]["prepare"] > 0
 
         store = FeatureStore(tmp_path / "store")
         assert store.stat()["experts"]["sam"]["features"] == 5
+        assert line["bytes"] == store.stat()["experts"]["sam"]["bytes"]
         assert [(bad["image"], bad["expert"]) for bad in store.quarantined()] == [(str(pictures / "bad.png"), "sam")]
         [stored] = store.fetch(refs(pictures, 0), [["sam"]])
         again = computed(sam.features(refs(pictures, 0))[0])
         torch.testing.assert_close(stored["sam"].tokens, again.tokens, atol=1e-5, rtol=0)
 
         shards = sorted((tmp_path / "store").rglob("*.safetensors"))
-        assert sam(pa.Table.from_pylist([row])).num_rows == 6, "a shard that is there is told of, not made again"
-        assert sorted((tmp_path / "store").rglob("*.safetensors")) == shards
+        [line] = [row for table in sam(shard) for row in table.to_pylist()]
+        assert line["stored"] == 0 and sorted((tmp_path / "store").rglob("*.safetensors")) == shards, "not made again"
+
+    def test_one_shard_is_computed_while_another_is_written(self, server, pictures, tmp_path, monkeypatch):
+        """Two threads call, as Ray Data has them: the second's pictures are answered while the first still writes."""
+        store = FeatureStore(tmp_path / "store", create=True)
+        sam = server("sam", batch_size=2, store=store.location)
+        shelf = sam.store.add_expert(sam.description)
+        shards = [shard_of(shelf, refs(pictures, *part)) for part in ((0, 1, 2), (3, 4, 5))]
+        first_is_written, both_computed = threading.Event(), threading.Event()
+        write = type(shelf).write
+
+        def slow(self, shard_id, features):
+            if not first_is_written.is_set():
+                first_is_written.set()
+                assert both_computed.wait(30)
+            return write(self, shard_id, features)
+
+        monkeypatch.setattr(type(shelf), "write", slow)
+        with ThreadPoolExecutor(2) as calls:
+            done = [calls.submit(lambda shard: list(sam(shard)), shard) for shard in shards]
+            assert first_is_written.wait(30)
+            while sam.load()["computed"] < 6:
+                time.sleep(0.01)
+            both_computed.set()
+            assert [one.result()[0]["stored"][0].as_py() for one in done] == [3, 3]
+
+    def test_what_is_stored_may_be_smaller_than_what_is_computed(self, server, pictures, tmp_path):
+        store = FeatureStore(tmp_path / "store", create=True)
+        sam = server("sam", batch_size=2, store=store.location, stored="int8")
+        assert sam.dtype is torch.float32 and sam.description["dtype"] == "int8"
+        list(sam(shard_of(sam.store.add_expert(sam.description), refs(pictures, 0))))
+        [stored] = FeatureStore(tmp_path / "store").fetch(refs(pictures, 0), [["sam"]])
+        tokens = computed(sam.features(refs(pictures, 0))[0]).tokens
+        assert (stored["sam"].tokens - tokens).norm() / tokens.norm() < 0.02
 
     def test_without_a_store_it_says_so(self, server):
         with pytest.raises(ValueError, match="given no store"):
-            server("sam")(pa.table({"shard": []}))
+            next(server("sam")(pa.table({"shard": []})))
 
 
 class TestBatching:
@@ -274,7 +314,7 @@ class TestTrouble:
         prepare = picky.expert.preprocess
 
         def fragile(images, compat="fixed"):
-            if images[0].path.endswith("2.png"):
+            if any(image.path.endswith("2.png") for image in images):
                 raise ZeroDivisionError("by nought")
             return prepare(images, compat)
 

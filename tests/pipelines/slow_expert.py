@@ -1,21 +1,21 @@
-"""An expert that takes 20 ms per picture and cannot prepare one of 13 pixels' width."""
+"""An expert that takes 80 ms per picture and cannot prepare one of 13 pixels' width."""
 
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
-from waiting_expert import Waiting
 
-from mova_core.experts import Features, register
+from mova_core.experts import Features, expert_class, register
 from mova_core.images import Compat, ImageSource, load_image
 
-MILLISECONDS = 20
+SECONDS = 0.08
+BiomedClip = expert_class("biomedclip")
 
 
 @register
-class Slow(Waiting):
-    card = dataclasses.replace(Waiting.card, name="slow")
+class Slow(BiomedClip):  # type: ignore[valid-type, misc]
+    card = dataclasses.replace(BiomedClip.card, name="slow")
 
     def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
         if any(load_image(image).width == 13 for image in images):
@@ -23,5 +23,5 @@ class Slow(Waiting):
         return super().preprocess(images, compat)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
-        time.sleep(MILLISECONDS / 1000 * len(batch["pixel_values"]))
+        time.sleep(SECONDS * len(next(iter(batch.values()))))
         return super().forward(batch)

@@ -48,11 +48,13 @@ def test_work_is_what_is_absent_cut_into_shards(tmp_path):
     assert todo.look() == 100
     shards = todo.shards()
     assert [len(keys) for keys in shards["keys"].to_pylist()] == [16] * 6 + [4]
-    assert [image for images in shards["images"].to_pylist() for image in images] == [f"{number}.png" for number in range(100)]
+    assert [image for images in shards["images"].to_pylist() for image in images] == [
+        f"{number}.png" for number in range(100)
+    ]
+    assert todo.shelf is not None
     hexed = [key.hex() for key in shards["keys"][1].as_py()]
     assert shards["shard"][1].as_py() == todo.shelf.shard_id(hexed)
-    failed = {key: {} for key in hexed}
-    assert todo.look(failed) == 84
+    assert todo.look(dict.fromkeys(hexed)) == 84
     assert todo.shards()["shard"].to_pylist()[0] == shards["shard"][0].as_py(), "whole shards keep their names"
     assert not set(hexed) & {key.hex() for keys in todo.shards()["keys"].to_pylist() for key in keys}
 
@@ -76,7 +78,7 @@ def test_a_resize_names_one_pool():
     cluster = {"CPU": 9, "GPU": 4, "accelerator_type:A100": 1, "accelerator_type:T4": 1}
     pools = [PoolSpec.parse(text) for text in ("sam=1,gpu=1,accelerator=A100,batch=8", "sam=1,gpu=1,accelerator=T4")]
     told = run_board.resized(pools, PoolSpec.parse("sam=2..3,gpu=1,accelerator=A100"), cluster)
-    assert [run_board.in_words(pool) for pool in told] == [
+    assert [str(pool) for pool in told] == [
         "sam=2..3,gpu=1,accelerator=A100,batch=8",
         "sam=1,gpu=1,accelerator=T4",
     ]
@@ -85,13 +87,13 @@ def test_a_resize_names_one_pool():
     with pytest.raises(PlanError, match="4 GPUs"):
         run_board.resized(pools[:1], PoolSpec.parse("sam=5"), cluster)
     for pool in told:
-        assert PoolSpec.parse(run_board.in_words(pool)) == pool
+        assert PoolSpec.parse(str(pool)) == pool
 
 
 def test_a_long_run_is_remembered_in_few_samples():
     one = ExpertLog(total=10**6)
     log = RunLog("long", "store", {"sam": one}, show=False)
-    for second in range(5 * SAMPLES):
+    for second in range(2 * SAMPLES):
         one.servers["a"] = {
             "computed": 10 * second,
             "stored": 10 * second,
@@ -103,7 +105,7 @@ def test_a_long_run_is_remembered_in_few_samples():
         log.began = time.monotonic() - second
         log.sample()
     assert len(one.samples) <= SAMPLES + 1
-    assert one.samples[-1].computed == 10 * (5 * SAMPLES - 1) and one.samples[0].seconds < 1
+    assert one.samples[-1].computed == 10 * (2 * SAMPLES - 1) and one.samples[0].computed == 0
     assert one.rate == pytest.approx(10, rel=0.01) and one.busy == pytest.approx(0.5, rel=0.01)
     assert one.eta == pytest.approx((10**6 - one.done) / 10, rel=0.01)
     assert all(a.seconds < b.seconds for a, b in zip(one.samples, one.samples[1:], strict=False))
@@ -112,24 +114,25 @@ def test_a_long_run_is_remembered_in_few_samples():
 
 @pytest.fixture(scope="module")
 def slow(ray_cluster):
-    return importlib.import_module("slow_expert")
+    return importlib.import_module("tests.pipelines.slow_expert")  # workers look here, too
 
 
 @pytest.mark.ray
 def test_pools_grow_into_free_room_and_are_resized_from_outside(slow, tmp_path):
-    """Of three CPUs for actors `slow` gets two, takes the third when biomedclip ends, and gives two back when it is told to."""
-    images = image_table(pictures(tmp_path / "pictures", 1200))
+    """Of three CPUs for actors `slow` takes two parts of 1.5 when biomedclip has ended, and gives one back when it is told to."""
+    both = [["slow", "biomedclip"]] * 32
+    images = image_table(pictures(tmp_path / "pictures", 300), [*both, *[["slow"]] * (300 - len(both))])
     done: list[Any] = []
-    files = {"summary": tmp_path / "summary.json", "picture": tmp_path / "run.png"}
+    files: dict[str, Any] = {"summary": tmp_path / "summary.json", "picture": tmp_path / "run.png"}
     run = threading.Thread(
         target=lambda: done.append(
             precompute(
                 images,
                 tmp_path / "store",
                 experts=["slow", "biomedclip"],
-                pools=["slow=1..3,batch=4", "biomedclip=1,batch=8"],
+                pools=["slow=1..2,cpu=1.5,batch=4", "biomedclip=1,batch=8"],
                 size="mini",
-                shard_mb=0.05,
+                shard_mb=0.02,
                 name="grown",
                 progress=False,
                 **files,
@@ -141,26 +144,26 @@ def test_pools_grow_into_free_room_and_are_resized_from_outside(slow, tmp_path):
     def wait_for_actors(count: int) -> dict[str, Any]:
         while run.is_alive():
             for told in run_board.status():
-                if told["experts"]["slow"]["actors"] == count and told["experts"]["slow"]["done"]:
-                    return told["experts"]["slow"]
+                if (slow := told["experts"].get("slow")) and slow["actors"] == count and slow["done"]:
+                    return slow
             time.sleep(0.1)
         pytest.fail(f"never had {count} actors")
 
     try:
-        wait_for_actors(3)
+        wait_for_actors(2)
         with pytest.raises(run_board.RunError, match=r"named other .*running: grown"):
             run_board.resize("other", ["slow=1"])
         with pytest.raises(run_board.RunError, match="computes no sam"):
             run_board.resize("grown", ["sam=1"])
-        assert run_board.resize("grown", ["slow=1"]) == {"slow": ["slow=1,batch=4"]}
-        assert wait_for_actors(1)["pools"] == ["slow=1,batch=4"]
+        assert run_board.resize("grown", ["slow=1"]) == {"slow": ["slow=1,cpu=1.5,batch=4"]}
+        assert wait_for_actors(1)["pools"] == ["slow=1,cpu=1.5,batch=4"]
     finally:
         run.join()
     [summary] = done
-    assert summary.computed == {"slow": 1200, "biomedclip": 1200}
+    assert summary.computed == {"slow": 300, "biomedclip": 32}
     told = summary.experts["slow"]
     sizes = [count for _, count in told["actors"]]
-    assert sizes.index(3) < len(sizes) - 1 - sizes[::-1].index(1) and 2 in sizes
+    assert max(sizes) == 2 and 1 in sizes[: sizes.index(2)] and 1 in sizes[sizes.index(2) :]
     assert told["lost"] == 0 and told["restarts"] == 0, "it ended at a shard boundary"
     assert json.loads(files["summary"].read_text())["experts"]["slow"] == told
     assert Image.open(files["picture"]).width > 800
@@ -173,7 +176,7 @@ def test_each_expert_gets_the_pictures_named_for_it_and_stores_them_its_way(slow
     images = image_table(
         [*good, *bad], [["slow", "biomedclip"], ["slow"], [], ["biomedclip"], None, ["slow"], None, ["slow"]]
     )
-    run = {
+    run: dict[str, Any] = {
         "experts": ["slow", "biomedclip"],
         "codecs": {"biomedclip": "int8"},
         "dtype": "bfloat16",

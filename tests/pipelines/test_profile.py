@@ -9,6 +9,7 @@ from mova_core.experts.profile import ProfileError, read_profiles
 from mova_core.features import FeatureStore
 from pipelines.precompute import precompute
 from pipelines.profile import profile
+from pipelines.sources import image_table
 
 HERE = PoolSpec(expert="profile")
 
@@ -24,12 +25,16 @@ def test_an_expert_is_measured_and_its_pool_planned_by_that(ray_cluster, tmp_pat
     assert all((one.peak_bytes or 0) > 100 << 20 for one in measured.batches), "a process with PyTorch in it"
 
     Image.fromarray(np.zeros((40, 60, 3), dtype=np.uint8)).save(tmp_path / "0.png")
-    done = precompute([tmp_path / "0.png"], tmp_path / "store", experts=["biomedclip"], profiles=[measured], **run)
+    done = precompute(
+        image_table([tmp_path / "0.png"]), tmp_path / "store", experts=["biomedclip"], profiles=[measured], **run
+    )
     assert done.computed == {"biomedclip": 1} and FeatureStore(tmp_path / "store").stat()["experts"]
     [one] = measured.batches[:1]
     hungry = type(measured)(**{**vars(measured), "batches": [type(one)(**{**vars(one), "peak_bytes": 1 << 50})]})
     with pytest.raises(PlanError, match=r"pool biomedclip: 1 actors take 1048576\.0 GiB as profiled"):
-        precompute([tmp_path / "0.png"], tmp_path / "store", experts=["biomedclip"], profiles=[hungry], **run)
+        precompute(
+            image_table([tmp_path / "0.png"]), tmp_path / "store", experts=["biomedclip"], profiles=[hungry], **run
+        )
 
 
 @pytest.mark.ray
