@@ -1,21 +1,28 @@
 """The feature store against a memory-map copy of the same rows, and against a plain synced write of the same bytes.
 
     python benchmarks/store.py [--rows 200] [--repeat 5] [--folder .] [--json]
+    python benchmarks/store.py --keys 10000000 [--folder .] [--json]
 
 The two sides of a ratio take turns row by row, batch by batch, shard by shard, so that a disk or a neighbour that slows
 down slows both. The map stays mapped and copies into a buffer that is used again, as the store's reader does. Rows are
 CLIP's: 2304 x 1024 bfloat16, 4.5 MiB. Needs twice their bytes on the disk, and in memory for "warm" to mean warm.
 
-A warm speed is the median of its turns; where the disk is measured, which works in bursts, all bytes over all time.
+A warm speed is the median of its turns; where the disk is measured, which works in bursts, all bytes over all time. In
+the epoch of two processes each reads half of the rows, and its time is that of the slower one.
 A kernel that reads far ahead (/sys/block/*/queue/read_ahead_kb) flatters a cold map as long as all rows fit in memory.
+
+With --keys it measures planning instead: half of so many keys are stored (nine in ten of these in a mapped index, the
+rest in newer receipts); which are absent, and what shards are they? Time and the process's peak memory.
 """
 
 import argparse
 import hashlib
 import json
 import mmap
+import multiprocessing
 import os
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -24,9 +31,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from mova_core.features import ExpertShelf, Features, FeatureStore
+from mova_core.features.index import RECEIPT
 
 GRID, CHANNELS = (48, 48), 1024
 ROW = GRID[0] * GRID[1] * CHANNELS * 2  # bytes
@@ -88,6 +98,28 @@ class Bench:
             f"{BATCH} rows, cold, verified": partial(self.load, True),
         }
         self.take_turns(cold, BATCH, cold=True)
+        self.epochs_of_two()
+
+    def epochs_of_two(self) -> None:
+        """Shuffled epochs by two processes at once, from the disk: batches of the store, and of a map."""
+        sides = {"map, 2 processes, cold": self.copy_cold, "2 processes, cold, verified": partial(self.load, True)}
+        for number in range(self.repeat):
+            for name in sorted(sides, reverse=bool(number % 2)):
+                self.forget_pages()
+                order = random.Random(number).sample(range(len(self.keys)), len(self.keys))
+                halves = order[::2], order[1::2]
+                with multiprocessing.get_context("fork").Pool(2) as pool:
+                    taken = pool.map(partial(self.epoch, sides[name]), halves, chunksize=1)
+                self.turns.setdefault(name, []).append((len(order), max(taken)))
+
+    def epoch(self, read: Callable[[list[int]], None], order: Sequence[int]) -> float:
+        """Seconds of reading these rows in batches."""
+
+        def act() -> None:
+            for at in range(0, len(order), BATCH):
+                read(list(order[at : at + BATCH]))
+
+        return seconds(act)
 
     def take_turns(self, sides: Mapping[str, Callable[[list[int]], None]], size: int, cold: bool = False) -> None:
         for number in range(self.repeat + (not cold)):
@@ -116,7 +148,7 @@ class Bench:
             self.copy(mapped, chosen)
 
     def forget_pages(self) -> None:
-        for path in (self.plain, *(self.shelf.folder / "shards").iterdir()):
+        for path in (self.plain, *Path(self.shelf.location, "shards").iterdir()):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -138,9 +170,59 @@ class Bench:
             (f"{BATCH} rows, warm", f"map, {BATCH} rows, warm"),
             (f"{BATCH} rows, warm, verified", f"map, {BATCH} rows, warm"),
             (f"{BATCH} rows, cold, verified", f"map, {BATCH} rows, cold"),
+            ("2 processes, cold, verified", "map, 2 processes, cold"),
         ]
         speeds = self.speeds()
         return {name: speeds[name] / speeds[base] for name, base in pairs}
+
+
+def plan(folder: Path, count: int, rows_per_shard: int = 64) -> dict[str, float]:
+    """Plans `count` keys of which half are stored; seconds of each step, and the peak memory of the process in GB."""
+    description = {"expert": "clip", "dtype": "bfloat16", "grid": GRID, "channels": CHANNELS}
+    shelf = FeatureStore(folder / "store", create=True).add_expert(description)
+    keys = np.frombuffer(np.random.default_rng(0).bytes(32 * count), "S32")
+    stored, receipt_rows = keys[: count // 2], 10_000
+    newest = len(stored) * 9 // 10
+    for begin in range(0, len(stored), receipt_rows):
+        if begin >= newest > begin - receipt_rows:
+            shelf.snapshot()
+        chunk = stored[begin : begin + receipt_rows]
+        shard, rows = shelf.shard_id(chunk), len(chunk)
+        text = chunk.tobytes().hex()
+        columns = {
+            "key": [text[at : at + 64] for at in range(0, len(text), 64)],
+            "file": [f"{shard}-0.safetensors"] * rows,
+            "offset": np.arange(rows) * ROW,
+            "length": np.full(rows, ROW),
+            "grid": [list(GRID)] * rows,
+            "dtype": ["bfloat16"] * rows,
+            "channels": np.full(rows, CHANNELS),
+            "xxh3": np.arange(rows),
+            "loss": np.zeros(rows),
+        }
+        pq.write_table(pa.table(columns).cast(RECEIPT), f"{shelf.location}/receipts/{shard}.parquet")
+    wanted = np.random.default_rng(1).permutation(keys)
+    told: dict[str, float] = {}
+    context = multiprocessing.get_context("fork")
+    parent, child = context.Pipe()
+
+    def planned() -> None:  # in a process of its own, whose peak memory is that of planning alone
+        begin = time.perf_counter()
+        opened = ExpertShelf(shelf.location)
+        told["open"] = time.perf_counter() - begin
+        absent = opened.absent(wanted)
+        told["absent"] = time.perf_counter() - begin - told["open"]
+        parts = range(0, len(absent), rows_per_shard)
+        shards = [opened.shard_id(wanted[absent[at : at + rows_per_shard]]) for at in parts]
+        told["whole plan"] = time.perf_counter() - begin
+        assert len(absent) == count - len(stored) and len(set(shards)) == len(parts)
+        child.send({**told, "shards": len(shards), "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6})
+
+    process = context.Process(target=planned)
+    process.start()
+    result: dict[str, float] = parent.recv()
+    process.join()
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -148,11 +230,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=200, help="features of 4.5 MiB [200]")
     parser.add_argument("--repeat", type=int, default=5, help="passes over them for each reader [5]")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; emptied after [the temporary folder]")
+    parser.add_argument("--keys", type=int, help="plan so many keys instead")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     options = parser.parse_args(argv)
     if options.rows < BATCH or options.repeat < 1:
         parser.error(f"--rows must be at least {BATCH} and --repeat at least 1")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="mova-store-") as folder:
+        if options.keys:
+            planned = plan(Path(folder), options.keys)
+            lines = [f"  {name:12} {value:10,.2f}" for name, value in planned.items()]
+            print(json.dumps(planned) if options.json else "\n".join([f"{options.keys:,} keys, seconds", *lines]))
+            return
         bench = Bench(Path(folder), options.rows, options.repeat)
         bench.write()
         bench.read()

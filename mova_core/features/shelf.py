@@ -654,7 +654,7 @@ class ExpertShelf:
     def forget(self, damaged: Iterable[Mapping[str, str]]) -> int:
         """See `FeatureStore.forget`."""
         with self._lock, writing(self.store):
-            before, indexed = len(self), self._number
+            known, indexed = self.keys(), self._number
             bad: dict[str, set[str]] = {}  # shard id -> its damaged keys
             for damage in damaged:
                 folder, _, name = damage["shard"].rpartition("/")
@@ -665,16 +665,20 @@ class ExpertShelf:
             for number in self._numbers("snapshots", ".json"):  # first: they merge the receipts
                 self.place.delete(f"snapshots/{number}.json")
             for shard_id, keys in bad.items():
-                self._salvage(shard_id, keys)
+                known = np.union1d(known, binary_keys(self._salvage(shard_id, keys)))
                 self.place.delete(f"receipts/{shard_id}.parquet")
             self._listed = 0
             self.refresh()
             if indexed:
                 self.snapshot()
-            return max(0, before - len(self))
+            return len(np.setdiff1d(known, self.keys()))
 
-    def _salvage(self, shard_id: str, bad: set[str]) -> None:
-        """Commits the sound rows of a damaged shard anew; those of a damaged receipt as the shard's own header tells."""
+    def _salvage(self, shard_id: str, bad: set[str]) -> list[str]:
+        """Commits the sound rows of a damaged shard anew, where the receipt is damaged too as the shard's header tells.
+
+        Returns:
+            The keys of all its rows, as far as that can be told.
+        """
         try:
             told = self._receipt(shard_id).to_pylist()
         except (OSError, ValueError):
@@ -691,6 +695,7 @@ class ExpertShelf:
         # A name of its own: that of the same keys may be the damaged shard's.
         name = hashlib.sha256(f"{self.fingerprint}\nsalvaged from {shard_id}\n{sorted(sound)}".encode()).hexdigest()
         self.adopt(name[:32], list(sound.values()))
+        return [row["key"] for row in told]
 
     def _told_by_header(self, file: str) -> list[dict[str, Any]]:
         """What the header of a shard tells of its rows; nothing where it is damaged."""
