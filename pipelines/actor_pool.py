@@ -62,6 +62,7 @@ class Execution:
             pool with much to do end it and start another.
         actors, starting, restarting: that answer, that have yet to start for the first time, that start again.
         waiting: blocks no actor has been given.
+        stuck: whether nothing goes on before an actor has started again, which keeps the blocks it was given.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class Execution:
         self.size = min(size, len(blocks))
         self.actors = self.starting = self.restarting = 0
         self.waiting = len(blocks)
+        self.stuck = False
+        self._lost = ""
         self._most = len(blocks)
         self._ending = False
         self._name = uuid.uuid4().hex
@@ -125,8 +128,14 @@ class Execution:
         """Gives no further block to an actor; `rows` ends when those given before are done."""
         self._ending = True
 
+    def give_up(self, why: str) -> None:
+        """Ends it at once, with a `Stopped` for that reason; what its actors have in hand is lost."""
+        self._lost = why
+
     def steer(self, topology: Mapping[Any, Any]) -> None:
         """Carries out on Ray Data's operators what was asked for. Called by Ray Data's own thread."""
+        if self._lost:
+            raise Stopped(self._lost)
         for operator, state in topology.items():
             for pool in operator.get_autoscaling_actor_pools():
                 if self._ending:
@@ -138,6 +147,8 @@ class Execution:
                 told = pool.get_actor_info()
                 self.actors, self.starting, self.restarting = told.running, told.pending, told.restarting
                 self.waiting = state.total_enqueued_input_blocks()
+                idle = not self.actors or (not self.waiting and told.active <= told.restarting)
+                self.stuck = told.restarting > 0 and idle
 
 
 def through_actors(

@@ -29,6 +29,8 @@ TICK = 1.0  # seconds between two looks at everything
 BLOCKS = 1024  # per pool: enough that no actor waits for another, few enough for the driver
 BLOCKS_PER_ACTOR = 32
 CALLS = 2  # shards at once in an actor: one is written while the other is computed
+RESTART = 300.0  # seconds that an execution waits for an actor that died and starts again, ...
+RESTART_ELSEWHERE = 30.0  # ... and if its node may be gone, so that it may find no other place
 LONG = 120.0  # seconds of work left from which it pays to divide it anew among an expert's pools
 
 
@@ -89,6 +91,8 @@ class Pool:
     blocks: list[pa.Table]
     execution: Execution | None = None
     ended: "Future[None] | None" = None
+    nodes: int = 0  # of the cluster as it began
+    stuck_since: float | None = None
 
     @property
     def most(self) -> int:
@@ -330,6 +334,7 @@ class BulkRun:
         going = []
         for expert, pool in self._pools():
             if pool.execution is not None:
+                self._unstick(pool, len(room.nodes))
                 # Those that end for want of work leave their room.
                 coming = pool.execution.size - pool.execution.actors if pool.execution.waiting else 0
                 room.take(pool.spec, max(coming, pool.execution.starting))
@@ -339,7 +344,7 @@ class BulkRun:
         for expert, pool in waiting:
             least = min(pool.spec.min_size, len(pool.blocks))
             if room.take(pool.spec, least) == least:
-                pool.execution = self._execution(expert, pool, least)
+                pool.execution, pool.nodes = self._execution(expert, pool, least), len(room.nodes)
                 starting.append((expert, pool))
         if len(starting) == len(waiting):  # else what is free is kept for who waits
             self._grow(room, [*going, *starting])
@@ -357,6 +362,18 @@ class BulkRun:
             if self._waited % 60 < TICK:
                 names = ", ".join(dict.fromkeys(expert.work.expert for expert, _ in waiting))
                 self.log.say(f"{names}: the cluster has no room now, waiting for it")
+
+    def _unstick(self, pool: Pool, nodes: int) -> None:
+        """An actor that waits for a place to start again keeps its blocks for ever; the next round has them elsewhere."""
+        assert pool.execution is not None
+        if not pool.execution.stuck:
+            pool.stuck_since = None
+        elif pool.stuck_since is None:
+            pool.stuck_since = self.log.seconds
+        elif self.log.seconds - pool.stuck_since > (RESTART_ELSEWHERE if nodes < pool.nodes else RESTART):
+            pool.execution.give_up(
+                f"{pool.execution.restarting} actors of {pool.spec.expert} died and found no place to start again"
+            )
 
     def _grow(self, room: Room, pools: list[tuple[ExpertRun, Pool]]) -> None:
         def to_do(expert: ExpertRun, pool: Pool) -> float:

@@ -1143,9 +1143,9 @@ def store_export(
             chosen = keys.read_text().split()
         elif data is not None:
             from mova_core.images import ImageRef
-            from pipelines.precompute import find_images
+            from pipelines.sources import find_images
 
-            chosen = [ImageRef(path=str(path)).key for path in find_images(data, images)]
+            chosen = [ImageRef(path=path).key for path in find_images(data, images)["image"].to_pylist()]
         names = [name.strip() for name in experts.split(",")] if experts else list(source.experts())
         with progress_bar(None, "export", "features", not quiet) as bar:
             copied = source.export(
