@@ -1,8 +1,9 @@
 """The executions of one precompute: each expert's pools side by side on one cluster, until no feature is missing."""
 
-import logging
+import gc
 import random
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,13 +18,11 @@ from ray._private.state import available_resources_per_node  # what Ray tells of
 
 from actors.expert_server import ExpertServer
 from cluster.planner import ROUNDING, PlanError, PoolSpec
-from mova_core.features import ExpertShelf
+from mova_core.features import ExpertShelf, StoreError
 from pipelines.actor_pool import Execution, executions_stopped
 from pipelines.errors import root_cause
 from pipelines.run_board import Teller, place, resized
 from pipelines.run_log import ExpertLog, RunLog
-
-logger = logging.getLogger(__name__)
 
 TICK = 1.0  # seconds between two looks at everything
 BLOCKS = 1024  # per pool: enough that no actor waits for another, few enough for the driver
@@ -90,7 +89,7 @@ class Pool:
     spec: PoolSpec
     blocks: list[pa.Table]
     execution: Execution | None = None
-    ended: "Future[None] | None" = None
+    ended: "Future[Exception | None] | None" = None
     nodes: int = 0  # of the cluster as it began
     stuck_since: float | None = None
 
@@ -128,7 +127,7 @@ class ExpertRun:
     def __init__(self, work: Work, log: ExpertLog):
         self.work, self.log = work, log
         self.pools: list[Pool] = []
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         self.ended = False
         self._done: set[str] = set()  # shards of this round
         self._shards = rotated(work.shards())
@@ -175,7 +174,7 @@ class ExpertRun:
         for pool in [pool for pool in self.pools if pool.ended is not None and pool.ended.done()]:
             assert pool.ended is not None
             self.pools.remove(pool)
-            self.error = self.error or pool.ended.exception()
+            self.error = self.error or pool.ended.result()
             if self.pools and not self.error and not self._again and self._unbalanced():
                 self.again()
         if self.pools:
@@ -188,8 +187,8 @@ class ExpertRun:
         before, self._missing = self._missing, self.work.look(self.log.failed)
         if not self._missing:
             self.error, self.ended = None, True
-        elif self._missing < before:
-            reason = f": {root_cause(self.error)}" if self.error else ""
+        elif self._missing < before and not isinstance(self.error, StoreError):  # whoever made room runs it again
+            reason = f": {self.error}" if self.error else ""
             log.say(f"{self.work.expert}: {self._missing:,} features are still missing, going on with those{reason}")
             self.error, self._again, self._done, self._shards = None, False, set(), rotated(self.work.shards())
             self._divide()
@@ -271,7 +270,7 @@ class BulkRun:
         self._changed = threading.Event()
         self._waited = 0.0
 
-    def all(self) -> dict[str, BaseException]:
+    def all(self) -> dict[str, Exception]:
         """Runs it; an expert that fails does not stop the others. Returns what failed."""
         most = sum(len(expert.work.pools) for expert in self.experts.values())
         threads = ThreadPoolExecutor(max(1, most), thread_name_prefix="precompute")
@@ -418,11 +417,23 @@ class BulkRun:
             accelerator=spec.accelerator,
         )
 
-    def _follow(self, expert: ExpertRun, execution: Execution) -> None:
-        """One execution, on a thread of its own."""
+    def _follow(self, expert: ExpertRun, execution: Execution) -> Exception | None:
+        """One execution, on a thread of its own; returns what ended it early."""
+        failure: Exception | None = None
         try:
             for row in execution.rows():
                 expert.account(row)
                 expert.log.last = self.log.seconds
-        finally:
-            self._changed.set()
+        except Exception as error:
+            failure = _without_frames(error)
+        gc.collect()
+        self._changed.set()
+        return failure
+
+
+def _without_frames(error: Exception) -> Exception:
+    """What an execution failed of. Frames hold its actors, and those the room that others wait for."""
+    told, cause = traceback.format_exc(), root_cause(error)
+    cause.add_note(told)
+    cause.__traceback__ = cause.__cause__ = cause.__context__ = None
+    return cause if isinstance(cause, Exception) else RuntimeError(str(cause))

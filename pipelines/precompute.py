@@ -20,7 +20,6 @@ from mova_core.experts import EXPERTS, expert_card, expert_module, fingerprint, 
 from mova_core.experts.profile import Profile
 from mova_core.features import FeatureStore, StoreError
 from pipelines.bulk_run import BulkRun, Work, binary, check_nodes
-from pipelines.errors import root_cause
 from pipelines.inspect_images import Inspected, inspect
 from pipelines.run_board import put_up
 from pipelines.run_log import ExpertLog, RunLog, draw_run
@@ -147,7 +146,7 @@ def precompute(
         ray.kill(board)
     if failures:
         expert, error = next(iter(failures.items()))
-        raise PrecomputeError(f"{', '.join(failures)} did not finish; {expert}: {root_cause(error)}") from error
+        raise PrecomputeError(f"{', '.join(failures)} did not finish; {expert}: {error}") from error
     return told
 
 
