@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -103,23 +104,30 @@ class Bench:
     def epochs_of_two(self) -> None:
         """Shuffled epochs by two processes at once, from the disk: batches of the store, and of a map."""
         sides = {"map, 2 processes, cold": self.copy_cold, "2 processes, cold, verified": partial(self.load, True)}
+        context = multiprocessing.get_context("fork")
         for number in range(self.repeat):
+            order = random.Random(number).sample(range(len(self.keys)), len(self.keys))
             for name in sorted(sides, reverse=bool(number % 2)):
                 self.forget_pages()
-                order = random.Random(number).sample(range(len(self.keys)), len(self.keys))
-                halves = order[::2], order[1::2]
-                with multiprocessing.get_context("fork").Pool(2) as pool:
-                    taken = pool.map(partial(self.epoch, sides[name]), halves, chunksize=1)
-                self.turns.setdefault(name, []).append((len(order), max(taken)))
+                begun, taken = context.Barrier(2), context.SimpleQueue()
+                processes = [
+                    context.Process(target=self.epoch, args=(sides[name], order[half::2], begun, taken))
+                    for half in range(2)
+                ]
+                for process in processes:
+                    process.start()
+                self.turns.setdefault(name, []).append((len(order), max(taken.get() for _ in processes)))
+                for process in processes:
+                    process.join()
 
-    def epoch(self, read: Callable[[list[int]], None], order: Sequence[int]) -> float:
-        """Seconds of reading these rows in batches."""
-
-        def act() -> None:
-            for at in range(0, len(order), BATCH):
-                read(list(order[at : at + BATCH]))
-
-        return seconds(act)
+    def epoch(self, read: Callable[[list[int]], None], order: Sequence[int], begun: Any, taken: Any) -> None:
+        """Reads these rows in batches; pages that were read along are gone before the next, as in a store beyond memory."""
+        begun.wait()
+        spent = 0.0
+        for at in range(0, len(order), BATCH):
+            spent += seconds(partial(read, list(order[at : at + BATCH])))
+            self.forget_pages()
+        taken.put(spent)
 
     def take_turns(self, sides: Mapping[str, Callable[[list[int]], None]], size: int, cold: bool = False) -> None:
         for number in range(self.repeat + (not cold)):

@@ -14,11 +14,10 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache, partial
 from itertools import islice
-from operator import call
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -235,12 +234,13 @@ class ExpertShelf:
         catalog = self._catalog()
         rows = sum(len(part) for part in catalog)
         size, loss = (sum(pc.sum(part.table[name]).as_py() or 0 for part in catalog) for name in ("length", "loss"))
+        told = sum(pc.count(part.table["loss"]).as_py() for part in catalog)  # a salvaged row may not tell
         return {
             "features": len(self),
             "bytes": size,
             "shards": sum(len(part.shards()) for part in catalog),
             "bytes_per_feature": size // rows if rows else 0,
-            "loss": loss / rows if rows else 0.0,
+            "loss": loss / told if told else 0.0,
             "max_loss": max(pc.max(part.table["loss"]).as_py() or 0.0 for part in catalog),
             **{name: self.description.get(name) for name in ("dtype", "grid", "channels")},
         }
@@ -529,10 +529,19 @@ class ExpertShelf:
             share = len(runs) if alone else -(-len(runs) // place.readers)
             shares = (runs[at : at + share] for at in range(0, len(runs), share or 1))
             tasks = [partial(self._load_runs, rows, views, some, verify) for some in shares]
-        if len(tasks) == 1:
-            tasks[0]()
-        else:
-            list(_readers(os.getpid(), place.readers).map(call, tasks))
+        waiting = [(task, _readers(os.getpid(), place.readers).submit(task)) for task in tasks[1:]]
+        try:
+            for task in tasks[:1]:
+                task()
+            for task, reading in reversed(waiting):
+                if reading.cancel():  # no thread was free for it so far
+                    task()
+                else:
+                    reading.result()
+        finally:
+            wait(
+                [reading for _, reading in waiting if not reading.cancel()]
+            )  # else they would go on writing to `views`
 
     def _runs(self, rows: Sequence[Stored]) -> list[list[int]]:
         """The rows that are read together."""

@@ -124,7 +124,7 @@ class FeatureStore:
                 return
             if strangers:
                 raise StoreError(f"{self.location} is no feature store and not empty: give a new or empty folder")
-            probe = f"probe-{uuid.uuid4().hex}"
+            probe = f".probe-{uuid.uuid4().hex}.tmp"  # no stranger to another process that makes it
             try:
                 kept = self.place.put_if_absent(probe, b"1") and not self.place.put_if_absent(probe, b"2")
             except (NotImplementedError, TypeError, ValueError) as error:
