@@ -72,6 +72,7 @@ class Driver:
         self.store = store
         self.said = str(place / name)
         command = COMMAND.format(pictures=place / "pictures", store=store, actors=actors).split()
+        self.found = _receipts(store)
         self.started = time.monotonic()
         self.process = forks.Process(target=drive, args=(command, self.said))
         self.process.start()
@@ -193,7 +194,7 @@ def reach(place: Place, run: Driver, moment: float, draw: random.Random) -> bool
 
     def come() -> bool:
         there = _receipts(run.store)  # sooner than the undisturbed run had any, perhaps
-        return there > 0 or time.monotonic() >= until if moment < START else there >= commits
+        return there > run.found or time.monotonic() >= until if moment < START else there >= commits
 
     while not come():
         if not run.alive():
