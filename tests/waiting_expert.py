@@ -62,4 +62,4 @@ class Waiting(VisionExpert):
 def _wait_seconds() -> float:
     """Per picture, on the node that this process runs on."""
     speed = ray.get_runtime_context().get_node_labels().get("speed", "1") if ray.is_initialized() else "1"
-    return float(os.environ.get("WAITING_MS", "0")) / 1000 / float(speed)
+    return float(os.environ.get("WAITING_MS", "0")) / 1000 / float(str(speed))
