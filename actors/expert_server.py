@@ -28,7 +28,7 @@ from actors.telemetry import RayTelemetry
 from mova_core.experts import Features, fingerprint, load_expert
 from mova_core.experts.profile import Profile, example, measure, out_of_memory
 from mova_core.features import FeatureStore
-from mova_core.images import ImageError, ImageRef
+from mova_core.images import ImageError, ImageRef, ImageUnavailable
 from mova_core.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -211,22 +211,21 @@ class ExpertServer:
             with self._feeding:  # shard after shard, so that one is whole while the next is computed
                 asked = self._ask(images, patient=True)
             computed: dict[str, Features] = {}
+            bad: list[dict[str, Any]] = []
             for one in asked:
                 image, result = one.image, one.answer.result()
                 if isinstance(result, ImageError):
-                    done["failed"].append({"image": image.path, "key": image.key, "reason": str(result)})
+                    reason = str(result)
+                    done["failed"].append({"image": image.path, "key": image.key, "reason": reason})
+                    if not isinstance(result, ImageUnavailable):  # what is away may come back
+                        bad.append({"image": image.path, "sha256": image.key, "reason": reason, "expert": self.name})
                 else:
                     computed[image.key] = result
                 self._tell_watch()
             rows = shelf.write(shard["shard"], computed)
             done["stored"], done["bytes"] = len(computed), sum(row["length"] for row in rows)
             self._load["stored"] += len(computed)
-            self.store.quarantine(
-                [
-                    {"image": row["image"], "sha256": row["key"], "reason": row["reason"], "expert": self.name}
-                    for row in done["failed"]
-                ]
-            )
+            self.store.quarantine(bad)
             self._tell_watch(every=0.0)
             yield pa.Table.from_pylist([done], schema=DONE)
 

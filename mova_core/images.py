@@ -48,7 +48,7 @@ class ImageError(ValueError):
 
 
 class ImageUnavailable(ImageError):
-    """An image whose bytes cannot be had now: its file is away, or the network. It may come back."""
+    """An image whose bytes cannot be had now: its file or the network is away, or it holds others. They may come back."""
 
 
 class ImageRef:
@@ -122,7 +122,7 @@ class ImageRef:
             self._key = key
         elif self._key != key:  # else new pixels would be stored under the old picture's name
             change = f"sha256 {self._key[:12]} -> {key[:12]}"
-            raise ImageError(f"{_label(self)}: its content changed since it was listed ({change})")
+            raise ImageUnavailable(f"{_label(self)}: its content changed since it was listed ({change})")
         return data
 
     def _encoded(self) -> bytes:
