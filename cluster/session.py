@@ -18,7 +18,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar per worker
 # glibc gives every freed tensor back to the system and faults its pages in again for the next; 32 MiB is its limit.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
-
 os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data logs an "error" per actor pool (ray#53727)
 if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster started here answers nobody else on this machine
@@ -60,6 +59,8 @@ def ray_session(num_cpus: int | None = None, start: bool = True) -> Iterator[dic
         with _quiet():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)  # errors of workers come as exceptions
     except (ConnectionError, RuntimeError) as error:
+        if own.get("address") == "local":  # this machine could not start one
+            raise
         where = os.environ.get("RAY_ADDRESS") or "this machine"
         raise SessionError(
             f"no Ray cluster answers at {where} ({str(error).splitlines()[0]}): check RAY_ADDRESS, and that "
