@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mova_core import locators
+from mova_core.features.codec import named_by
 from mova_core.images import ImageError, load_image, read_image
 from pipelines.progress import progress_bar
 
@@ -47,7 +47,7 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
     """Hashes and decodes every image that is new or has changed since an earlier run. Needs an open Ray session.
 
     What is no picture goes to the store's quarantine with its reason, once; files that cannot be had do not: they may come
-    back. To have what is there looked at again, `release` it.
+    back. To have what is there looked at again, call `store.release`.
 
     Args:
         images: as `find_images` gives them.
@@ -99,16 +99,6 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
     return Inspected(
         readable=_each_once(images, keys), refused=[{"path": one["path"], "reason": one["reason"]} for one in refused]
     )
-
-
-def release(store: "FeatureStore") -> int:
-    """Empties the quarantine, so that its images are looked at again. Returns how many rows that were."""
-    rows = len(store.quarantined())
-    system, folder = locators.filesystem(f"{store.location}/quarantine")
-    for file in system.glob(f"{folder}/*.parquet"):
-        with contextlib.suppress(FileNotFoundError):  # released by another one
-            system.rm_file(file)
-    return rows
 
 
 def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
@@ -164,12 +154,14 @@ def _seen_before(
     """
     seen: dict[str, Any] = {field.name: pa.nulls(len(images)) for field in list(SEEN)[1:]}
     covered = []
-    system, folder = locators.filesystem(f"{store.location}/listings")
-    for file in sorted(system.glob(f"{folder}/*.parquet")):  # the newest last
+    for file in store.place.names("listings", ".parquet"):  # the newest last
         try:
-            listing = pq.read_table(io.BytesIO(system.cat_file(file)), schema=SEEN)
-        except (OSError, pa.ArrowException):  # deleted since, or damaged: its images are read again
+            content = store.place.read(f"listings/{file}")
+        except FileNotFoundError:  # another run has written a newer one
             continue
+        if not file.endswith(f"{named_by(content)}.parquet"):  # damaged: its images are read again
+            continue
+        listing = pq.read_table(io.BytesIO(content), schema=SEEN)
         bad = listing["error"].is_valid()
         refusals = zip(listing["image"].filter(bad).to_pylist(), listing["error"].filter(bad).to_pylist(), strict=True)
         counts = np.ones(len(listing), dtype=bool)
@@ -210,16 +202,14 @@ def _keep_listing(
     table = pa.table([images, versions, _array(keys), reasons], schema=SEEN)
     if not pc.all(kept).as_py():
         table = table.filter(kept)
-    system, folder = locators.filesystem(f"{store.location}/listings")
-    draft = f"{folder}/.{uuid.uuid4().hex}.tmp"  # `gc` removes it where its writer died
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+    content = sink.getvalue()
     with contextlib.suppress(OSError):  # it saves time and nothing else
-        system.makedirs(folder, exist_ok=True)
-        with system.open(draft, "wb") as opened:
-            pq.write_table(table, opened, compression="zstd", use_dictionary=False)
-        system.mv(draft, f"{folder}/{time.time_ns():020d}-{uuid.uuid4().hex}.parquet")
+        store.place.make("listings")
+        store.place.put_if_absent(f"listings/{time.time_ns():020d}-{named_by(content)}.parquet", content)
         for file in covered:
-            with contextlib.suppress(FileNotFoundError):  # another run, too
-                system.rm_file(file)
+            store.place.delete(f"listings/{file}")
 
 
 def _each_once(images: pa.Table, keys: np.ndarray) -> pa.Table:

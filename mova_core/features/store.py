@@ -7,6 +7,7 @@
         receipts/<shard>.parquet                        the commit record: one row per feature
         index/<n>.arrow  snapshots/<n>.json             receipts merged, sorted by key, memory-mapped by readers
     <store>/quarantine/<id>.parquet                     images that cannot be processed, each with the reason
+    <store>/listings/<time>-<id>.parquet                images looked at, so that they need not be again; may be deleted
 
 A feature exists when a receipt names it. A writer puts its shard down complete (temporary name, fsync, rename), then
 publishes the receipt under a name that only one of any number of writers gets (link(2); on S3 a PUT with If-None-Match,
@@ -30,9 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
-from mova_core.features.codec import CODECS
+from mova_core.features.codec import CODECS, named_by
 from mova_core.features.index import binary_keys, hex_keys, parquet
 from mova_core.features.place import StoreError, place_at, writing
 from mova_core.features.shelf import ExpertShelf, MissingFeatures, Shard, compare
@@ -270,14 +270,19 @@ class FeatureStore:
 
         Yields:
             "expert", "fingerprint", "shard" (the damaged file, relative to the shelf's folder), "key" (of the damaged
-            row; empty where it is the file itself) and "reason". A quarantine file has no expert and fingerprint.
+            row; empty where it is the file itself) and "reason". What belongs to no shelf has no expert and fingerprint.
         """
         if not self.place.exists("store.json") or self.place.read("store.json", anew=True) != _STORE:
             yield {"expert": "", "fingerprint": "", "shard": "store.json", "key": "", "reason": "it tells no format"}
-        for name in self.place.names("quarantine", ".parquet"):
-            if name != f"{_named_by(self.place.read(f'quarantine/{name}', anew=True))}.parquet":
-                reason = "its bytes have changed"
-                yield {"expert": "", "fingerprint": "", "shard": f"quarantine/{name}", "key": "", "reason": reason}
+        for folder in ("quarantine", "listings"):
+            for name in self.place.names(folder, ".parquet"):
+                try:
+                    content = self.place.read(f"{folder}/{name}", anew=True)
+                except FileNotFoundError:  # released since the listing
+                    continue
+                if not name.endswith(f"{named_by(content)}.parquet"):
+                    reason = "its bytes have changed"
+                    yield {"expert": "", "fingerprint": "", "shard": f"{folder}/{name}", "key": "", "reason": reason}
         for shelf in self._all_shelves():
             yield from shelf.verify(progress)
 
@@ -374,12 +379,12 @@ class FeatureStore:
         with writing(self.location):
             self.place.make("quarantine")
             content = parquet(table)
-            self.place.put_if_absent(f"quarantine/{_named_by(content)}.parquet", content)
+            self.place.put_if_absent(f"quarantine/{named_by(content)}.parquet", content)
 
     def quarantined(self) -> list[dict[str, Any]]:
         """Every quarantined image: image, sha256, reason, expert, time (UTC); the oldest first.
 
-        To have images tried again, delete their files in quarantine/.
+        `release` has them tried again.
         """
         rows: list[dict[str, Any]] = []
         for name in self.place.names("quarantine", ".parquet"):
@@ -394,6 +399,14 @@ class FeatureStore:
                     f"and its images will be tried again"
                 ) from None
         return sorted(rows, key=lambda row: row["time"])
+
+    def release(self) -> int:
+        """Empties the quarantine, so that its images are tried again. Returns how many rows that were."""
+        rows = len(self.quarantined())
+        with writing(self.location):
+            for name in self.place.names("quarantine", ".parquet"):
+                self.place.delete(f"quarantine/{name}")
+        return rows
 
     def gc(self, grace_seconds: float = 3600.0, dry_run: bool = False) -> dict[str, int]:
         """Removes shards no receipt names, temporary files and superseded indexes, all older than `grace_seconds`.
@@ -428,8 +441,3 @@ class FeatureStore:
 
     def _all_shelves(self) -> list[ExpertShelf]:
         return [self.shelf(expert, digest) for expert, digests in self.experts().items() for digest in digests]
-
-
-def _named_by(content: Any) -> str:
-    """A file's name by its bytes: it checks itself, and nothing is quarantined twice by a retry."""
-    return xxhash.xxh3_128_hexdigest(content)

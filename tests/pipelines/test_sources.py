@@ -18,7 +18,7 @@ from mova_core.data import DataError
 from mova_core.features import FeatureStore
 from mova_core.images import read_image
 from mova_core.locators import Member, parse
-from pipelines.inspect_images import inspect, release
+from pipelines.inspect_images import inspect
 from pipelines.sources import find_images, image_table
 
 
@@ -298,7 +298,7 @@ def test_what_was_seen_is_not_read_again(ray_cluster, web, tmp_path):
     assert len(list((tmp_path / "store" / "listings").iterdir())) == 1
     assert fetched(urls[0]) == [], "and what the other images were is not forgotten"
     assert fetched() == gone
-    assert release(store) == 1 and not store.quarantined()
+    assert store.release() == 1 and not store.quarantined()
     assert fetched() == ["bad.png", *gone] and len(store.quarantined()) == 1
     for listing in (tmp_path / "store" / "listings").iterdir():
         listing.write_bytes(b"damaged")
