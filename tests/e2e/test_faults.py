@@ -322,7 +322,7 @@ def test_flipped_bytes(place, tmp_path):
             file.write(bytes([byte ^ draw.randrange(1, 256)]))
         hit.append((str(path.relative_to(shelf if path.is_relative_to(shelf) else store)), at))
 
-    told = mova(tmp_path, "store", "verify", str(store), "--forget", "--json", "--quiet", code=1)
+    told = mova(tmp_path, "store", "verify", str(store), "--json", "--quiet", code=1)
     damaged = {(damage["shard"], damage["key"]) for damage in told["damaged"]}
     shards = {shard for shard, _ in damaged}
     for name, at in hit:
