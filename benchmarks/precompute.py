@@ -38,7 +38,9 @@ from PIL import Image
 
 from cluster.session import ray_session  # before ray: it sets the environment
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))  # waiting_expert
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))  # waiting_expert
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # of drivers and actors
 
 CORES = 2
 BATCH = 8
@@ -204,8 +206,6 @@ def nodes(log: Path, speeds: Sequence[float]) -> Iterator[None]:
     from ray.cluster_utils import Cluster
 
     os.environ.update(WAITING_MS=str(WAIT_MS), WAITING_LOG=str(log), RAY_raylet_start_wait_time_s="120")
-    path = [str(Path(__file__).parents[1]), *sys.path]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         for speed in speeds:
