@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -110,7 +111,7 @@ def precompute(
     for specs in planned.values():
         check_nodes(specs)
     store = FeatureStore(store_path, create=True)
-    job = name or time.strftime("%m%d-%H%M%S")
+    job = name or f"{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:3]}"  # two may begin in one second
     board = put_up(job, store.location)  # starts while images are looked at
     try:
         inspected = _readable(images, store, progress)
