@@ -133,7 +133,9 @@ class ImageRef:
         return load_image(self, compat)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._path, self._data if self._path is None else None, self._key)
+        # Another process may have another current folder.
+        path = self._path if self._path is None else locators.absolute(self._path)
+        return type(self), (path, self._data if path is None else None, self._key)
 
     def __repr__(self) -> str:
         return f"ImageRef({_label(self)!r}, key={self._key[:12] if self._key else None!r})"

@@ -46,6 +46,13 @@ class TestImageRef:
         assert ImageRef(path=tmp_path / "a.png", key=digest).read() == data
         assert ImageRef.of(data).key == ImageRef.of(str(tmp_path / "a.png")).key
 
+    def test_a_relative_path_is_the_same_picture_elsewhere(self, tmp_path, monkeypatch):
+        (tmp_path / "a.png").write_bytes(b"abc")
+        monkeypatch.chdir(tmp_path)
+        pickled = pickle.dumps(ImageRef(path="a.png"))
+        monkeypatch.chdir("/")
+        assert pickle.loads(pickled).read() == b"abc"
+
     def test_pickles_small(self, tmp_path):
         (tmp_path / "a.png").write_bytes(encoded(noise(300, 300)))
         ref = ImageRef(path=tmp_path / "a.png")
