@@ -91,6 +91,7 @@ def absolute(path: str | os.PathLike[str]) -> str:
     path = os.fspath(path).removeprefix("file://")
     if is_url(path):
         return path
+    path = os.path.join(os.getcwd(), path)
     folder, name = os.path.split(path)
     return os.path.join(_real(folder), name) if name not in ("", ".", "..") else _real(path)
 

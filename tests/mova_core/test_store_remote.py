@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
+import fsspec
 import pytest
 import torch
 import werkzeug.serving
@@ -79,6 +80,7 @@ def server(running, monkeypatch, tmp_path):
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # it keeps the endpoint of who asked first
     running.failing, running.forgets_conditions = 0.0, False
     bucket = f"bucket-{running.draw.randrange(10**9)}"
     Bucket(f"s3://{bucket}")._fs.mkdir(bucket)
