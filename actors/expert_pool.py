@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import serve
@@ -38,6 +39,24 @@ QUEUED = 64  # requests that one process may have waiting for a server of an exp
 ASKING = 64  # requests that a pool has under way; fetches beyond wait for their turn
 LOOK = 2.0  # seconds between looks at what Serve says of an expert that does not answer
 SERVE_NAMESPACE = "serve"  # where Serve's actors have their names
+
+
+_Made = TypeVar("_Made")
+_marking = threading.Lock()
+
+
+def _undisturbed(make: Callable[[], _Made]) -> _Made:
+    """What `make` gives. Wherever Serve makes a deployment's settings it marks a module of its own for the whole process, and
+    fails if another thread has taken the mark away; its own threads make some, too."""
+    for left in range(9, -1, -1):
+        try:
+            with _marking:
+                return make()
+        except ValueError as error:
+            if "pickle by value" not in str(error) or not left:
+                raise
+            time.sleep(0.02)
+    raise AssertionError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +227,10 @@ class ExpertPool:
 
     def _deploy(self, names: Sequence[str]) -> None:
         targets = [
-            RunTarget(target=self._deployment(name), name=self._application(name), route_prefix=None) for name in names
+            RunTarget(
+                target=_undisturbed(partial(self._deployment, name)), name=self._application(name), route_prefix=None
+            )
+            for name in names
         ]
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # it warns of each refusal; what fails is an exception
         serve.start(proxy_location="Disabled", logging_config=_QUIET)  # callers hold handles, nobody comes by HTTP
@@ -363,7 +385,7 @@ class ExpertPool:
         return f"no server of {name} answers: {lines[-1] if lines else application.status}"
 
     def _told(self, name: str) -> ApplicationStatusOverview:
-        return serve.status().applications.get(self._application(name), _NOTHING)
+        return _undisturbed(serve.status).applications.get(self._application(name), _NOTHING)
 
     def _count(self, name: str, pictures: int) -> None:
         with self._lock:

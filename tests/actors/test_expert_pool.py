@@ -102,7 +102,7 @@ def pace(batch_size: int, queue: int, wait: float) -> None:
         server._changed.notify_all()
 
 
-def until(done, seconds=100.0):
+def until(done, seconds=150.0):
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, "it took too long"
@@ -198,8 +198,10 @@ def prometheus(expert: str) -> dict[str, float]:
     """What Prometheus reads of a server that has met one error."""
     [node] = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    until, told = time.monotonic() + 45, dict[str, float]()
-    while time.monotonic() < until and not told.get("errors_total"):  # Ray passes metrics on every ten seconds
+    until, told = time.monotonic() + 60, dict[str, float]()
+    gauges = {"queue_depth", "images_per_second"}
+    # Ray passes metrics on every ten seconds, and not all of them at once.
+    while time.monotonic() < until and not (told.get("errors_total") and gauges <= told.keys()):
         time.sleep(0.5)
         page = urllib.request.urlopen(url, timeout=10).read().decode()
         found = re.findall(rf'^ray_mova_expert_(\w+)\{{[^}}]*expert="{expert}"[^}}]*\}} (\S+)$', page, re.M)
