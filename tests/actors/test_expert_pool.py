@@ -113,7 +113,6 @@ def until(done, seconds=150.0):
 def test_pool_serves_what_the_experts_compute(pool, images, same, local, tmp_path):
     same(pool.fetch(images, WANTED))
     assert pool.fingerprints == local.fingerprints and pool.descriptions == local.descriptions
-    assert pool._telemetry.total("retried_total") > 0, "sam has room for one picture at a time"
     assert pool._telemetry.total("in_flight") > 0 and pool._in_flight == {"sam": 0, "deplot": 0}
     with Tiered(FeatureStore(tmp_path / "store", create=True), pool) as tiered:
         same(tiered.fetch(images, WANTED))
@@ -128,6 +127,13 @@ def test_pool_serves_what_the_experts_compute(pool, images, same, local, tmp_pat
     with ThreadPoolExecutor(8) as threads:  # together they ask once
         list(threads.map(lambda _: same(pool.fetch(images, WANTED)), range(8)))
     assert pool._telemetry.total("joined_total") > 0
+
+    many = [tmp_path / f"{shade}.png" for shade in range(48)]
+    for shade, path in enumerate(many):
+        Image.new("RGB", (40, 40), (shade, 0, 0)).save(path)
+    fetched = pool.fetch([ImageRef(path=str(path)) for path in many], [["sam"]] * len(many))
+    assert all(row.keys() == {"sam"} for row in fetched)
+    assert pool._telemetry.total("retried_total") > 0, "sam has room for one picture at a time"
 
 
 @pytest.mark.ray
