@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -64,13 +65,15 @@ class Codec:
         norm = exact.norm().item()
         return row.numpy(), (decoded[finite].float() - exact).norm().item() / norm if norm else 0.0
 
-    def decode(self, row: Tensor, channels: int) -> Tensor:
+    def decode(self, row: np.ndarray, channels: int) -> Tensor:
         """A row (uint8, 1-D, 4-byte aligned) to tokens (N, C): a view in the stored dtype; float32 if it has scales."""
         import torch
 
-        scales = 0 if self.peak is None else 4 * channels
-        tokens = row[scales:].view(getattr(torch, self.dtype)).view(-1, channels)
-        return tokens.float() * row[:scales].view(torch.float32) if scales else tokens
+        dtype = getattr(torch, self.dtype)
+        if self.peak is None:
+            return torch.frombuffer(row, dtype=dtype).view(-1, channels)
+        scales = torch.frombuffer(row, dtype=torch.float32, count=channels)
+        return torch.frombuffer(row, dtype=dtype, offset=4 * channels).view(-1, channels).float() * scales
 
 
 CODECS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from binascii import unhexlify
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ class Rows:
         self.keys = _keys(table)
         self._columns = {name: _column(table, name) for name in table.column_names[1:]}
         self._names = {name: _dictionary(table, name) for name in ("file", "dtype")}
+        self._name = lru_cache(4096)(partial(_name, self._names))
 
     @classmethod
     def of(cls, receipts: Sequence[pa.Table], rows: Sequence[Rows] = ()) -> Rows:
@@ -100,8 +102,10 @@ class Rows:
         if not len(self) or not len(keys):
             return np.full(len(keys), -1)
         if len(keys) <= _FEW:
-            found = np.minimum(self.keys.searchsorted(keys), len(self) - 1)
-            return np.where(self.keys[found] == keys, found, -1)
+            found = self.keys.searchsorted(keys)
+            found[found == len(self)] = 0
+            found[self.keys[found] != keys] = -1
+            return found
         order = np.argsort(_first_bytes(keys))  # a search for sorted keys walks memory in order: 6x faster
         found = np.minimum(self.keys.searchsorted(keys[order]), len(self) - 1)
         positions = np.empty(len(keys), np.int64)
@@ -110,10 +114,10 @@ class Rows:
 
     def stored(self, positions: np.ndarray) -> list[Stored]:
         """What stands at these positions; Arrow's own take costs ten times as much."""
-        columns = {name: self._columns[name][positions].tolist() for name in Stored._fields}
-        for name, values in self._names.items():
-            columns[name] = [values[code].as_py() for code in columns[name]]
-        columns["grid"] = [(height, width) for height, width in columns["grid"]]
+        columns = {name: column[positions].tolist() for name, column in self._columns.items()}
+        for name in self._names:
+            columns[name] = [self._name(name, code) for code in columns[name]]
+        columns["grid"] = map(tuple, columns["grid"])
         return list(map(Stored._make, zip(*columns.values(), strict=True)))
 
     def distinct(self) -> np.ndarray:
@@ -203,6 +207,10 @@ def parquet(table: pa.Table) -> pa.Buffer:
 
 def _dictionary(table: pa.Table, name: str) -> pa.Array:
     return table[name].chunk(0).dictionary if len(table) else pa.nulls(0, pa.string())
+
+
+def _name(names: dict[str, pa.Array], column: str, code: int) -> str:
+    return str(names[column][code].as_py())
 
 
 def _indexed(receipts: pa.Table) -> pa.Table:

@@ -7,7 +7,9 @@ fsspec's configuration files, ...).
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import shutil
 import tempfile
@@ -21,12 +23,12 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from mova_core.features.codec import checksum
+import numpy as np
 
 _LOCAL = ("file://", "local://")
-_HASHED = 1 << 19  # bytes whose checksum is taken while they are still in the core's cache
+_POPULATE_READ = 22  # of madvise(2), since Linux 5.14
+_madvise = ctypes.CDLL(None, use_errno=True).madvise  # lets other threads run, unlike mmap's own
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _PAUSES = (0.1, 0.4, 1.6, 6.4)  # seconds between attempts at a server, beyond those of its own client
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
 
@@ -41,14 +43,14 @@ class Place(ABC):
     Attributes:
         location: absolute folder or URL; `place_at` makes the same place of it.
         readers: how many threads read from it at once.
-        parts: in how many pieces a large row is best read.
+        mapped: gives memory away without a copy.
         near: gap up to which two rows are read as one, in bytes, and how large the whole may become; None never.
         certain: when a call failed, nothing comes of it later.
     """
 
     location: str
     readers: int
-    parts: int
+    mapped: bool
     near: tuple[int, int] | None
     certain: bool
 
@@ -100,8 +102,12 @@ class Place(ABC):
         """A whole file; `anew` not from this machine's page cache, which says nothing about the disk."""
 
     @abstractmethod
-    def fill(self, name: str, offset: int, views: Sequence[memoryview], digests: list[int] | None = None) -> None:
-        """Reads what stands from `offset` on into one view after the other, and adds the checksum of each to `digests`.
+    def expect(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        """Begins to fetch parts of files (name, offset, size) that will be asked for next; never fails."""
+
+    @abstractmethod
+    def view(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
+        """A part of a file: uint8, 1-D, not to be written to unless it is the caller's `own` (and changes no file).
 
         Raises:
             FileNotFoundError, OSError: there is no such file, or it cannot be read.
@@ -128,12 +134,11 @@ class Place(ABC):
 class LocalFolder(Place):
     """A folder of a file system with hard links."""
 
-    readers, near, certain = 4, None, True
-    parts = min(readers, len(os.sched_getaffinity(0)))
+    readers, mapped, near, certain = 4, True, None, True
 
     def __init__(self, location: str):
         self.location = location
-        self._open = lru_cache(maxsize=64)(partial(_Descriptor, location))
+        self._open = lru_cache(maxsize=64)(partial(_Mapped, location))
 
     def _at(self, name: str) -> str:
         return f"{self.location}/{name}" if name else self.location
@@ -196,24 +201,17 @@ class LocalFolder(Place):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             return file.read()
 
-    def fill(self, name: str, offset: int, views: Sequence[memoryview], digests: list[int] | None = None) -> None:
-        """See `Place`."""
-        descriptor = self._open(name)  # held, so that it stays open
-        if digests is None and os.preadv(descriptor.number, views, offset) == sum(map(len, views)):
-            return
-        for view in views:
-            size, done, hasher = len(view), 0, xxhash.xxh3_64()
-            while done < size:
-                part = view[done : done + _HASHED]
-                read = os.preadv(descriptor.number, [part], offset + done)
-                if not read:
-                    raise EOFError(f"{name} ends before byte {offset + size}")
-                if digests is not None:
-                    hasher.update(part[:read])
-                done += read
-            if digests is not None:
-                digests.append(hasher.intdigest())
-            offset += size
+    def expect(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        """See `Place`: all at once, so that the disk has as many requests as it can take. 1.5x of four reading threads."""
+        for name, offset, size in parts:
+            with suppress(OSError, EOFError):
+                file = self._open(name)
+                if not file.in_memory(offset, size):
+                    os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def view(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
+        """See `Place`; of the page cache, without a copy."""
+        return self._open(name).view(offset, size, own)
 
     def local(self, name: str, size: int, mark: str) -> Path:
         """See `Place`."""
@@ -265,8 +263,7 @@ class LocalFolder(Place):
 class Bucket(Place):
     """A folder of an object store, or of anything else that fsspec opens."""
 
-    readers, near, certain = 16, (1 << 16, 8 << 20), False
-    parts = 1
+    readers, mapped, near, certain = 16, False, (1 << 16, 8 << 20), False
 
     def __init__(self, location: str):
         self.location = location
@@ -361,18 +358,15 @@ class Bucket(Place):
         # From a start on: a whole file would be asked for its size first.
         return bytes(self._ask(lambda: self._fs.cat_file(self._at(name), start=0)))
 
-    def fill(self, name: str, offset: int, views: Sequence[memoryview], digests: list[int] | None = None) -> None:
+    def expect(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        """See `Place`; the reading threads are enough."""
+
+    def view(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
         """See `Place`; one request."""
-        end = offset + sum(map(len, views))
-        content = memoryview(self._ask(lambda: self._fs.cat_file(self._at(name), start=offset, end=end)))
-        if len(content) != end - offset:
-            raise EOFError(f"{name} ends before byte {end}")
-        at = 0
-        for view in views:
-            view[:] = content[at : at + len(view)]
-            at += len(view)
-            if digests is not None:
-                digests.append(checksum(view))
+        content = self._ask(lambda: self._fs.cat_file(self._at(name), start=offset, end=offset + size))
+        if len(content) != size:
+            raise EOFError(f"{name} ends before byte {offset + size}")
+        return np.frombuffer(bytearray(content) if own else content, np.uint8)
 
     def local(self, name: str, size: int, mark: str) -> Path:
         """See `Place`; kept in the user's cache folder, where a newer one of the same folder replaces it."""
@@ -387,12 +381,10 @@ class Bucket(Place):
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:
             part = 32 << 20
             for at in range(0, size, part):
-                buffer = bytearray(min(part, size - at))
                 try:
-                    self.fill(name, at, [memoryview(buffer)])
+                    file.write(self.view(name, at, min(part, size - at)).data)
                 except EOFError as error:
                     raise ValueError(str(error)) from None
-                file.write(buffer)
             file.flush()
             with suppress(FileExistsError):
                 os.link(file.name, path)
@@ -480,15 +472,52 @@ def writing(store: str) -> Iterator[None]:
         ) from error
 
 
-class _Descriptor:
-    """An open file, closed when the last thread lets go of it."""
+class _Mapped:
+    """An open file in memory; closed when the last thread lets go of it."""
 
     def __init__(self, folder: str, name: str):
-        self.number = os.open(f"{folder}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        self.name = name
+        self.descriptor = os.open(f"{folder}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        self._size = os.fstat(self.descriptor).st_size
+        if not self._size:
+            raise EOFError(f"{name} is empty")
+        self._bytes = np.frombuffer(mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ), np.uint8)
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def in_memory(self, offset: int, size: int) -> bool:
+        """Whether its last page is, and so most likely all of it; EOFError where the file ends before that."""
+        end = offset + size
+        if end <= self._size:
+            try:
+                if os.preadv(self.descriptor, [bytearray(1)], end - 1, os.RWF_NOWAIT):
+                    return True
+            except OSError:  # not there, or a file system that cannot tell
+                return False
+        raise EOFError(f"{self.name} ends before byte {end}")
+
+    def view(self, offset: int, size: int, own: bool) -> np.ndarray:
+        there = self.in_memory(offset, size)
+        if own:  # pages that are written to become this process's alone
+            begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+            private = mmap.mmap(
+                self.descriptor,
+                offset + size - begin,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=begin,
+            )
+            part = np.frombuffer(private, np.uint8, size, offset - begin)
+        else:
+            part = self._bytes[offset : offset + size]
+        if not there:  # read now: what the disk refuses is an error here, and a signal that kills where it is touched
+            os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+            page = part.ctypes.data % mmap.PAGESIZE
+            if _madvise(part.ctypes.data - page, size + page, _POPULATE_READ) and ctypes.get_errno() == errno.EFAULT:
+                raise OSError(errno.EIO, f"cannot read {self.name}")
+        return part
 
 
 def _as_os_error(error: Exception) -> OSError:

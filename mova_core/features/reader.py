@@ -26,7 +26,7 @@ KEY_BYTES = 32
 
 
 class FeatureReader(Dataset["dict[str, Features]"]):
-    """Position -> expert -> Features, tokens (H*W, C) in the dtype stored. Reads of several positions share a buffer.
+    """Position -> expert -> Features, tokens (H*W, C) in the dtype stored.
 
     What it holds is 32 bytes an image and a number for its experts, so workers get it quickly; features are read there.
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache, partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -427,17 +427,17 @@ class ExpertShelf:
     # Reading
 
     def read(self, keys: Sequence[str], out: Tensor | None = None, verify: bool = True) -> list[Features]:
-        """The features of these keys, read in parallel into one buffer.
+        """The features of these keys, read in parallel.
 
         Args:
             keys: image keys.
             out: uint8 tensor to read into: 1-D, contiguous, on the CPU, pinned if you copy to a GPU. The features are
-                views of it, valid until it is read into again. By default a new one.
+                views of it, each from the next multiple of 64 bytes on, valid until it is read into again. By default they
+                have memory of their own: from a local store the page cache itself, mapped and not copied.
             verify: check the xxh3 of each row.
 
         Returns:
-            Features with tokens (H*W, C) in the dtype stored; float32 where that has scales. Each starts at the next
-            multiple of 64 bytes in the buffer.
+            Features with tokens (H*W, C) in the dtype stored; float32 where that has scales.
 
         Raises:
             MissingFeatures: a key that is not stored.
@@ -446,41 +446,24 @@ class ExpertShelf:
         """
         from mova_core.experts import Features
 
-        rows, buffer, starts = self._read(keys, out, verify)
+        rows, parts = self._read(keys, out, verify)
         return [
-            Features(CODECS[row.dtype].decode(buffer[at : at + row.length], row.channels), row.grid)
-            for row, at in zip(rows, starts, strict=True)
+            Features(CODECS[row.dtype].decode(part, row.channels), row.grid)
+            for row, part in zip(rows, parts, strict=True)
         ]
 
-    def read_rows(self, keys: Sequence[str]) -> list[tuple[dict[str, Any], memoryview]]:
+    def read_rows(self, keys: Sequence[str]) -> list[tuple[dict[str, Any], np.ndarray]]:
         """The same as they are stored, verified: what their receipt tells, and their bytes; for `adopt`."""
-        rows, buffer, starts = self._read(keys, None, True)
-        view = buffer.numpy().data
-        return [
-            ({"key": key, **row._asdict()}, view[at : at + row.length])
-            for key, row, at in zip(keys, rows, starts, strict=True)
-        ]
+        rows, parts = self._read(keys, None, True)
+        return [({"key": key, **row._asdict()}, part) for key, row, part in zip(keys, rows, parts, strict=True)]
 
-    def _read(self, keys: Sequence[str], out: Tensor | None, verify: bool) -> tuple[list[Stored], Tensor, list[int]]:
-        """Where the features lie, the buffer they were read into, and where in it each begins."""
+    def _read(self, keys: Sequence[str], out: Tensor | None, verify: bool) -> tuple[list[Stored], list[np.ndarray]]:
+        """Where the features lie, and their bytes."""
         for again in (True, False):
             rows = self._find(keys)
-            starts = []
-            end = 0
-            for row in rows:
-                starts.append(end)
-                end += row.length + -row.length % 64
-            buffer = _memory(end) if out is None else out
-            if (
-                not buffer.is_contiguous()
-                or str(buffer.dtype) != "torch.uint8"
-                or buffer.ndim != 1
-                or len(buffer) < end
-            ):
-                raise ValueError(f"out must be a contiguous 1-D uint8 tensor of at least {end} bytes")
-            view = buffer.numpy().data
+            into = [None] * len(rows) if out is None and self.place.mapped else _cut(rows, out)
             try:
-                self._load(rows, [view[at : at + row.length] for row, at in zip(rows, starts, strict=True)], verify)
+                return rows, self._load(rows, into, verify)
             except _Damaged as error:
                 if again and isinstance(error.__cause__, FileNotFoundError):  # withdrawn, its sound rows moved
                     self.refresh()
@@ -489,7 +472,6 @@ class ExpertShelf:
                     f"store {self.store}: the {self.expert} feature of image {keys[error.at]} in "
                     f"shards/{rows[error.at].file} is damaged ({error}): run `mova store verify`, then `mova precompute`"
                 ) from None
-            return rows, buffer, starts
         raise AssertionError
 
     def _find(self, keys: Sequence[str]) -> list[Stored]:
@@ -512,23 +494,20 @@ class ExpertShelf:
         missing = dict.fromkeys(key for number, key in enumerate(keys) if number not in found)
         raise MissingFeatures.of(self.store, [(key, self.expert) for key in missing])
 
-    def _load(self, rows: Sequence[Stored], views: Sequence[memoryview], verify: bool) -> None:
-        """Reads each row into its view; raises `_Damaged` for the first that cannot be."""
-        place, size = self.place, sum(map(len, views))
-        tasks: list[Callable[[], None]]
-        if not verify and len(rows) < place.parts and size >= _SMALL:  # each row by several threads
-            part = _pages(-(-size // place.parts))
-            tasks = [
-                partial(self._load_part, rows, at, view[begin : begin + part], begin)
-                for at, view in enumerate(views)
-                for begin in range(0, len(view), part)
-            ]
-        else:
-            runs = self._runs(rows)
-            alone = place.near is None and size < _SMALL
-            share = len(runs) if alone else -(-len(runs) // place.readers)
-            shares = (runs[at : at + share] for at in range(0, len(runs), share or 1))
-            tasks = [partial(self._load_runs, rows, views, some, verify) for some in shares]
+    def _load(self, rows: Sequence[Stored], into: Sequence[np.ndarray | None], verify: bool) -> list[np.ndarray]:
+        """The bytes of each row, in the memory it is to go `into` if any; raises `_Damaged` for the first it cannot get."""
+        place = self.place
+        if len(rows) > 1:
+            place.expect([(f"shards/{row.file}", row.offset, row.length) for row in rows])
+        runs = self._runs(rows)
+        touched = sum(row.length for row, part in zip(rows, into, strict=True) if verify or part is not None)
+        alone = place.mapped and touched < _SMALL  # another thread would not be awake before it is done
+        share = len(runs) if alone else -(-len(runs) // place.readers)
+        loaded: list[Any] = list(into)
+        tasks = [
+            partial(self._load_runs, rows, loaded, runs[at : at + share], verify)
+            for at in range(0, len(runs), share or 1)
+        ]
         waiting = [(task, _readers(os.getpid(), place.readers).submit(task)) for task in tasks[1:]]
         try:
             for task in tasks[:1]:
@@ -539,9 +518,9 @@ class ExpertShelf:
                 else:
                     reading.result()
         finally:
-            wait(
-                [reading for _, reading in waiting if not reading.cancel()]
-            )  # else they would go on writing to `views`
+            if waiting:  # else they would go on writing to `into`
+                wait([reading for _, reading in waiting if not reading.cancel()])
+        return loaded
 
     def _runs(self, rows: Sequence[Stored]) -> list[list[int]]:
         """The rows that are read together."""
@@ -559,33 +538,24 @@ class ExpertShelf:
         return runs
 
     def _load_runs(
-        self, rows: Sequence[Stored], views: Sequence[memoryview], runs: Sequence[Sequence[int]], verify: bool
+        self, rows: Sequence[Stored], loaded: list[Any], runs: Sequence[Sequence[int]], verify: bool
     ) -> None:
         for run in runs:
             file, begin = rows[run[0]][:2]
-            into: list[memoryview] = []
-            end = begin
-            for at in run:
-                if gap := rows[at].offset - end:
-                    into.append(memoryview(bytearray(gap)))
-                into.append(views[at])
-                end = rows[at].offset + rows[at].length
-            digests: list[int] | None = [] if verify else None
+            end = rows[run[-1]].offset + rows[run[-1]].length
             try:
-                self.place.fill(f"shards/{file}", begin, into, digests)
+                content = self.place.view(f"shards/{file}", begin, end - begin, own=loaded[run[0]] is None)
             except (OSError, EOFError) as error:
                 raise _Damaged(error, run[0]) from error
-            if digests is not None:
-                by_view = dict(zip(map(id, into), digests, strict=True))
-                for at in run:
-                    if by_view[id(views[at])] != rows[at].xxh3:
-                        raise _Damaged(ValueError(_CHANGED), at)
-
-    def _load_part(self, rows: Sequence[Stored], at: int, view: memoryview, begin: int) -> None:
-        try:
-            self.place.fill(f"shards/{rows[at].file}", rows[at].offset + begin, [view])
-        except (OSError, EOFError) as error:
-            raise _Damaged(error, at) from error
+            for at in run:
+                row = rows[at]
+                part = content[row.offset - begin : row.offset - begin + row.length]
+                if verify and checksum(part) != row.xxh3:
+                    raise _Damaged(ValueError(_CHANGED), at)
+                if loaded[at] is None:
+                    loaded[at] = part
+                else:
+                    loaded[at][:] = part
 
     # Keeping
 
@@ -695,12 +665,10 @@ class ExpertShelf:
             told = [row for name in files for row in self._told_by_header(name)]
         sound: dict[str, tuple[dict[str, Any], Any]] = {}
         for row in told:
-            view = memoryview(bytearray(row["length"]))
-            digests: list[int] = []
             with suppress(OSError, EOFError):
-                self.place.fill(f"shards/{row['file']}", row["offset"], [view], digests)
-                if row["key"] not in bad and digests == [row["xxh3"]]:
-                    sound[row["key"]] = (row, view)
+                part = self.place.view(f"shards/{row['file']}", row["offset"], row["length"])
+                if row["key"] not in bad and checksum(part) == row["xxh3"]:
+                    sound[row["key"]] = (row, part)
         # A name of its own: that of the same keys may be the damaged shard's.
         name = hashlib.sha256(f"{self.fingerprint}\nsalvaged from {shard_id}\n{sorted(sound)}".encode()).hexdigest()
         self.adopt(name[:32], list(sound.values()))
@@ -709,11 +677,8 @@ class ExpertShelf:
     def _told_by_header(self, file: str) -> list[dict[str, Any]]:
         """What the header of a shard tells of its rows; nothing where it is damaged."""
         try:
-            size = memoryview(bytearray(8))
-            self.place.fill(f"shards/{file}", 0, [size])
-            header = memoryview(bytearray(int.from_bytes(size, "little")))
-            self.place.fill(f"shards/{file}", 8, [header])
-            entries = json.loads(bytes(header))
+            size = int.from_bytes(self.place.view(f"shards/{file}", 0, 8), "little")
+            entries = json.loads(bytes(self.place.view(f"shards/{file}", 8, size)))
             rows = []
             for key, mark in entries.pop("__metadata__").items():
                 if len(key) == 64:
@@ -724,7 +689,7 @@ class ExpertShelf:
                         {
                             "key": key,
                             "file": file,
-                            "offset": 8 + len(header) + begin,
+                            "offset": 8 + size + begin,
                             "length": end - begin,
                             "grid": tokens["shape"][:2],
                             "dtype": dtype,
@@ -844,13 +809,17 @@ def _readers(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="mova-store")
 
 
-def _memory(size: int) -> Tensor:
-    """Memory to read into: aligned, and on huge pages where it is large, as numpy asks for: half the time of a read."""
-    import torch
-
-    memory = np.empty(size + 63, np.uint8)
-    begin = -memory.ctypes.data % 64
-    return torch.from_numpy(memory)[begin : begin + size]
+def _cut(rows: Sequence[Stored], out: Tensor | None) -> list[np.ndarray]:
+    """Memory for each row: of `out`, or new, which numpy puts on huge pages where it is large: half the time of a copy."""
+    starts = [0, *accumulate(row.length + -row.length % 64 for row in rows)]
+    if out is None:
+        memory = np.empty(starts[-1] + 63, np.uint8)
+        memory = memory[-memory.ctypes.data % 64 :]
+    elif str(out.dtype) == "torch.uint8" and out.ndim == 1 and out.is_contiguous() and len(out) >= starts[-1]:
+        memory = out.numpy()
+    else:
+        raise ValueError(f"out must be a contiguous 1-D uint8 tensor of at least {starts[-1]} bytes")
+    return [memory[at : at + row.length] for row, at in zip(rows, starts, strict=False)]
 
 
 def describing(description: Mapping[str, Any]) -> bytes:
@@ -867,8 +836,3 @@ def _telling(index: str, content: Any) -> bytes:
 def _gap(size: int) -> int:
     """Bytes to the next page."""
     return -size % PAGE
-
-
-def _pages(size: int) -> int:
-    """The size in whole pages."""
-    return size + _gap(size)

@@ -501,4 +501,4 @@ def _as_stored(features: Features, dtype: str) -> Features:
     if codec.peak is None and features.tokens.dtype is getattr(torch, dtype):
         return features
     row, _ = codec.encode(features.tokens)
-    return features._replace(tokens=codec.decode(torch.from_numpy(row), features.tokens.shape[1]))
+    return features._replace(tokens=codec.decode(row, features.tokens.shape[1]))

@@ -204,6 +204,34 @@ def test_reading_into_a_buffer(store):
         shelf.read(keys, out=buffer[1:])
 
 
+def test_a_feature_is_the_callers_own(shelf):
+    """Though nothing was copied: what is done to it changes neither the file nor what the next one gets."""
+    made = features(KEYS)
+    shelf.write("a" * 32, made)
+    for feature in shelf.read(KEYS):
+        feature.tokens.mul_(2)
+    for verify in (True, False):
+        read = shelf.read(KEYS, verify=verify)
+        assert all(torch.equal(one.tokens, made[key].tokens) for key, one in zip(KEYS, read, strict=True))
+    assert torch.equal(ExpertShelf(shelf.location).read(KEYS[:1])[0].tokens, made[KEYS[0]].tokens)
+
+
+def test_reading_what_is_not_in_memory(shelf):
+    made = features(KEYS, grid=(64, 64), channels=16)
+    shelf.write("a" * 32, made)
+    (path,) = Path(shelf.location, "shards").iterdir()
+    for keys in (KEYS, KEYS[3:4]):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        read = ExpertShelf(shelf.location).read(keys)
+        assert all(torch.equal(one.tokens, made[key].tokens) for key, one in zip(keys, read, strict=True))
+    opened = ExpertShelf(shelf.location)
+    opened.read(KEYS[:1])
+    os.truncate(path, path.stat().st_size // 2)  # under a reader that has it mapped: an error, and no signal
+    with pytest.raises(StoreError, match="ends before it"):
+        opened.read(KEYS)
+
+
 # Planning
 
 
