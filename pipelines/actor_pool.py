@@ -98,7 +98,7 @@ class Execution:
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 size=self.size,
-                max_tasks_in_flight_per_actor=calls + 1,  # one that waits at the actor, so that it is never idle
+                max_tasks_in_flight_per_actor=max(2, calls),  # one waits at the actor; more make a long end where actors differ
                 max_concurrent_calls_per_actor=calls,
                 enable_true_multi_threading=calls > 1,
             ),

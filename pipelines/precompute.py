@@ -25,7 +25,7 @@ from pipelines.inspect_images import Inspected, inspect
 from pipelines.run_board import put_up
 from pipelines.run_log import ExpertLog, RunLog, draw_run
 
-SHARDS = 64  # per expert, at least: a set of few or small features is divided, too
+SHARDS = 256  # per expert, at least: a set of few or small features is divided, too
 LEAST_ROWS = 64  # pictures per shard, at least, unless they are large
 
 
