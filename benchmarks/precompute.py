@@ -14,7 +14,8 @@ processes on this machine, so the waits are long beside what everything else cos
 wait 1, 1, 1/2 and 1/8 as long. Timed from when every actor has had its first batch to the last batch: the ends, where
 some nodes have nothing left to do, count. 1.0 is the time that waiting alone would take.
 
-growth: that expert without waiting on more and more tiny pictures: images/s, and the driver's largest memory.
+growth: that expert without waiting on more and more tiny pictures: images/s from the first batch to the last, and the
+driver's largest memory.
 """
 
 import argparse
@@ -217,20 +218,28 @@ def nodes(log: Path, speeds: Sequence[float]) -> Iterator[None]:
         cluster.shutdown()
 
 
+def batches(log: Path) -> list[tuple[float, str, int]]:
+    """When each batch was computed (seconds), in what process, and of how many pictures; without the warm-ups."""
+    warm: set[str] = set()
+    computed = []
+    for at, process, count in map(str.split, log.read_text().splitlines()):
+        if process in warm:
+            computed.append((float(at), process, int(count)))
+        warm.add(process)
+    return computed
+
+
 def efficiency(log: Path, speeds: Sequence[float]) -> tuple[float, float]:
     """(images/s, its ratio to that of waiting alone) from when every actor has had its first batch to the last batch."""
-    batches = [(float(at), process, int(count)) for at, process, count in map(str.split, log.read_text().splitlines())]
-    first: dict[str, float] = {}
+    computed = batches(log)
     begun: dict[str, float] = {}
-    for at, process, _ in batches:
-        if process in first:
-            begun.setdefault(process, at)
-        first.setdefault(process, at)  # the warm-up
+    for at, process, _ in computed:
+        begun.setdefault(process, at)
     if len(begun) != len(speeds):
         raise RuntimeError(f"{len(begun)} of {len(speeds)} actors computed anything")
     start = max(begun.values())
-    end = max(at for at, _, _ in batches)
-    rate = sum(count for at, _, count in batches if at > start) / (end - start)
+    end = max(at for at, _, _ in computed)
+    rate = sum(count for at, _, count in computed if at > start) / (end - start)
     return rate, rate / (sum(speeds) / (WAIT_MS / 1000))
 
 
@@ -260,17 +269,18 @@ def scaling(folder: Path, speeds: Sequence[float], seconds: float) -> dict[str, 
 # growth
 
 
-def one_run(images: str, store: str, told: Any) -> None:
+def one_run(images: str, store: str, log: str, told: Any) -> None:
     """A driver in a process of its own."""
     import waiting_expert  # noqa: F401
 
     from pipelines.precompute import precompute
     from pipelines.sources import find_images
 
+    os.environ["WAITING_LOG"] = log
     started = time.perf_counter()
     with ray_session():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        summary = precompute(
+        precompute(
             find_images(images),
             store,
             experts=("waiting",),
@@ -279,10 +289,11 @@ def one_run(images: str, store: str, told: Any) -> None:
             progress=False,
         )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    computed = batches(Path(log))
     told.put(
         {
             "seconds": time.perf_counter() - started,
-            "images_per_second": summary.experts["waiting"]["images_per_second"],
+            "images_per_second": sum(count for _, _, count in computed[1:]) / (computed[-1][0] - computed[0][0]),
             "driver_mb": peak / 1024,
             "driver_mb_before": before / 1024,
         }
@@ -290,13 +301,15 @@ def one_run(images: str, store: str, told: Any) -> None:
 
 
 def growth(folder: Path, counts: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Per number of tiny pictures: seconds in all, images/s from the first actor on, and the driver's largest memory."""
+    """Per number of tiny pictures: seconds in all, images/s from the first batch on, and the driver's largest memory."""
     measured = {}
     for count in counts:
         with tempfile.TemporaryDirectory(dir=folder) as at:
             images = draw_pictures(Path(at, "pictures"), count, (SIZE, SIZE), ".png")
             told = spawn.SimpleQueue()
-            driver = spawn.Process(target=one_run, args=(str(images), str(Path(at, "store")), told))
+            driver = spawn.Process(
+                target=one_run, args=(str(images), str(Path(at, "store")), str(Path(at, "log")), told)
+            )
             driver.start()
             driver.join()
             if driver.exitcode:

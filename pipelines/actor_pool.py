@@ -98,7 +98,8 @@ class Execution:
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(
                 size=self.size,
-                max_tasks_in_flight_per_actor=max(2, calls),  # one waits at the actor; more make a long end where actors differ
+                # So that an actor is never idle; more in one's hands make a long end where actors differ.
+                max_tasks_in_flight_per_actor=max(2, calls),
                 max_concurrent_calls_per_actor=calls,
                 enable_true_multi_threading=calls > 1,
             ),

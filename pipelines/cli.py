@@ -79,6 +79,7 @@ ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model
 Experts = Annotated[
     str | None, typer.Option("--experts", help="Comma-separated names; all seven where there are none.")
 ]
+ShardMb = Annotated[float, typer.Option("--shard-mb", help="Size a shard aims at, MiB.", min=0.1)]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Computed in, and stored.")]
 Size = Annotated[
     Literal["full", "mini"], typer.Option("--size", help="Size of the experts: full as published, mini for a laptop.")
@@ -402,7 +403,7 @@ def plan(
         float | None,
         typer.Option(help="Pictures/s that one core decodes and prepares; not counted where it is not given.", min=0.1),
     ] = None,
-    shard_mb: Annotated[float, typer.Option(help="Size a shard aims at, MiB.", min=0.1)] = 128.0,
+    shard_mb: ShardMb = 128.0,
     output: Annotated[Path | None, typer.Option("--output", help="YAML file the pools go to.")] = None,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Run the plan by discrete events, without a GPU.")
@@ -548,13 +549,12 @@ def precompute(
     imports: Imports = [],  # noqa: B006
     weights: Weights = [],  # noqa: B006
     size: Size = "full",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Computed in; and stored, without --codec.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     codec: Annotated[
-        list[str], typer.Option("--codec", help="NAME=DTYPE that an expert's features are stored in, e.g. sam=int8.")
+        list[str],
+        typer.Option("--codec", help="NAME=DTYPE that an expert's features are stored in instead, e.g. sam=int8."),
     ] = [],  # noqa: B006
-    shard_mb: Annotated[float, typer.Option(help="Size a shard aims at, MiB.", min=0.1)] = 128.0,
+    shard_mb: ShardMb = 128.0,
     retry_quarantined: Annotated[
         bool, typer.Option("--retry-quarantined", help="Try again what failed in an expert in an earlier run.")
     ] = False,
@@ -1260,7 +1260,7 @@ def store_export(
         Path | None, typer.Option("--data", help="Only the images of this LLaVA JSON or JSONL, or of this folder.")
     ] = None,
     images: ImagesPath = None,
-    shard_mb: Annotated[float, typer.Option(help="Size a shard there aims at, MiB.", min=0.1)] = 128.0,
+    shard_mb: ShardMb = 128.0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
