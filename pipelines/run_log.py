@@ -248,7 +248,14 @@ def draw_run(log: RunLog, path: str | Path) -> None:
         there = rate > 0
         rates.plot(seconds[there], rate[there], color=colors(number), label=name, linewidth=1.6)
         # Beside each other, not upon: equal pools would hide one another.
-        sizes.step(seconds, actors + 0.05 * number * (actors > 0), where="post", color=colors(number), label=name, linewidth=1.6)
+        sizes.step(
+            seconds,
+            actors + 0.05 * number * (actors > 0),
+            where="post",
+            color=colors(number),
+            label=name,
+            linewidth=1.6,
+        )
     for at, text in log.events:
         for axes in (rates, sizes):
             axes.axvline(at, color="0.6", linewidth=0.8, linestyle=":")

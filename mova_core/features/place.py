@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,9 +27,12 @@ from typing import Any
 import numpy as np
 
 _LOCAL = ("file://", "local://")
+_LARGE = 1 << 18  # bytes from which a mapping is made faster than a copy
+_MOST = 1 << 14  # of them that a process has at once; Linux allows it 65,530 for everything
 _POPULATE_READ = 22  # of madvise(2), since Linux 5.14
 _madvise = ctypes.CDLL(None, use_errno=True).madvise  # lets other threads run, unlike mmap's own
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_given: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # mappings that somebody else has
 _PAUSES = (0.1, 0.4, 1.6, 6.4)  # seconds between attempts at a server, beyond those of its own client
 _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
 
@@ -210,7 +214,7 @@ class LocalFolder(Place):
                     os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def view(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
-        """See `Place`; of the page cache, without a copy."""
+        """See `Place`; of the page cache, large ones without a copy."""
         return self._open(name).view(offset, size, own)
 
     def local(self, name: str, size: int, mark: str) -> Path:
@@ -499,25 +503,24 @@ class _Mapped:
         raise EOFError(f"{self.name} ends before byte {end}")
 
     def view(self, offset: int, size: int, own: bool) -> np.ndarray:
+        """See `Place`."""
         there = self.in_memory(offset, size)
-        if own:  # pages that are written to become this process's alone
-            begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-            private = mmap.mmap(
-                self.descriptor,
-                offset + size - begin,
-                flags=mmap.MAP_PRIVATE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                offset=begin,
-            )
-            part = np.frombuffer(private, np.uint8, size, offset - begin)
-        else:
-            part = self._bytes[offset : offset + size]
+        mapped = own and size >= _LARGE and len(_given) < _MOST
+        part = self._private(offset, size) if mapped else self._bytes[offset : offset + size]
         if not there:  # read now: what the disk refuses is an error here, and a signal that kills where it is touched
             os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
             page = part.ctypes.data % mmap.PAGESIZE
             if _madvise(part.ctypes.data - page, size + page, _POPULATE_READ) and ctypes.get_errno() == errno.EFAULT:
                 raise OSError(errno.EIO, f"cannot read {self.name}")
-        return part
+        return part.copy() if own and not mapped else part
+
+    def _private(self, offset: int, size: int) -> np.ndarray:
+        """A mapping of which written pages become this process's alone."""
+        gap = offset % mmap.ALLOCATIONGRANULARITY
+        access = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+        private = mmap.mmap(self.descriptor, gap + size, offset=offset - gap, **access)
+        _given.add(private)
+        return np.frombuffer(private, np.uint8, size, gap)
 
 
 def _as_os_error(error: Exception) -> OSError:

@@ -433,7 +433,7 @@ class ExpertShelf:
             keys: image keys.
             out: uint8 tensor to read into: 1-D, contiguous, on the CPU, pinned if you copy to a GPU. The features are
                 views of it, each from the next multiple of 64 bytes on, valid until it is read into again. By default they
-                have memory of their own: from a local store the page cache itself, mapped and not copied.
+                have memory of their own: from a local store large ones are the page cache itself, not copied.
             verify: check the xxh3 of each row.
 
         Returns:
@@ -480,9 +480,9 @@ class ExpertShelf:
         for again in (True, False):
             index, newer = self._catalog()
             at = index.find(binary)
-            there = at >= 0
-            if there.all():
+            if len(at) and min(at.tolist()) >= 0:
                 return index.stored(at)
+            there = at >= 0
             found = dict(zip(np.flatnonzero(there).tolist(), index.stored(at[there]), strict=True))
             at = newer.find(binary)
             there = at >= 0

@@ -204,9 +204,10 @@ def test_reading_into_a_buffer(store):
         shelf.read(keys, out=buffer[1:])
 
 
-def test_a_feature_is_the_callers_own(shelf):
-    """Though nothing was copied: what is done to it changes neither the file nor what the next one gets."""
-    made = features(KEYS)
+@pytest.mark.parametrize("side", [2, 64])  # copied, and mapped
+def test_a_feature_is_the_callers_own(shelf, side):
+    """What is done to it changes neither the file nor what the next one gets."""
+    made = features(KEYS, grid=(side, side), channels=16)
     shelf.write("a" * 32, made)
     for feature in shelf.read(KEYS):
         feature.tokens.mul_(2)
@@ -214,6 +215,16 @@ def test_a_feature_is_the_callers_own(shelf):
         read = shelf.read(KEYS, verify=verify)
         assert all(torch.equal(one.tokens, made[key].tokens) for key, one in zip(KEYS, read, strict=True))
     assert torch.equal(ExpertShelf(shelf.location).read(KEYS[:1])[0].tokens, made[KEYS[0]].tokens)
+
+
+def test_any_number_of_features_can_be_held(shelf):
+    """Linux allows a process 65,530 mappings, for its stacks and libraries, too."""
+    made = features(KEYS[:1], grid=(64, 64), channels=16)
+    shelf.write("a" * 32, made)
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    held = shelf.read(KEYS[:1] * 17_000, verify=False)
+    assert len(Path("/proc/self/maps").read_text().splitlines()) < before + 17_000
+    assert all(torch.equal(held[at].tokens, made[KEYS[0]].tokens) for at in (0, -1))
 
 
 def test_reading_what_is_not_in_memory(shelf):
