@@ -205,11 +205,12 @@ class ExpertServer:
                 ImageRef(path=path, key=key.hex()) for path, key in zip(shard["images"], shard["keys"], strict=True)
             ]
             done: dict[str, Any] = {"shard": shard["shard"], "stored": 0, "bytes": 0, "failed": []}
-            if shelf.committed(shard["shard"]):  # by this actor before it died, or by another run
+            with self._feeding:  # shard after shard, so that one is whole while the next is computed
+                there = shelf.committed(shard["shard"])  # by this actor before it died, or by another run
+                asked = [] if there else self._ask(images, patient=True)
+            if there:
                 yield pa.Table.from_pylist([done], schema=DONE)
                 continue
-            with self._feeding:  # shard after shard, so that one is whole while the next is computed
-                asked = self._ask(images, patient=True)
             computed: dict[str, Features] = {}
             bad: list[dict[str, Any]] = []
             for one in asked:

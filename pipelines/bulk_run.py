@@ -100,14 +100,11 @@ class Pool:
         return min(self.spec.max_size, len(self.blocks), going)
 
 
-def rotated(shards: pa.Table) -> pa.Table:
-    """Shards from a random one on: of two runs at once on one store each then meets what the other has done."""
-    start = random.randrange(len(shards)) if len(shards) else 0
-    return pa.concat_tables([shards.slice(start), shards.slice(0, start)])
-
-
 def divide(shards: pa.Table, pools: Sequence[PoolSpec]) -> list[Pool]:
-    """Shards among the pools of an expert, by the rate predicted for each, else by the most actors each may have."""
+    """Shards among the pools of an expert, by the rate predicted for each, else by the most actors each may have.
+
+    In any order: two runs at once on one store would compute the same ones at the same time, once one has caught up.
+    """
     rates = [pool.rate or 0.0 for pool in pools]
     if not all(rates):
         rates = [float(pool.max_size) for pool in pools]
@@ -116,6 +113,7 @@ def divide(shards: pa.Table, pools: Sequence[PoolSpec]) -> list[Pool]:
     for spec, begin, end in zip(pools, cuts, cuts[1:], strict=False):
         size = -(-(end - begin) // max(BLOCKS, BLOCKS_PER_ACTOR * spec.max_size)) or 1
         blocks = [shards.slice(at, min(size, end - at)) for at in range(begin, end, size)]
+        random.shuffle(blocks)
         if blocks:
             divided.append(Pool(spec=spec, blocks=blocks))
     return divided
@@ -130,7 +128,7 @@ class ExpertRun:
         self.error: Exception | None = None
         self.ended = False
         self._done: set[str] = set()  # shards of this round
-        self._shards = rotated(work.shards())
+        self._shards = work.shards()
         self._missing = len(work.absent)
         self._again = False  # ended at a shard boundary, to go on otherwise
         self._divide()
@@ -190,7 +188,7 @@ class ExpertRun:
         elif self._missing < before and not isinstance(self.error, StoreError):  # whoever made room runs it again
             reason = f": {self.error}" if self.error else ""
             log.say(f"{self.work.expert}: {self._missing:,} features are still missing, going on with those{reason}")
-            self.error, self._again, self._done, self._shards = None, False, set(), rotated(self.work.shards())
+            self.error, self._again, self._done, self._shards = None, False, set(), self.work.shards()
             self._divide()
         else:
             self.error = self.error or RuntimeError(
