@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # clusters of the tests listen on loopback and live for minutes
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray's workers take it over; threads beyond the cores only wait
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
