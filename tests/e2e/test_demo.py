@@ -217,13 +217,13 @@ def test_bad_rows_of_a_test_set(ran, tmp_path):
 def test_training_goes_on_from_its_last_checkpoint(ran, tmp_path):
     """kill -9 of the driver after a checkpoint; the same command takes up from there."""
     root = Path(ran[0].folder)
-    arguments = command(
+    arguments = [
         "train", "pretrain", "--model", str(root / "start"), "--data", str(root / "data" / "train.json"),
         "--images", str(root / "data" / "images"), "--store", str(root / "store"), "--output", str(tmp_path / "out"),
         "--batch-size", "16", "--epochs", "2", "--checkpoint-every", "4", "--json", "--quiet",
-    )  # fmt: skip
+    ]  # fmt: skip
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    first = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 150
     while not any(  # a checkpoint counts once Ray Train's own list names it
         "checkpoint_" in snapshot.read_text()
@@ -238,8 +238,8 @@ def test_training_goes_on_from_its_last_checkpoint(ran, tmp_path):
     assert len(workers) == 2 and not psutil.wait_procs(workers, timeout=60)[1], "Ray ends what a driver leaves"
     assert not (tmp_path / "out").exists()
 
-    second = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=200)
-    assert second.returncode == 0, second.stderr
+    second = CliRunner().invoke(app, arguments)
+    assert second.exit_code == 0, second.output
     result = json.loads(second.stdout)
     assert result["resumed_from"] >= 4 and result["steps"] > result["resumed_from"]
     assert MoVAForConditionalGeneration.from_pretrained(tmp_path / "out").config.experts == EXPERTS
