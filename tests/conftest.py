@@ -3,16 +3,19 @@
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # clusters of the tests listen on loopback and live for minutes
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray's workers take it over; threads beyond the cores only wait
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
@@ -33,6 +36,23 @@ def ray_cluster():
 
     with ray_session(num_cpus=4) as resources:
         yield resources
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a real disk of a size that `mount` understands ("300k") and returns its folder; skips where it may not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(size: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", "--lazy", disk], check=True)  # actors may still hold it open
 
 
 class _Handler(SimpleHTTPRequestHandler):

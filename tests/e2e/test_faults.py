@@ -13,7 +13,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -259,36 +258,27 @@ def test_kill(place, kind, tmp_path):
     check(place, run.store)
 
 
-def test_full_disk(place, tmp_path):
+def test_full_disk(place, small_disk):
     """A disk with room enough at the start, which something else fills in mid-run."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        run = Driver(place.folder, str(disk / "store"))
-        wait_for_commits(run, place.shards // 3)
-        with open(disk / "another", "wb", buffering=0) as another:
-            while run.alive():
-                with contextlib.suppress(OSError):
-                    another.write(bytes(4096))
-                    continue
-                time.sleep(0.001)
-        run.process.join()
-        assert run.process.exitcode == 1
-        assert re.fullmatch(r"mova: [^\n]*cannot write to store [^\n]*: free space there[^\n]*", run.error()), (
-            run.error()
-        )
-        kept = stored(run.store)
-        assert 0 < len(kept) < PICTURES and kept.items() <= place.bytes_of.items()
-        (disk / "another").unlink()
-        again = Driver(place.folder, run.store).end()
-        assert again["reused"] == {"waiting": len(kept)}
-        report("full disk", kept=len(kept), redone=place.computed() - PICTURES)
-        check(place, run.store)
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)  # actors may still hold it open
+    disk = small_disk("16m")
+    run = Driver(place.folder, str(disk / "store"))
+    wait_for_commits(run, place.shards // 3)
+    with open(disk / "another", "wb", buffering=0) as another:
+        while run.alive():
+            with contextlib.suppress(OSError):
+                another.write(bytes(4096))
+                continue
+            time.sleep(0.001)
+    run.process.join()
+    assert run.process.exitcode == 1
+    assert re.fullmatch(r"mova: [^\n]*cannot write to store [^\n]*: free space there[^\n]*", run.error()), run.error()
+    kept = stored(run.store)
+    assert 0 < len(kept) < PICTURES and kept.items() <= place.bytes_of.items()
+    (disk / "another").unlink()
+    again = Driver(place.folder, run.store).end()
+    assert again["reused"] == {"waiting": len(kept)}
+    report("full disk", kept=len(kept), redone=place.computed() - PICTURES)
+    check(place, run.store)
 
 
 def test_two_precomputes_on_one_store(place, tmp_path):

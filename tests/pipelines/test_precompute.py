@@ -1,6 +1,5 @@
-import os
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from cluster.planner import PlanError
 from mova_core.experts import load_expert
 from mova_core.features import FeatureStore, StoreError
 from mova_core.images import ImageRef
+from pipelines.cli import main
 from pipelines.precompute import PrecomputeError, precompute
 from pipelines.sources import find_images, image_table
 
@@ -114,34 +114,26 @@ def test_a_pool_the_cluster_cannot_hold_is_refused_before_it_hangs(ray_cluster, 
 
 
 @pytest.mark.ray
-def test_a_full_disk_is_told_before_and_loses_nothing(ray_cluster, folder, tmp_path):
-    """A real disk of 300 KB: the features of one expert fit, those of the next do not."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if (
-        os.geteuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", mount], capture_output=True).returncode
-    ):
-        pytest.skip("mounting a small disk needs root")
-    try:
-        precompute(find_images(folder), mount / "store", experts=("biomedclip",), size="mini", progress=False)
-        with pytest.raises(PrecomputeError, match=r"need .* MiB but the disk of .*store has .* MiB free"):
-            precompute(find_images(folder), mount / "store", experts=("dinov2",), size="mini", progress=False)
-        store = FeatureStore(mount / "store")
-        assert store.stat()["experts"]["biomedclip"]["features"] == 8
-        assert not list(store.verify())
-    finally:
-        subprocess.run(["umount", "--lazy", mount], check=True)  # actors may still hold it open
+def test_a_full_disk_is_told_before_and_loses_nothing(ray_cluster, folder, small_disk):
+    """The features of one expert fit, those of the next do not."""
+    path = small_disk("300k") / "store"
+    precompute(find_images(folder), path, experts=("biomedclip",), size="mini", progress=False)
+    with pytest.raises(PrecomputeError, match=r"need .* MiB but the disk of .*store has .* MiB free"):
+        precompute(find_images(folder), path, experts=("dinov2",), size="mini", progress=False)
+    store = FeatureStore(path)
+    assert store.stat()["experts"]["biomedclip"]["features"] == 8
+    assert not list(store.verify())
 
 
-def test_command_names_what_is_wrong(tmp_path):
+def test_command_names_what_is_wrong(tmp_path, monkeypatch, capsys):
     """One clear line and exit code 1; 2 for a usage error. No Ray is started for any of them."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handler of SIGTERM
 
     def mova(*arguments: str) -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "pipelines.cli", *arguments], capture_output=True, text=True, timeout=120
-        )
-        return done.returncode, done.stderr.strip()
+        monkeypatch.setattr(sys, "argv", ["mova", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(str(ended.value.code)), capsys.readouterr().err.strip()
 
     store = ["--store", str(tmp_path / "store")]
     code, said = mova("precompute", str(tmp_path / "nothing.json"), *store)
