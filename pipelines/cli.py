@@ -79,7 +79,7 @@ ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model
 Experts = Annotated[
     str | None, typer.Option("--experts", help="Comma-separated names; all seven where there are none.")
 ]
-ShardMb = Annotated[float, typer.Option("--shard-mb", help="Size a shard aims at, MiB.", min=0.1)]
+ShardMb = Annotated[float, typer.Option("--shard-mb", help="Size a shard aims at, MiB.", min=0.01)]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Computed in, and stored.")]
 Size = Annotated[
     Literal["full", "mini"], typer.Option("--size", help="Size of the experts: full as published, mini for a laptop.")

@@ -124,6 +124,8 @@ def precompute(
             work.arguments["profiles"] = profiles
             told.quarantined += left_out
             works.append(work)
+            if not absent and work.shelf is not None:
+                work.shelf.snapshot()  # whose run died before it got to that
             logs[work.expert] = ExpertLog(total=len(work.images), reused=len(work.images) - absent)
         _check_disk(store, works)
         lines = _place(works, profiles) if placement == "auto" and not pools else []
