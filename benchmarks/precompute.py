@@ -23,7 +23,6 @@ import json
 import logging
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -269,6 +268,12 @@ def scaling(folder: Path, speeds: Sequence[float], seconds: float) -> dict[str, 
 # growth
 
 
+def peak_mb() -> float:
+    """This process's largest memory so far, MB; `getrusage` would count its parent's in."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
 def one_run(images: str, store: str, log: str, told: Any) -> None:
     """A driver in a process of its own."""
     import waiting_expert  # noqa: F401
@@ -276,10 +281,10 @@ def one_run(images: str, store: str, log: str, told: Any) -> None:
     from pipelines.precompute import precompute
     from pipelines.sources import find_images
 
-    os.environ["WAITING_LOG"] = log
+    os.environ.update(WAITING_MS="0", WAITING_LOG=log)
     started = time.perf_counter()
     with ray_session():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_mb()
         precompute(
             find_images(images),
             store,
@@ -288,14 +293,14 @@ def one_run(images: str, store: str, log: str, told: Any) -> None:
             size="mini",
             progress=False,
         )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = peak_mb()
     computed = batches(Path(log))
     told.put(
         {
             "seconds": time.perf_counter() - started,
             "images_per_second": sum(count for _, _, count in computed[1:]) / (computed[-1][0] - computed[0][0]),
-            "driver_mb": peak / 1024,
-            "driver_mb_before": before / 1024,
+            "driver_mb": peak,
+            "driver_mb_before": before,
         }
     )
 
@@ -334,19 +339,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.images < 100 or options.repeat < 1:
         parser.error("--images must be at least 100 and --repeat at least 1")
-    chosen = options.part or parts
     measured: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="mova-precompute-") as at:
         folder = Path(at)
-        if "work" in chosen:
-            measured["work"] = useful_work(folder, options.images, options.repeat)
-        if "nodes" in chosen:
-            measured["nodes"] = {count: scaling(folder, [1] * count, options.seconds) for count in options.nodes}
-        if "speeds" in chosen:
-            measured["speeds"] = scaling(folder, SPEEDS, options.seconds)
-        if "growth" in chosen:
-            measured["growth"] = growth(folder, [count for count in GROWTH if count <= options.most])
-    print(json.dumps(measured) if options.json else tell(measured))
+        measure: dict[str, Callable[[], Any]] = {
+            "work": lambda: useful_work(folder, options.images, options.repeat),
+            "nodes": lambda: {count: scaling(folder, [1] * count, options.seconds) for count in options.nodes},
+            "speeds": lambda: scaling(folder, SPEEDS, options.seconds),
+            "growth": lambda: growth(folder, [count for count in GROWTH if count <= options.most]),
+        }
+        for part in options.part or parts:
+            measured[part] = measure[part]()
+            if not options.json:
+                print(tell({part: measured[part]}), flush=True)
+    if options.json:
+        print(json.dumps(measured))
 
 
 def tell(measured: Mapping[str, Any]) -> str:

@@ -245,8 +245,8 @@ def draw_run(log: RunLog, path: str | Path) -> None:
         width = max(2.0, seconds[-1] / 40)  # a rate over a moving window: shards and batches come in steps
         before = np.interp(np.maximum(seconds - width, 0), seconds, computed)
         rate = (computed - before) / np.maximum(np.minimum(seconds, width), 1e-9)
-        there = rate > 0
-        rates.plot(seconds[there], rate[there], color=colors(number), label=name, linewidth=1.6)
+        rate[rate <= 0] = np.nan
+        rates.plot(seconds, rate, color=colors(number), label=name, linewidth=1.6)
         # Beside each other, not upon: equal pools would hide one another.
         sizes.step(
             seconds,
