@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from actors.expert_server import ExpertServer, ServerBusy, ServerError
-from actors.telemetry import RayTelemetry
+from actors.ray_metrics import RayTelemetry
 from mova_core import __version__
 from mova_core.experts import Features, expert_module
 from mova_core.features.source import Flights, wanted_by_expert

@@ -24,9 +24,9 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
-from actors.telemetry import RayTelemetry
+from actors.ray_metrics import RayTelemetry
 from mova_core.experts import Features, fingerprint, load_expert
-from mova_core.experts.profile import Profile, example, measure, out_of_memory
+from mova_core.experts.cost import Profile, example, measure, out_of_memory
 from mova_core.features import FeatureStore
 from mova_core.images import ImageError, ImageRef, ImageUnavailable
 from mova_core.telemetry import Telemetry

@@ -56,7 +56,7 @@ def measure(cases: Sequence[str], args: argparse.Namespace, repeat: int) -> dict
     import torch
 
     from mova_core.adapter import AdapterConfig, MoVAdapter
-    from mova_core.experts.expert import Features
+    from mova_core.experts.base import Features
 
     if args.threads:
         torch.set_num_threads(args.threads)

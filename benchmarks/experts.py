@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from mova_core.experts import BASE, EXPERTS, VisionExpert, expert_card, expert_class, load_expert
 from mova_core.experts.dinov2 import MEAN, STD
-from mova_core.experts.profile import count_flops, example, shapes_of
+from mova_core.experts.cost import count_flops, example, shapes_of
 from mova_core.experts.window_vit import RelativeAttention
 from mova_core.images import CLIP_MEAN, CLIP_STD, ImageSource, Picture, load_image, mean_colour, pad_to_square
 

@@ -17,10 +17,10 @@ from dataclasses import replace
 from itertools import cycle, islice
 
 from cluster.nodes import GIB, Nodes, PlanError, accelerator_of
-from cluster.planner import CONTEXT, SHARES, PoolSpec, plan_placement
+from cluster.placement import CONTEXT, SHARES, PoolSpec, plan_placement
 from cluster.simulator import simulate
 from mova_core.experts import EXPERTS, expert_card
-from mova_core.experts.profile import Measured, Profile, read_profiles
+from mova_core.experts.cost import Measured, Profile, read_profiles
 
 SHARD = 64  # rows
 GPUS = {"H100": (400.0, 80), "A100": (180.0, 40), "L4": (50.0, 22), "T4": (25.0, 15)}  # TFLOP/s and GiB, about

@@ -15,10 +15,10 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cluster.nodes import Nodes, PlanError, accelerator_of
-from cluster.planner import DECODERS, PoolSpec, Room, duration
+from cluster.placement import DECODERS, PoolSpec, Room, duration
 
 if TYPE_CHECKING:
-    from mova_core.experts.profile import Profile
+    from mova_core.experts.cost import Profile
 
 MIDDLE = (0.1, 0.9)  # of an expert's features: between them its rate is steady
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init  # as torch.nn.init, but never touches what from_pretrained has loaded
 
-from mova_core.experts.expert import Features
+from mova_core.experts.base import Features
 
 BERT_LARGE = {  # bert-large-uncased, the published text encoder
     "vocab_size": 30522,

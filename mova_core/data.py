@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mova_core.experts import EXPERTS
 from mova_core.images import ImageError, ImageRef
-from mova_core.locators import absolute, joined, parent, read_file
+from mova_core.io.uris import absolute, joined, parent, read_file
 from mova_core.routing import build_routing_prompt, build_routing_reply, shuffle_pool
 
 IMAGE_MARK = "<image>"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mova_core import locators
+from mova_core.io import uris
 
 if TYPE_CHECKING:  # reading pictures must not cost the seconds that torch takes to start
     from torch import Tensor
@@ -55,7 +55,7 @@ class ImageRef:
     """An encoded image in a file or in memory, known by the SHA-256 of its bytes. Read-only; pickles as path and key.
 
     Args:
-        path: what holds it, as `mova_core.locators` says: a file, a URL, a member of a tar, a cell of a Parquet file.
+        path: what holds it, as `mova_core.io.uris` says: a file, a URL, a member of a tar, a cell of a Parquet file.
         data: its encoded bytes, instead of a file.
         key: its SHA-256 in hex where known; else it is computed when first asked for.
 
@@ -134,7 +134,7 @@ class ImageRef:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process may have another current folder.
-        path = self._path if self._path is None else locators.absolute(self._path)
+        path = self._path if self._path is None else uris.absolute(self._path)
         return type(self), (path, self._data if path is None else None, self._key)
 
     def __repr__(self) -> str:
@@ -177,15 +177,15 @@ def read_image(locator: str, newer_than: float = 0.0) -> bytes:
     """The encoded bytes, not looked at.
 
     Args:
-        locator: see `mova_core.locators`.
+        locator: see `mova_core.io.uris`.
         newer_than: seconds since 1970; what this machine fetched before is fetched again.
 
     Raises:
         ImageUnavailable: they cannot be had.
     """
     try:
-        return locators.read(locator, newer_than)
-    except locators.Unavailable as error:
+        return uris.read(locator, newer_than)
+    except uris.Unavailable as error:
         raise ImageUnavailable(f"{locator}: {error}") from error
 
 

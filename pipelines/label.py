@@ -17,12 +17,12 @@ from mova_core.config import MoVAConfig
 from mova_core.data import Sample, read_records, usable_samples, write_records
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
-from mova_core.locators import absolute
+from mova_core.io.uris import absolute
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import label_experts
-from pipelines.actor_pool import through_actors
-from pipelines.bad_rows import BadRows, read_rows, tell_skipped
+from pipelines.ray_data import through_actors
+from pipelines.invalid_records import BadRows, read_rows, tell_skipped
 
 WITHOUT = "none"  # column of the loss without any expert
 

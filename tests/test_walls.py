@@ -54,10 +54,10 @@ def test_core_works_without_ray_installed():
 
 
 def test_command_line_starts_without_torch():
-    code = "import sys, pipelines.cli; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    code = "import sys, pipelines.cli.main; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     assert run(code) == "[]"
 
 
 def test_pictures_are_inspected_without_torch():
-    code = "import sys, pipelines.inspect_images; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    code = "import sys, pipelines.precompute.inspect_images; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     assert run(code) == "[]"

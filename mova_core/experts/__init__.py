@@ -10,7 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from mova_core.experts.expert import ExpertCard, Features, VisionExpert, fingerprint
+from mova_core.experts.base import ExpertCard, Features, VisionExpert, fingerprint
 from mova_core.experts.weights import WeightsError, found_here, read_weights, unfitting
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mova_core.experts import register
-from mova_core.experts.expert import ExpertCard, Features, VisionExpert
+from mova_core.experts.base import ExpertCard, Features, VisionExpert
 from mova_core.images import Compat, ImageSource, clip_pixels
 
 OTHER_PARTS = ("text.", "head.", "logit_scale", "logit_bias")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mova_core.experts import register
-from mova_core.experts.expert import Compat, ExpertCard, Features, VisionExpert
+from mova_core.experts.base import Compat, ExpertCard, Features, VisionExpert
 from mova_core.images import ImageSource, clip_pixels
 
 PREFIX = "vision_model."

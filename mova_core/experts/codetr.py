@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mova_core.experts import register
-from mova_core.experts.expert import ExpertCard, Features, VisionExpert
+from mova_core.experts.base import ExpertCard, Features, VisionExpert
 from mova_core.experts.window_vit import NORM_EPS, PatchEmbed, check_arch, from_windows, neck, to_windows
 from mova_core.images import Compat, ImageSource, clip_pixels
 

@@ -1,7 +1,7 @@
 """DePlot (Liu et al. 2022, arXiv 2212.10505): plots and charts; expert E. Pix2Struct-base, trained on charts."""
 
 from mova_core.experts import register
-from mova_core.experts.expert import ExpertCard
+from mova_core.experts.base import ExpertCard
 from mova_core.experts.pix2struct import Pix2Struct
 
 

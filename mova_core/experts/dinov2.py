@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from mova_core.experts import register
-from mova_core.experts.expert import Compat, ExpertCard, Features, VisionExpert
+from mova_core.experts.base import Compat, ExpertCard, Features, VisionExpert
 from mova_core.images import ImageSource, square_pixels
 
 MEAN = (0.485, 0.456, 0.406)

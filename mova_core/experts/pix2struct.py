@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mova_core.experts import register
-from mova_core.experts.expert import Compat, ExpertCard, Features, VisionExpert
+from mova_core.experts.base import Compat, ExpertCard, Features, VisionExpert
 from mova_core.images import (
     CLIP_MEAN,
     MAX_PIXELS,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mova_core.experts.expert import Features, VisionExpert
+from mova_core.experts.base import Features, VisionExpert
 from mova_core.images import Compat, ImageSource, clip_pixels
 
 NORM_EPS = 1e-6

@@ -10,7 +10,7 @@ from mova_core.features.store import ExpertShelf, FeatureStore, MissingFeatures,
 
 if TYPE_CHECKING:
     from mova_core.experts import Features
-    from mova_core.features.reader import FeatureBatches, FeatureReader
+    from mova_core.features.dataset import FeatureBatches, FeatureReader
 
 __all__ = [
     "ExpertShelf",
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
 
         return Features
     if name in ("FeatureBatches", "FeatureReader"):
-        from mova_core.features import reader
+        from mova_core.features import dataset
 
-        return getattr(reader, name)
+        return getattr(dataset, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

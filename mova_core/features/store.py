@@ -34,8 +34,8 @@ import pyarrow.parquet as pq
 
 from mova_core.features.codec import CODECS, named_by
 from mova_core.features.index import binary_keys, hex_keys, parquet
-from mova_core.features.place import StoreError, place_at, writing
-from mova_core.features.shelf import ExpertShelf, MissingFeatures, Shard, compare
+from mova_core.features.storage.base import StoreError, place_at, writing
+from mova_core.features.partition import ExpertShelf, MissingFeatures, Shard, compare
 
 if TYPE_CHECKING:
     from mova_core.experts import Features

@@ -16,7 +16,7 @@ from PIL import Image
 
 from actors.expert_pool import SERVE_NAMESPACE, ExpertPool, Servers
 from actors.expert_server import ServerError
-from actors.telemetry import RayTelemetry
+from actors.ray_metrics import RayTelemetry
 from mova_core.experts import load_expert
 from mova_core.features import FeatureStore, LocalExperts, Tiered
 from mova_core.images import ImageError, ImageRef

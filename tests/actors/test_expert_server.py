@@ -13,7 +13,7 @@ from PIL import Image
 
 from actors.expert_server import FAULTS, ExpertServer, ServerBusy, ServerError
 from mova_core.experts import ExpertCard, Features, VisionExpert, register
-from mova_core.experts.profile import Measured
+from mova_core.experts.cost import Measured
 from mova_core.features import FeatureStore
 from mova_core.images import ImageError, ImageRef, square_pixels
 

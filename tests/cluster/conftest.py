@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from cluster.nodes import GIB, Nodes
-from mova_core.experts.profile import Measured, Profile
+from mova_core.experts.cost import Measured, Profile
 
 TFLOPS = {
     "dinov2": 3.48,

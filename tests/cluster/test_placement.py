@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 
 from cluster.nodes import GIB, Nodes
-from cluster.planner import SPARE, PlanError, PoolSpec, _ways, plan_placement, plan_pools, seat
-from mova_core.experts.profile import Measured, Profile
+from cluster.placement import SPARE, PlanError, PoolSpec, _ways, plan_placement, plan_pools, seat
+from mova_core.experts.cost import Measured, Profile
 
 PIXELS = 60.0  # pictures/s that one core decodes
 NEAR = 1 - 2 * SPARE  # what the planner gives up for fewer pools, and the solver's own gap

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from cluster.nodes import GIB, Nodes, PlanError
-from cluster.planner import PoolSpec, plan_placement
+from cluster.placement import PoolSpec, plan_placement
 from cluster.simulator import simulate
-from mova_core.experts.profile import Measured, Profile
+from mova_core.experts.cost import Measured, Profile
 
 SHARD = 64  # rows
 

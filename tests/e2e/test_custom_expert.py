@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from actors.expert_pool import ExpertPool, Servers
 from mova_core.adapter import AdapterConfig, MoVAdapter
 from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, load_expert
-from mova_core.experts.expert import Features
+from mova_core.experts.base import Features
 from mova_core.features import FeatureStore
 from mova_core.images import ImageRef
-from pipelines.cli import _import
+from pipelines.cli.main import _import
 
 ROOT = Path(__file__).parents[2]
 BERT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -51,7 +51,7 @@ def mova(place: Path, *arguments: str, **environment: str) -> subprocess.Complet
     """The command as a user in that folder gives it."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
+        [sys.executable, "-m", "pipelines.cli.main", *arguments],
         cwd=place,
         env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,

@@ -22,11 +22,11 @@ from mova_core.experts import EXPERTS
 from mova_core.features import FeatureStore, StoreError
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
-from pipelines.cli import app
-from pipelines.demo import DemoConfig, demo
-from pipelines.evaluate import evaluate
+from pipelines.cli.main import app
+from pipelines.demo.run import DemoConfig, demo
+from pipelines.evaluate.run import evaluate
 from pipelines.label import label
-from pipelines.train import TrainConfig, train
+from pipelines.train.loop import TrainConfig, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -123,7 +123,7 @@ def test_a_store_of_other_weights_is_refused(ran, tmp_path):
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pipelines.cli", *arguments]
+    return [sys.executable, "-m", "pipelines.cli.main", *arguments]
 
 
 def test_ask_evaluate_and_store_on_the_command_line(ran):

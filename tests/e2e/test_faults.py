@@ -51,7 +51,7 @@ def drive(arguments: Sequence[str], said: str) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.argv = ["mova", *arguments]
-    from pipelines.cli import main
+    from pipelines.cli.main import main
 
     main()
 
@@ -156,7 +156,7 @@ def place(tmp_path_factory) -> Iterator[Place]:
         patch.setenv("RAY_raylet_start_wait_time_s", "120")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         patch.setenv("RAY_ADDRESS", cluster.address)
-        forks.set_forkserver_preload(["cluster.session", "pipelines.cli", "pipelines.precompute", "waiting_expert"])
+        forks.set_forkserver_preload(["cluster.session", "pipelines.cli.main", "pipelines.precompute.run", "waiting_expert"])
         here = Place(folder, cluster, s3)
         try:
             here.add_node()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mova_core.adapter import AdapterConfig, MoVAdapter, align
-from mova_core.experts.expert import Features
+from mova_core.experts.base import Features
 
 POOL = ("A", "B", "C", "D", "E", "F", "G")
 EVAL = ("none", "A", "B", "C", "D", "E", "F", "G", "ADF", "BC", "ACEG", "all", "long_prompt")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mova_core.adapter import AdapterConfig, MoVAdapter, Rope2D, align
-from mova_core.experts.expert import Features
+from mova_core.experts.base import Features
 
 POOL = {"dinov2": 24, "vary": 16, "codetr": 8, "sam": 12}
 GRIDS = {"dinov2": (5, 5), "vary": (3, 4), "codetr": (6, 6), "sam": (8, 8)}

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.planner import PlanError, PoolSpec
-from mova_core.experts.profile import ProfileError, read_profiles
+from cluster.placement import PlanError, PoolSpec
+from mova_core.experts.cost import ProfileError, read_profiles
 from mova_core.features import FeatureStore
-from pipelines.precompute import precompute
+from pipelines.precompute.run import precompute
 from pipelines.profile import profile
-from pipelines.sources import image_table
+from pipelines.precompute.listing import image_table
 
 HERE = PoolSpec(expert="profile")
 

@@ -1,0 +1,634 @@
+"""Where the expert pools run: what a user asks for per expert and whether this cluster can give it, or the best there is.
+
+`plan_placement` chooses by an integer program (HiGHS, by scipy). Its assumptions:
+
+- A share f of a GPU gives f of the speed that was measured with the whole GPU. Shares are 1, 1/2, 1/4, 1/8 and 1/16:
+  each is a multiple of the next, so actors started in the order of their share fill GPUs without a gap whatever GPU
+  Ray picks for them, and none straddles two. No search for a packing is needed, and the program is exact.
+- An actor fits a share if the peak it was profiled with, and what CUDA takes for a process, fit that share of the
+  memory; all that sit on one GPU then fit it together.
+- An actor on CPUs holds as many as its profile had threads. Any CPU counts as the slowest one that was profiled.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from math import ceil, gcd
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cluster.nodes import GIB, Nodes, PlanError, accelerator_of, read_yaml
+
+if TYPE_CHECKING:
+    from mova_core.experts.cost import Profile
+
+SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of a GPU, per actor
+DECODERS = 4  # cores that an actor beside a GPU can keep busy with decoding
+CONTEXT = GIB // 2  # of a GPU's memory, that CUDA takes for each process beside PyTorch's
+FEW = 3  # machines of a kind that are each planned by themselves
+GAP = 5e-3  # of the rate, that the solver may leave
+SPARE = 0.01  # of the rate, given up for fewer pools and actors; of these the solver may leave five times as much
+POOL_COST = 4.0  # actors that one pool less is worth
+TAIL = 0.05  # of the run: where one shard takes longer than that, the last shards would be waited for
+IN_TURN_GAIN = 1.05  # experts one after the other must be faster by this: each start costs what the program cannot see
+ROUNDING = 1e-6  # ten times 0.1 GPU is one GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSpec:
+    """Size and place of one expert's pool of actors. CPUs and GPUs are per actor and may be fractions."""
+
+    expert: str
+    min_size: int = 1
+    max_size: int = 1
+    cpu: float | None = None  # default: 1 without a GPU; a quarter beside one, so that reading tasks find a core
+    gpu: float = 0.0
+    accelerator: str | None = None  # Ray's accelerator-type label, e.g. "A100"
+    batch: int | None = None  # most pictures per forward pass; None: from a profile, else measured by each actor
+    memory: int = 0  # bytes of the node's memory that one actor without a GPU takes; 0: not known
+    rate: float | None = None  # images/s of all its actors, as predicted: an expert's shards are divided by it
+
+    @property
+    def cpus(self) -> float:
+        """CPUs one actor holds."""
+        return self.cpu if self.cpu is not None else (0.25 if self.gpu else 1.0)
+
+    @property
+    def holds(self) -> dict[str, float]:
+        """What one actor holds: CPUs, GPUs and bytes of the node's memory."""
+        return {"cpu": self.cpus, "gpu": self.gpu, "memory": self.memory}
+
+    def __str__(self) -> str:
+        """What `parse` reads, without the rate."""
+        size = f"{self.min_size}" if self.min_size == self.max_size else f"{self.min_size}..{self.max_size}"
+        parts = {"gpu": self.gpu or None, "cpu": self.cpu, "accelerator": self.accelerator, "batch": self.batch}
+        options = [
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in parts.items()
+            if value
+        ]
+        return ",".join([f"{self.expert}={size}", *options])
+
+    @classmethod
+    def parse(cls, text: str) -> "PoolSpec":
+        """Reads `sam=1..4,gpu=0.5,cpu=1,accelerator=A100,batch=8` (after the size every part is optional).
+
+        Raises:
+            PlanError: the text is not of that form.
+        """
+        head, *options = text.split(",")
+        name, _, size = (part.strip() for part in head.partition("="))
+        pairs = [[part.strip() for part in option.partition("=")[::2]] for option in options]
+        return cls._of(f"--pool {text}", name, size, dict(pairs))
+
+    @classmethod
+    def _of(cls, where: str, name: str, size: str, options: Mapping[str, Any]) -> "PoolSpec":
+        sized = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", size)
+        if not sized or not re.fullmatch(r"[\w.:-]+", name):
+            raise PlanError(f"{where}: {FORM}")
+        low, high = int(sized[1]), int(sized[2] or sized[1])
+        if not 1 <= low <= high:
+            raise PlanError(f"{where}: the size must be at least 1 and MIN at most MAX, got {low}..{high}")
+        values: dict[str, Any] = {}
+        for key, value in options.items():
+            try:
+                values[key] = OPTIONS[key](value)
+            except (KeyError, ValueError, TypeError):
+                raise PlanError(f"{where}: {FORM}") from None
+            if key != "accelerator" and not values[key] >= (1 if key == "batch" else 0):
+                raise PlanError(f"{where}: {key} is too small")
+        return cls(expert=name, min_size=low, max_size=high, **values)
+
+
+FORM = "write NAME=SIZE or NAME=MIN..MAX, then gpu=, cpu=, accelerator=, batch=, rate= as needed"
+OPTIONS: Mapping[str, Callable[[Any], Any]] = {
+    "gpu": float,
+    "cpu": float,
+    "accelerator": str,
+    "batch": int,
+    "rate": float,
+}
+
+
+def read_pools(path: str | os.PathLike[str]) -> list[PoolSpec]:
+    """The pools of a YAML file: a list of `{expert: sam, size: 2..8, gpu: 0.5, accelerator: A100, batch: 16}`.
+
+    All but the expert may be left out. An expert may stand there several times, once per accelerator and share of one.
+
+    Raises:
+        PlanError: no such file, or not one of pools.
+    """
+    rows = read_yaml(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "expert" in row for row in rows):
+        raise PlanError(f"{path}: write a list of pools, each {{expert: NAME, size: MIN..MAX, gpu: ..., batch: ...}}")
+    return [
+        PoolSpec._of(
+            f"{path}, pool {number}",
+            str(row["expert"]),
+            str(row.get("size", 1)),
+            {key: value for key, value in row.items() if key not in ("expert", "size")},
+        )
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def write_pools(path: str | os.PathLike[str], pools: Iterable[PoolSpec]) -> None:
+    """Writes pools as `read_pools` reads them."""
+    import yaml
+
+    rows = []
+    for pool in pools:
+        options = {key: value for key in OPTIONS if (value := getattr(pool, key))}
+        rows.append({"expert": pool.expert, "size": f"{pool.min_size}..{pool.max_size}", **options})
+    Path(path).write_text(yaml.safe_dump(rows, sort_keys=False, default_flow_style=None, width=120))
+
+
+def plan_pools(experts: Sequence[str], asked: Iterable[str | PoolSpec] = ()) -> dict[str, tuple[PoolSpec, ...]]:
+    """The pools of each expert, in the order of `experts`: those asked for, else one actor on a CPU.
+
+    An expert may have several, each on another accelerator or share of one.
+
+    Raises:
+        PlanError: a pool is malformed, given twice, or for an expert that is not computed.
+    """
+    pools: dict[str, list[PoolSpec]] = {name: [] for name in experts}
+    for spec in (PoolSpec.parse(pool) if isinstance(pool, str) else pool for pool in asked):
+        if spec.expert not in pools:
+            raise PlanError(f"--pool {spec.expert}: no such expert in this run ({', '.join(experts)})")
+        if any((one.accelerator, one.gpu) == (spec.accelerator, spec.gpu) for one in pools[spec.expert]):
+            raise PlanError(f"--pool {spec.expert} is given twice for {_device(spec)}: keep one")
+        pools[spec.expert].append(spec)
+    return {name: tuple(specs) or (PoolSpec(expert=name),) for name, specs in pools.items()}
+
+
+def _device(pool: PoolSpec) -> str:
+    """What one actor of a pool runs on, for people."""
+    return f"{pool.gpu:g} of a {pool.accelerator or 'GPU'}" if pool.gpu else pool.accelerator or "the CPU"
+
+
+def know_memory(
+    pools: Mapping[str, Sequence[PoolSpec]], profiles: "Iterable[Profile]"
+) -> dict[str, tuple[PoolSpec, ...]]:
+    """Pools without a GPU with the memory that their expert took on any such CPU, at the batch they will run.
+
+    Args:
+        profiles: of the size and dtype that the pools run.
+    """
+    on_cpus = [profile for profile in profiles if profile.device.startswith("cpu")]
+
+    def known(pool: PoolSpec) -> int:
+        measured = [one.at(pool.batch) if pool.batch else one.best() for one in on_cpus if one.expert == pool.expert]
+        return max((one.peak_bytes or 0 for one in measured), default=0)
+
+    return {
+        name: tuple(pool if pool.gpu else replace(pool, memory=known(pool)) for pool in specs)
+        for name, specs in pools.items()
+    }
+
+
+def fit_pools(
+    pools: Mapping[str, Sequence[PoolSpec]], resources: Mapping[str, float]
+) -> dict[str, tuple[PoolSpec, ...]]:
+    """Pools cut to what the cluster has, those of each expert able to run together with one CPU left for reading tasks.
+
+    Ray Data hangs without an error where its actors hold every CPU (ray#44687), so this is checked before a run. Pools
+    of different experts wait for each other where they do not fit side by side.
+
+    Args:
+        resources: as `ray.cluster_resources()` tells them.
+
+    Raises:
+        PlanError: the smallest allowed pools of an expert do not fit, or no node has their accelerator; says by how much.
+    """
+    return {name: _fit(name, specs, resources) for name, specs in pools.items()}
+
+
+def _fit(name: str, pools: Sequence[PoolSpec], resources: Mapping[str, float]) -> tuple[PoolSpec, ...]:
+    for pool in pools:
+        if pool.accelerator and f"accelerator_type:{pool.accelerator}" not in resources:
+            kinds = sorted(key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_"))
+            raise PlanError(
+                f"pool {name}: no node has a {pool.accelerator} (this cluster has {', '.join(kinds) or 'no GPU'})"
+            )
+    room = {"cpu": resources.get("CPU", 0.0) - 1, "gpu": resources.get("GPU", 0.0)}
+    room["memory"] = resources.get("memory", float("inf"))
+    have = f"{room['cpu'] + 1:g} CPUs and {room['gpu']:g} GPUs"
+    actors = sum(pool.min_size for pool in pools)
+    need = {kind: sum(pool.min_size * share for pool in pools if (share := pool.holds[kind])) for kind in room}
+    if need["memory"] > room["memory"]:
+        raise PlanError(
+            f"pool {name}: {actors} actors take {need['memory'] / 2**30:.1f} GiB as profiled, but the "
+            f"cluster has {room['memory'] / 2**30:.1f} GiB: lower the size or batch= of --pool {name}, or add a node"
+        )
+    if any(need[kind] > room[kind] + ROUNDING for kind in ("cpu", "gpu")):
+        raise PlanError(
+            f"pool {name}: {actors} actors hold {need['cpu']:g} CPUs and {need['gpu']:g} GPUs and one CPU must stay free "
+            f"for reading tasks, but the cluster has {have}: lower the size, cpu= or gpu= of --pool {name}, or add a node"
+        )
+    room = {kind: room[kind] - need[kind] for kind in room}
+    fitted = []
+    for pool in pools:
+        more = pool.max_size - pool.min_size
+        for kind, share in pool.holds.items():
+            if share and more * share > room[kind] + ROUNDING:
+                more = int(room[kind] / share + ROUNDING)
+        room = {kind: room[kind] - more * share for kind, share in pool.holds.items()}
+        fitted.append(replace(pool, max_size=pool.min_size + more))
+    return tuple(fitted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Pools for every expert, and what they bring."""
+
+    wanted: Mapping[str, int]  # expert -> features to compute
+    pools: list[PoolSpec]  # in the order to start them, larger shares of a GPU first; planned with `max_size` actors
+    in_turn: bool  # experts one after the other, each with all of the cluster; else side by side
+    images_per_second: float  # of the most wanted expert, while all keep step with it
+    bound: float  # images/s that no placement exceeds: with every device in use and actors cut at will
+    shares: Mapping[str, float]  # resource -> its part in the bound, in all 1: the largest is the bottleneck
+    gains: Mapping[str, float]  # accelerator -> images/s that one more such GPU adds to the bound
+    notes: list[str] = field(default_factory=list)  # what profiles lack, for people
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Expert -> images/s of its pools, while they run."""
+        return {name: sum(pool.rate or 0 for pool in self.pools if pool.expert == name) for name in self.wanted}
+
+    @property
+    def seconds(self) -> float:
+        """Time for all that is wanted, without the start of the actors."""
+        return max(self.wanted.values(), default=0) / self.images_per_second
+
+    @property
+    def bottleneck(self) -> str:
+        """What limits the rate, and the expert that is done last."""
+        resource = max(self.shares, key=self.shares.__getitem__)
+        last = max(self.wanted, key=lambda name: self.wanted[name] / self.rates[name])
+        return f"{resource}; {'longest' if self.in_turn else 'last to finish'}: {last}"
+
+    def describe(self) -> list[str]:
+        """The placement in lines for people."""
+        order = "one expert after the other" if self.in_turn else "all experts side by side"
+        lines = [
+            f"{order}: {self.images_per_second:.4g} images/s of the mix, {self.images_per_second / self.bound:.0%} of "
+            f"what this cluster could give at most",
+            f"{max(self.wanted.values()):,} images in {duration(self.seconds)}, without the start of the actors",
+            f"bottleneck: {self.bottleneck}",
+            *(f"one more {kind}: {gain:+.3g} images/s" for kind, gain in self.gains.items()),
+        ]
+        return lines + [f"note: {note}" for note in self.notes]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to run an actor of an expert."""
+
+    pool: PoolSpec  # of one actor
+    rate: float  # images/s of it
+
+    def fits(self, nodes: Nodes) -> int:
+        """How many of it one such machine holds when it holds nothing else."""
+        pool = self.pool
+        if pool.accelerator not in (None, nodes.accelerator):
+            return 0
+        has = {"cpu": nodes.cpus, "gpu": nodes.gpus, "memory": nodes.memory}
+        return min(int(has[kind] / share + ROUNDING) for kind, share in pool.holds.items() if share)
+
+
+def plan_placement(
+    wanted: Mapping[str, int],
+    profiles: "Iterable[Profile]",
+    nodes: Sequence[Nodes],
+    decode: float | None = None,
+    shard_rows: Mapping[str, int] | int = 64,
+    seconds: float = 5.0,
+) -> Placement:
+    """The placement that computes what is wanted soonest.
+
+    It maximises t, where actors of every expert together reach t times its wanted features per second, under the
+    machines' CPUs (one of them stays free for reading tasks), GPUs and memory. Where experts do not fit side by side, or
+    are clearly slower so than one after the other on all of the cluster, they get the cluster in turn.
+
+    Args:
+        wanted: features still to compute, per expert; experts of which none is wanted are left out.
+        profiles: of the size and dtype to run; of several of one kind of device, the slowest counts.
+        nodes: machines, as `cluster.nodes` reads them.
+        decode: pictures/s that one core decodes and prepares, which profiles leave out; an actor beside a GPU then holds
+            the CPUs it takes to keep up, four at most. None: costs nothing.
+        shard_rows: pictures per shard; devices so slow that a shard takes a good part of the run are left to others.
+        seconds: longest time for each of two integer programs, after which the best found so far counts.
+
+    Raises:
+        PlanError: no profile fits any device of the cluster, or an expert fits nowhere.
+    """
+    wanted = {name: count for name, count in wanted.items() if count > 0}
+    if not wanted:
+        raise PlanError("nothing is wanted of any expert: there is nothing to place")
+    profiles, notes = list(profiles), list[str]()
+    ways = {name: _ways(name, profiles, nodes, decode, notes) for name in wanted}
+    bound, shares = _Program(wanted, ways, nodes).bound()
+    for name, each in ways.items():
+        rows = shard_rows if isinstance(shard_rows, int) else shard_rows[name]
+        slowest = min(max(way.rate for way in each), rows / (TAIL / bound) if bound else 0.0)
+        ways[name] = [way for way in each if way.rate >= slowest]
+    program = _Program(wanted, ways, nodes)
+    together = program.solve(program.bound()[0], seconds)
+    alone = {name: _Program({name: wanted[name]}, {name: ways[name]}, nodes) for name in wanted}
+    in_turn = {name: one.solve(one.bound()[0], seconds) for name, one in alone.items()} if len(wanted) > 1 else {}
+    most = max(wanted.values())
+
+    def rate(pools: Iterable[PoolSpec], name: str) -> float:
+        return sum(pool.rate or 0.0 for pool in pools if pool.expert == name)
+
+    turns = 0.0
+    if in_turn and all(in_turn.values()):
+        turns = 1 / sum(wanted[name] / rate(pools, name) for name, pools in in_turn.items())
+    beside = min(rate(together, name) / wanted[name] for name in wanted)
+    if max(turns, beside) == 0:
+        name = next(name for name in wanted if not in_turn.get(name, together))
+        least = min(way.pool.cpus for way in ways[name])
+        raise PlanError(
+            f"expert {name}: an actor of it holds {least:g} CPUs as profiled and one must stay free for reading tasks, but "
+            f"the cluster has {sum(one.cpus * one.count for one in nodes):g}: profile it with a lower --cpu, or add a node"
+        )
+    use_turns = turns > beside * IN_TURN_GAIN
+    pools = together
+    if use_turns:  # a pool that started with what another left over would keep to it
+        pools = [replace(pool, min_size=pool.max_size) for name in in_turn for pool in in_turn[name]]
+    pools.sort(key=lambda pool: -pool.gpu)
+    if not use_turns:
+        for pool, seats in zip(pools, seat(pools, nodes), strict=True):
+            if len(seats) < pool.max_size:
+                notes.append(
+                    f"{pool.max_size - len(seats)} of {pool} may wait where Ray puts the others in its own order"
+                )
+    kinds = dict.fromkeys(one.accelerator for one in nodes if one.accelerator)
+    gains = {kind: (program.bound(one_more=kind)[0] - program.bound()[0]) * most for kind in kinds}
+    return Placement(
+        wanted=wanted,
+        pools=pools,
+        in_turn=use_turns,
+        images_per_second=most * (turns if use_turns else beside),
+        bound=most * bound,
+        shares=shares,
+        gains=gains,
+        notes=notes,
+    )
+
+
+def _ways(
+    name: str, profiles: "Sequence[Profile]", nodes: Sequence[Nodes], decode: float | None, notes: list[str]
+) -> list[_Way]:
+    """Every way this cluster can run an actor of an expert."""
+    kinds: dict[str | None, list[int]] = {None: []}  # accelerator -> known memories of one
+    for one in nodes:
+        if one.accelerator:
+            kinds.setdefault(one.accelerator, []).extend([one.gpu_memory] if one.gpu_memory else [])
+    ways: list[_Way] = []
+    unknown, small = [], []
+    for kind, memories in kinds.items():
+        measured = [one for one in profiles if one.expert == name and accelerator_of(one.device) == kind]
+        if not measured:
+            unknown.append(kind or "CPU")
+        elif kind is None:
+            slowest = min(measured, key=lambda one: one.best().images_per_second)
+            best = slowest.best()
+            pool = PoolSpec(expert=name, cpu=float(slowest.threads), batch=best.batch, memory=best.peak_bytes or 0)
+            if any(_Way(pool, 1.0).fits(one) for one in nodes):
+                aside = 1 / (decode * pool.cpus) if decode else 0.0
+                ways.append(_Way(pool, 1 / (1 / best.images_per_second + aside)))
+            else:
+                small.append(
+                    f"{pool.cpus:g} CPUs and {pool.memory / GIB:.1f} GiB of memory on one machine, but the largest has "
+                    f"{max(one.cpus for one in nodes):g} and {max(one.memory for one in nodes) / GIB:.1f} GiB"
+                )
+        else:
+            on_kind = [
+                way
+                for share in SHARES
+                if (way := _on_gpu(name, kind, share, min(memories, default=None), measured, decode))
+            ]
+            ways += on_kind
+            if not on_kind:
+                need = min(one.batches[0].peak_bytes or 0 for one in measured) + CONTEXT
+                small.append(f"{need / GIB:.1f} GiB of GPU memory, but a {kind} has {min(memories) / GIB:.1f} GiB")
+    if not ways and small:
+        raise PlanError(f"expert {name} fits nowhere: it takes {'; or '.join(small)}")
+    if not ways:
+        gpu = next((kind for kind in unknown if kind != "CPU"), None)
+        place = f" --gpu 1 --accelerator {gpu}" if gpu else ""
+        raise PlanError(
+            f"expert {name} has no profile on any kind of device here ({', '.join(unknown)}): "
+            f"run `mova profile --experts {name}{place}`"
+        )
+    if missing := [kind for kind in unknown if kind != "CPU"]:
+        notes.append(f"{name} is not placed on {', '.join(missing)}: no profile of it there")
+    return ways
+
+
+def _on_gpu(
+    name: str, kind: str, share: float, memory: int | None, profiles: "Sequence[Profile]", decode: float | None
+) -> _Way | None:
+    """An actor on a share of a GPU, if it fits; where the GPU's memory is not known, only a whole one does."""
+    if memory is None and share < 1:
+        return None
+    room = None if memory is None else share * memory - CONTEXT
+    fitting = [one for one in profiles if room is None or (one.batches[0].peak_bytes or 0) <= room]
+    if len(fitting) < len(profiles):
+        return None
+    best = min((one.best(room) for one in fitting), key=lambda one: one.images_per_second)
+    pool = PoolSpec(expert=name, gpu=share, accelerator=kind, batch=best.batch)
+    rate = share * best.images_per_second
+    if decode:
+        rate = min(rate, DECODERS * decode)
+        pool = replace(pool, cpu=max(pool.cpus, ceil(4 * rate / decode - ROUNDING) / 4))  # in quarters, which add up
+    return _Way(pool, rate)
+
+
+class _Program:
+    """The integer program: how many actors of each way every machine runs, and t in features wanted per second.
+
+    Machines of a kind are divided into groups of 1, 2, 4, ... that are each run alike. So what every single machine
+    holds is known, and fits it, while a thousand machines take a dozen groups.
+    """
+
+    def __init__(self, wanted: Mapping[str, int], ways: Mapping[str, Sequence[_Way]], nodes: Sequence[Nodes]):
+        self.groups = [(one, size) for one in nodes for size in _group_sizes(one.count)]
+        self.columns = [
+            (way, where, fits)
+            for each in ways.values()
+            for way in each
+            for where, (one, _) in enumerate(self.groups)
+            if (fits := way.fits(one))
+        ]
+        self.rows: list[np.ndarray] = []
+        self.most: list[float] = []
+        self.names: list[str] = []
+        size = [size for _, size in self.groups]
+        for name, count in wanted.items():
+            self._row(
+                name, 0.0, lambda way, where, n=name: -way.rate * size[where] * (way.pool.expert == n), t=float(count)
+            )
+        for index, (one, _) in enumerate(self.groups):
+            label = one.accelerator or "CPU-only"
+            # What is left of a machine's CPUs when all its actors hold multiples of a unit cannot be used.
+            holds = {round(way.pool.cpus * 10_000) for way, where, _ in self.columns if where == index}
+            unit = (reduce(gcd, holds) if holds else 0) / 10_000 or 1.0
+            cpus = int(one.cpus / unit + ROUNDING) * unit
+            self._row(f"CPUs of {label} machines", cpus, lambda way, where, i=index: way.pool.cpus * (where == i))
+            if one.gpus:
+                self._row(f"{label} GPUs", one.gpus, lambda way, where, i=index: way.pool.gpu * (where == i))
+            self._row(
+                f"memory of {label} machines",
+                one.memory / GIB,
+                lambda way, where, i=index: way.pool.memory / GIB * (where == i),
+            )
+        free = sum(one.cpus * one.count for one in nodes) - 1
+        self._row("CPUs", free, lambda way, where: way.pool.cpus * size[where])
+
+    def _row(self, name: str, most: float, each: Callable[..., float], t: float = 0.0) -> None:
+        self.rows.append(np.array([each(way, where) for way, where, _ in self.columns] + [t]))
+        self.most.append(most)
+        self.names.append(name)
+
+    def bound(self, one_more: str | None = None) -> tuple[float, dict[str, float]]:
+        """Largest t with actors cut at will, and each resource's part in it; with one more GPU of a kind if named."""
+        from scipy.optimize import linprog
+
+        most = np.array(self.most)
+        if one_more:
+            where, size = next((i, size) for i, (one, size) in enumerate(self.groups) if one.accelerator == one_more)
+            gpu_rows = [row for row, name in enumerate(self.names) if name.endswith(" GPUs")]
+            with_gpus = [index for index, (one, _) in enumerate(self.groups) if one.gpus]
+            most[gpu_rows[with_gpus.index(where)]] += 1 / size
+        gain = np.zeros(len(self.columns) + 1)
+        gain[-1] = -1.0
+        found = linprog(gain, A_ub=np.array(self.rows), b_ub=most, bounds=(0, None), method="highs")
+        parts: dict[str, float] = {}
+        for name, limit, dual in zip(self.names, most, found.ineqlin.marginals, strict=True):
+            if limit * dual and found.x[-1]:
+                parts[name] = parts.get(name, 0.0) - float(limit * dual / found.x[-1])
+        return float(found.x[-1]), parts
+
+    def solve(self, bound: float, seconds: float) -> list[PoolSpec]:
+        """The pools of the largest t with whole actors, as few as reach it; none where some expert gets no actor."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        if not bound:
+            return []
+        actors, rows = len(self.columns), np.array(self.rows)
+        rows[:, -1] *= bound  # t counts as a part of the bound from here on
+        kinds: dict[tuple[str, str | None], list[int]] = {}  # expert and accelerator: one share for all its actors
+        shares = sorted({way.pool for way, _, _ in self.columns}, key=repr)
+        for index, pool in enumerate(shares):
+            kinds.setdefault((pool.expert, pool.accelerator), []).append(index)
+        used = np.zeros((actors, actors + 1 + len(shares)))  # actors only of the share that is chosen
+        for index, (way, _, most) in enumerate(self.columns):
+            used[index, index], used[index, actors + 1 + shares.index(way.pool)] = 1, -most
+        one = np.zeros((len(kinds), actors + 1 + len(shares)))
+        for index, ways in enumerate(kinds.values()):
+            one[index, [actors + 1 + way for way in ways]] = 1
+        limits = np.hstack([rows, np.zeros((len(rows), len(shares)))])
+        constraints = [
+            LinearConstraint(limits, ub=np.array(self.most)),
+            LinearConstraint(used, ub=0),
+            LinearConstraint(one, ub=1),
+        ]
+        whole = np.ones(actors + 1 + len(shares))
+        whole[actors] = 0
+        size = np.array([self.groups[where][1] for _, where, _ in self.columns])
+        lower, upper = np.zeros(len(whole)), np.array([*(most for _, _, most in self.columns), 1, *([1] * len(shares))])
+        options = {"mip_rel_gap": GAP, "time_limit": seconds}
+        roughly = options | {"mip_rel_gap": 5 * SPARE}
+        gain = np.zeros(len(whole))
+        gain[actors] = -1
+        best = milp(gain, constraints=constraints, integrality=whole, bounds=Bounds(lower, upper), options=options)
+        if best.x is None or best.x[actors] < ROUNDING:
+            return []
+        lower[actors] = best.x[actors] * (1 - SPARE)
+        fewest = np.array([*size, 0.0, *([POOL_COST] * len(shares))])
+        few = milp(fewest, constraints=constraints, integrality=whole, bounds=Bounds(lower, upper), options=roughly)
+        counts = np.round((best if few.x is None else few).x[:actors]).astype(int) * size
+        total: dict[_Way, int] = {}
+        for (way, _, _), count in zip(self.columns, counts, strict=True):
+            total[way] = total.get(way, 0) + int(count)
+        return [replace(way.pool, max_size=count, rate=way.rate * count) for way, count in total.items() if count]
+
+
+def _group_sizes(count: int) -> list[int]:
+    """Sizes that add up to `count`: ones of a few, else halves of what is left, so that any number of machines is a sum."""
+    sizes = []
+    while count > FEW:
+        sizes.append((count + 1) // 2)
+        count -= sizes[-1]
+    return sizes + [1] * count
+
+
+class Room:
+    """What the machines have left while actors take seats on them, with one CPU of all kept free for reading tasks.
+
+    Machines count through `nodes` in their order.
+    """
+
+    def __init__(self, nodes: Sequence[Nodes]):
+        machines = [one for one in nodes for _ in range(one.count)]
+        self.kind = np.array([one.accelerator or "" for one in machines])
+        self.cpu = np.array([float(one.cpus) for one in machines])
+        self.memory = np.array([float(one.memory) for one in machines])
+        self.gpu = np.full((len(machines), max((one.gpus for one in machines), default=0)), -1.0)
+        for machine, one in enumerate(machines):
+            self.gpu[machine, : one.gpus] = 1.0
+        self.up = np.ones(len(machines), dtype=bool)
+        self.spare = self.cpu.sum() - 1  # CPUs
+        self.all = {"cpu": self.cpu.sum() or 1.0, "memory": self.memory.sum() or 1.0}
+
+    def take(self, pool: PoolSpec) -> tuple[int, int] | None:
+        """A seat for one actor: machine and GPU (-1 without one); None where there is no room."""
+        if self.spare < pool.cpus - ROUNDING:
+            return None
+        room = self.up & (self.cpu >= pool.cpus - ROUNDING) & (self.memory >= pool.memory)
+        if pool.gpu:
+            room &= (self.gpu >= pool.gpu - ROUNDING).any(axis=1)
+        if pool.accelerator:
+            room &= self.kind == pool.accelerator
+        if not room.any():
+            return None
+        # The machine with most left of what the actor takes most of: else small shares take all the CPUs of one.
+        left = self.cpu * (pool.cpus / self.all["cpu"]) + self.memory * (pool.memory / self.all["memory"])
+        machine, gpu = int(np.where(room, left, -1).argmax()), -1
+        if pool.gpu:  # the fullest that has room
+            free = self.gpu[machine]
+            gpu = int(np.where(free >= pool.gpu - ROUNDING, -free, -2).argmax())
+        self._move(pool, machine, gpu, -1)
+        return machine, gpu
+
+    def give(self, pool: PoolSpec, machine: int, gpu: int) -> None:
+        """Takes back the seat of an actor."""
+        self._move(pool, machine, gpu, 1)
+
+    def _move(self, pool: PoolSpec, machine: int, gpu: int, sign: int) -> None:
+        self.cpu[machine] += sign * pool.cpus
+        self.memory[machine] += sign * pool.memory
+        self.spare += sign * pool.cpus
+        if gpu >= 0:
+            self.gpu[machine, gpu] += sign * pool.gpu
+
+
+def seat(pools: Sequence[PoolSpec], nodes: Sequence[Nodes]) -> list[list[tuple[int, int]]]:
+    """For each pool the machine and GPU of as many of its `max_size` actors as there is room for, larger shares first."""
+    room = Room(nodes)
+    seats: list[list[tuple[int, int]]] = [[] for _ in pools]
+    for index in sorted(range(len(pools)), key=lambda i: (-pools[i].gpu, -pools[i].memory, -pools[i].cpus)):
+        while len(seats[index]) < pools[index].max_size and (taken := room.take(pools[index])):
+            seats[index].append(taken)
+    return seats
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 3 else f"{minutes:.0f} min" if hours < 3 else f"{hours:.1f} h"

@@ -1,0 +1,1 @@
+"""Bytes from local paths and URLs."""

@@ -1,0 +1,1 @@
+"""The demo: the whole path on real pictures, on two CPU cores."""

@@ -1,0 +1,1 @@
+"""Evaluate: answers to a test set, compared with the truth."""

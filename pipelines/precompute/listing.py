@@ -1,0 +1,390 @@
+"""Where pictures come from: folders, LLaVA records, Parquet files and tars, here or elsewhere, as one table of locators."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tarfile import BLOCKSIZE, TarError, TarFile
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from mova_core.data import DataError, iterate_samples
+from mova_core.io.uris import Cell, Member, Unavailable, absolute, attempted, filesystem, is_url, joined, parent
+from pipelines.invalid_records import BadRows, tell_skipped
+from pipelines.progress_bar import progress_bar
+
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+IMAGES = pa.schema([("image", pa.string()), ("experts", pa.list_(pa.string()))])
+CHUNK = 65_536  # strings that are Python objects at once
+FILES = 16  # remote files read at once
+HEADERS = 128 * 1024  # bytes fetched at a time of a remote tar, whose headers alone are wanted
+
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python shows bytes of a file name that are none
+
+Refuse = Callable[[str], None]
+
+
+def find_images(
+    source: str | Path,
+    images: str | Path | None = None,
+    bad_rows: BadRows = "raise",
+    skipped: list[str] | None = None,
+    *,
+    routed_only: bool = False,
+    limit: int | None = None,
+    column: str | None = None,
+    progress: bool = False,
+) -> pa.Table:
+    """The images of a source, each once. All may be local, or remote by a URL; the names of files tell their kind.
+
+    Args:
+        source: a folder that holds at any depth either pictures, or Parquet files, or webdataset tars (uncompressed, pictures
+            by the suffixes of their members); such files by name, glob (data/*.parquet) or ranges and choices
+            (train-{000..099}.tar); or any other file: LLaVA JSON/JSONL.
+        images: folder or URL that the names in records, and in Parquet columns of names, are relative to; default the file's.
+        bad_rows: whether a broken record, tar or Parquet file ends it or is left out.
+        skipped: takes what was wrong with each of those left out.
+        routed_only: for an image only the experts that the routing labels of its records name, not all.
+        limit: the first so many images.
+        column: of Parquet files, the one that holds the images; default the only one that can.
+        progress: whether to draw a bar over tars and Parquet files.
+
+    Returns:
+        `image` (a locator: what `ImageRef` takes as path) and `experts` (null: all) in the order of the source.
+
+    Raises:
+        DataError: nothing there, no picture in it, files of several kinds, a broken one, or with `routed_only` a record
+            without labels.
+    """
+    left_out: list[str] = []
+
+    def refuse(problem: str) -> None:
+        if bad_rows == "raise":
+            raise DataError(problem)
+        left_out.append(problem)
+
+    try:
+        source = absolute(source)
+        found = _files(source, limit, refuse)
+        if found is None:
+            table = _of_records(source, images, refuse, routed_only)
+        elif routed_only:
+            raise DataError(f"{source} holds no records, where routing labels stand: give the LLaVA JSON/JSONL")
+        else:
+            table = image_table(_of_files(found, images, column, limit, refuse, progress))
+    except Unavailable as error:
+        raise DataError(f"{source}: {error}") from error
+    tell_skipped(left_out)
+    if skipped is not None:
+        skipped += left_out
+    if not len(table):
+        raise DataError(f"{source} holds no picture" + (f", the first error: {left_out[0]}" if left_out else ""))
+    return table.slice(0, limit)
+
+
+def image_table(
+    images: Iterable[str | Path] | pa.ChunkedArray, experts: Sequence[Sequence[str] | None] | pa.Array | None = None
+) -> pa.Table:
+    """Images as `find_images` gives them.
+
+    Args:
+        images: locators.
+        experts: per image the experts it needs; None for all.
+    """
+    column = images if isinstance(images, pa.ChunkedArray) else pa.array(map(str, images), pa.string())
+    kind = IMAGES.field("experts").type
+    needs = pa.nulls(len(column), kind) if experts is None else pa.array(experts, kind)
+    return pa.table([column, needs], schema=IMAGES)
+
+
+def united(experts: pa.ChunkedArray, groups: np.ndarray, count: int) -> pa.Array:
+    """The experts that the rows of each group need together.
+
+    Args:
+        experts: per row a list of names; null for all.
+        groups: per row its group, int64 in 0..count-1.
+
+    Returns:
+        Per group a list of names, or null where a row of it needs all.
+    """
+    kind = IMAGES.field("experts").type
+    if experts.null_count == len(experts):
+        return pa.nulls(count, kind)
+    rows = experts.combine_chunks()
+    names = sorted(rows.flatten().unique().to_pylist())
+    needs = np.zeros((count, len(names)), dtype=bool)
+    per_row = np.repeat(groups, rows.value_lengths().fill_null(0).to_numpy())
+    needs[per_row, pc.index_in(rows.flatten(), pa.array(names, pa.string())).to_numpy()] = True
+    everything = np.zeros(count, dtype=bool)
+    everything[groups[rows.is_null().to_numpy(zero_copy_only=False)]] = True
+    sets, which = np.unique(needs, axis=0, return_inverse=True)
+    lists = pa.array([[name for name, needed in zip(names, one, strict=True) if needed] for one in sets], kind)
+    return lists.take(pa.array(which.reshape(-1), mask=everything))
+
+
+def _of_records(source: str, images: str | Path | None, refuse: Refuse, routed_only: bool) -> pa.Table:
+    """The images that LLaVA records name, each where it first stands."""
+    names: dict[str, int] = {}
+    mentions: list[int] = []
+    labels: list[tuple[str, ...]] = []
+    for sample in iterate_samples(source, images, lambda error: refuse(str(error))):
+        if routed_only and sample.routing is None:
+            refuse(f"{sample.where}: it has no routing label: run `mova label` first")
+            continue
+        for image in sample.images:
+            place = names.setdefault(absolute(image.path or ""), len(names))
+            if routed_only:
+                mentions.append(place)
+                labels.append(sample.routing or ())
+    if not routed_only:
+        return image_table(names)
+    needs = pa.chunked_array([pa.array(labels, IMAGES.field("experts").type)])
+    return image_table(names, united(needs, np.array(mentions, np.int64), len(names)))
+
+
+def _files(source: str, limit: int | None, refuse: Refuse) -> tuple[str, pa.ChunkedArray] | None:
+    """The kind of a source's files and their locators; None for a file that is not one of our kinds: records, then."""
+    system, path = filesystem(source)
+    by_name = _kind(path) is not None or path.endswith((".json", ".jsonl"))
+    if not (by_name and is_url(source)) and system.isdir(path):  # HTTP would read a file to find that it lists nothing
+        kinds: dict[str, list[pa.Array]] = {}
+        names = _walk(system, path)
+        while chunk := list(islice(names, CHUNK)):
+            of_kind: dict[str | None, list[str]] = {}
+            for name in chunk:
+                of_kind.setdefault(_kind(name), []).append(_full(system, name))
+            of_kind.pop(None, None)
+            for kind, named in of_kind.items():
+                kinds.setdefault(kind or "", []).append(_strings(named, refuse))
+            if limit is not None and sum(map(len, kinds.get("picture", ()))) >= limit:
+                break
+        if not kinds:
+            raise DataError(
+                f"folder {source} holds no picture ({', '.join(sorted(SUFFIXES))}), no .parquet and no .tar: give the folder "
+                "that does"
+            )
+    elif system.exists(path) or not re.search(r"[*?\[{]", path):
+        if _kind(path) is None:
+            return None
+        if not system.exists(path):
+            raise DataError(f"no data file {source}: check the path")
+        kinds = {_kind(path) or "": [_strings([source], refuse)]}
+    else:
+        kinds = {}
+        for one in dict.fromkeys(name for pattern in _braced(path) for name in _globbed(system, pattern, refuse)):
+            if (kind := _kind(one)) is not None:
+                kinds.setdefault(kind, []).append(_strings([_full(system, one)], refuse))
+        if not kinds:
+            raise DataError(
+                f"no picture, .parquet or .tar matches {source}: check the pattern, and quote it in a shell"
+            )
+    if len(kinds) > 1:
+        several = " and ".join(f"{sum(map(len, found)):,} {kind} files" for kind, found in kinds.items())
+        raise DataError(f"{source} holds {several}: name those that you mean, e.g. by a glob")
+    [(kind, found)] = kinds.items()
+    return kind, pa.chunked_array(found, pa.string())
+
+
+def _kind(name: str) -> str | None:
+    suffix = os.path.splitext(name)[1].lower()
+    return "picture" if suffix in SUFFIXES else suffix if suffix in (".parquet", ".tar") else None
+
+
+def _walk(system: fsspec.AbstractFileSystem, folder: str) -> Iterator[str]:
+    """Files at any depth in the order of their paths; links to folders are not followed."""
+    if isinstance(system, LocalFileSystem):
+        with os.scandir(folder) as entries:
+            found = sorted((entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries)
+    else:
+        listed = attempted(lambda: system.ls(folder, detail=True))
+        found = sorted((entry["name"], entry["type"] == "directory") for entry in listed)
+        system.invalidate_cache(folder)  # it keeps every listing, and shows it again after changes
+    for name, is_folder in found:
+        if not is_folder:
+            yield name
+        elif len(name.rstrip("/")) > len(folder.rstrip("/")):  # not itself, nor the one above
+            yield from _walk(system, name)
+
+
+def _globbed(system: fsspec.AbstractFileSystem, pattern: str, refuse: Refuse) -> list[str]:
+    if re.search(r"[*?\[]", pattern):
+        return sorted(attempted(lambda: system.glob(pattern)))
+    if not system.exists(pattern):
+        refuse(f"{_full(system, pattern)}: there is no such file")
+        return []
+    return [pattern]
+
+
+def _braced(pattern: str) -> Iterator[str]:
+    """The patterns that one with ranges {000..099} and choices {a,b} stands for, as a shell expands them."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    if found[3] is not None:
+        middles: Iterable[str] = found[3].split(",")
+    else:
+        first, last = int(found[1]), int(found[2])
+        digits = max(len(found[1]), len(found[2])) if found[1][0] == "0" or found[2][0] == "0" else 1
+        middles = (f"{number:0{digits}}" for number in range(first, last + 1))
+    for middle in middles:
+        yield from _braced(pattern[: found.start()] + middle + pattern[found.end() :])
+
+
+def _of_files(
+    found: tuple[str, pa.ChunkedArray],
+    images: str | Path | None,
+    column: str | None,
+    limit: int | None,
+    refuse: Refuse,
+    progress: bool,
+) -> pa.ChunkedArray:
+    """Locators of the images in files of one kind."""
+    kind, files = found
+    if kind == "picture":
+        return files
+    look = _members if kind == ".tar" else partial(_cells, images=images, column=column)
+    chunks: list[pa.Array] = []
+    at_once = FILES if is_url(files[0].as_py()) else 1
+    with progress_bar(len(files), "list", "files", progress) as bar, ThreadPoolExecutor(at_once) as threads:
+        for start in range(0, len(files), at_once):
+            for one in threads.map(partial(_looked_into, look), files[start : start + at_once].to_pylist()):
+                bar.update()
+                if isinstance(one, str):
+                    refuse(one)
+                else:
+                    chunks.append(_strings(one, refuse))
+            if limit is not None and sum(map(len, chunks)) >= limit:
+                break
+    found_in = pa.chunked_array(chunks, pa.string())
+    # Members and cells differ; names in Parquet files may stand there twice.
+    return pa.chunked_array([found_in.unique()]) if kind == ".parquet" else found_in
+
+
+def _looked_into(look: Callable[[str], list[str]], file: str) -> list[str] | str:
+    """What a file holds, or in a sentence why it cannot be told."""
+    try:
+        return look(file)
+    except DataError as error:
+        return str(error)
+    except Unavailable as error:
+        return f"{file}: {error}"
+    except (OSError, ValueError, TarError, pa.ArrowException) as error:
+        return f"{file}: broken {os.path.splitext(file)[1]} file ({' '.join(str(error).split())}): download it again"
+
+
+def _members(file: str) -> list[str]:
+    """Locators of the pictures in a tar, of which only the headers are read."""
+    found = []
+    with _opened(file, HEADERS) as opened, TarFile(fileobj=opened) as tar:
+        end = 0
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # it keeps them all
+            end = member.offset_data + (-(-member.size // BLOCKSIZE) * BLOCKSIZE if member.isreg() else 0)
+            if member.isreg() and not member.issparse() and _kind(member.name) == "picture":
+                found.append(str(Member(file, member.name, member.offset_data, member.size)))
+        opened.seek(end)
+        if (block := opened.read(BLOCKSIZE)) != bytes(BLOCKSIZE):  # TarFile takes whatever it does not know for the end
+            raise TarError("cut off" if len(block) < BLOCKSIZE else f"no header where one should be, at byte {end:,}")
+    return found
+
+
+def _cells(file: str, images: str | Path | None, column: str | None) -> list[str]:
+    """Locators of the images in a Parquet file, of which only the metadata is read, or names where it has those."""
+    with _opened(file) as opened:
+        parquet = pq.ParquetFile(opened)
+        name = _image_column(file, parquet.schema_arrow, column)
+        kind = parquet.schema_arrow.field(name).type
+        base = images if images is not None else parent(file)
+        named = name if _is_text(kind) else f"{name}.path" if _only_names(parquet, name) else None
+        if named is not None:
+            values = parquet.read(columns=[named])[0].combine_chunks()
+            names = values if named == name else values.field("path")
+            return [absolute(joined(base, one)) for one in names.to_pylist() if one]
+        groups = parquet.metadata
+        return [
+            str(Cell(file, name, group, row))
+            for group in range(groups.num_row_groups)
+            for row in range(groups.row_group(group).num_rows)
+        ]
+
+
+def _image_column(file: str, schema: pa.Schema, column: str | None) -> str:
+    """The column asked for, or the only one that can hold images: by Hugging Face's note in the file, else by its type."""
+    if column is not None:
+        if column not in schema.names:
+            raise DataError(f"{file} has no column {column!r}: choose one of {', '.join(schema.names)}")
+        if not _is_picture(schema.field(column).type) and not _is_text(schema.field(column).type):
+            kind = schema.field(column).type
+            raise DataError(f"{file}: column {column!r} holds {kind}, not encoded images, nor their paths or URLs")
+        return column
+    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    for candidates in (
+        [name for name in schema.names if isinstance(noted.get(name), dict) and noted[name].get("_type") == "Image"],
+        [field.name for field in schema if _is_picture(field.type)],
+        [field.name for field in schema if _is_text(field.type)],
+    ):
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            raise DataError(
+                f"{file}: the images may be in any of the columns {', '.join(candidates)}: say which (--column)"
+            )
+    raise DataError(f"{file} has no column of images, nor of paths: it has {', '.join(schema.names)}")
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return "bytes" in kind.names and _is_picture(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _only_names(parquet: pq.ParquetFile, name: str) -> bool:
+    """Is this a Hugging Face image column of which no row has bytes?"""
+    kind = parquet.schema_arrow.field(name).type
+    if not pa.types.is_struct(kind) or "path" not in kind.names:
+        return False
+    for group in range(parquet.metadata.num_row_groups):
+        rows = parquet.metadata.row_group(group)
+        for number in range(rows.num_columns):
+            found = rows.column(number)
+            if found.path_in_schema == f"{name}.bytes":
+                told = found.statistics
+                if told is None or told.null_count != rows.num_rows:
+                    return False
+    return True
+
+
+def _opened(file: str, block_size: int | None = None) -> Any:
+    if not is_url(file):
+        return open(file, "rb")
+    system, path = filesystem(file)
+    return attempted(lambda: system.open(path, "rb", block_size=block_size))
+
+
+def _full(system: fsspec.AbstractFileSystem, name: str) -> str:
+    """A name that a filesystem gave as a locator."""
+    return name if isinstance(system, LocalFileSystem) else system.unstrip_protocol(name)
+
+
+def _strings(names: Sequence[str], refuse: Refuse) -> pa.Array:
+    try:
+        return pa.array(names, pa.string())
+    except UnicodeEncodeError:
+        for name in filter(_NOT_UTF8.search, names):
+            refuse(f"{name!r}: its name is not UTF-8: rename it")
+        return pa.array([name for name in names if not _NOT_UTF8.search(name)], pa.string())

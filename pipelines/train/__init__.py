@@ -1,0 +1,1 @@
+"""Train: the paper's stages as Ray Train workers."""

@@ -1,0 +1,92 @@
+from dataclasses import replace
+
+import pytest
+
+from cluster.placement import PlanError, PoolSpec, fit_pools, know_memory, plan_pools, read_pools
+from mova_core.experts.cost import Measured, Profile
+
+
+def test_pool_is_read_from_the_command_line():
+    pool = PoolSpec.parse("sam=2..8,gpu=0.5,accelerator=A100,batch=16")
+    assert (pool.min_size, pool.max_size, pool.gpu, pool.accelerator, pool.batch) == (2, 8, 0.5, "A100", 16)
+    assert pool.cpus == 0.25, "beside a GPU an actor holds little CPU"
+    assert PoolSpec.parse("clip=3").cpus == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["sam", "sam=", "sam=0", "sam=4..2", "sam=1,gpu=x", "sam=1,gpus=1", "sam=1,batch=0", "=1"]
+)
+def test_malformed_pool_is_refused(text):
+    with pytest.raises(PlanError, match="--pool"):
+        PoolSpec.parse(text)
+
+
+def test_every_expert_gets_a_pool():
+    pools = plan_pools(["sam", "vary"], ["vary=1..4"])
+    assert [(one.expert, one.max_size) for specs in pools.values() for one in specs] == [("sam", 1), ("vary", 4)]
+    with pytest.raises(PlanError, match="clip"):
+        plan_pools(["sam"], ["clip=1"])
+    with pytest.raises(PlanError, match="twice for the CPU"):
+        plan_pools(["sam"], ["sam=1", "sam=2"])
+    kinds = ["sam=2,gpu=1,accelerator=A100", "sam=4,gpu=0.5,accelerator=L4", "sam=1"]
+    assert [pool.accelerator for pool in plan_pools(["sam"], kinds)["sam"]] == ["A100", "L4", None]
+    with pytest.raises(PlanError, match=r"twice for 1 of a A100"):
+        plan_pools(["sam"], [kinds[0], *kinds])
+
+
+def test_pools_are_read_from_a_file(tmp_path):
+    file = tmp_path / "pools.yaml"
+    file.write_text("- {expert: sam, size: 2..8, gpu: 0.5, accelerator: A100, batch: 16, rate: 7.5}\n- expert: vary\n")
+    sam, vary = read_pools(file)
+    assert sam == replace(PoolSpec.parse("sam=2..8,gpu=0.5,accelerator=A100,batch=16"), rate=7.5)
+    assert vary == PoolSpec(expert="vary")
+    for text, wrong in (
+        ("- {expert: sam, size: 8..2}", r"pool 1: the size must"),
+        ("- {expert: sam, gpus: 1}", r"pools\.yaml, pool 1: write NAME=SIZE"),
+        ("expert: sam", r"write a list of pools"),
+        ("[", r"is no YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(PlanError, match=wrong):
+            read_pools(file)
+    with pytest.raises(PlanError, match="No such file"):
+        read_pools(tmp_path / "none.yaml")
+
+
+def test_pools_are_cut_to_the_cluster_and_leave_a_cpu_free():
+    pools = fit_pools(plan_pools(["sam"], ["sam=1..8"]), {"CPU": 4})
+    assert [pool.max_size for pool in pools["sam"]] == [3]
+    with pytest.raises(PlanError, match=r"pool sam: 4 actors hold 4 CPUs .* has 4 CPUs"):
+        fit_pools(plan_pools(["sam"], ["sam=4"]), {"CPU": 4})
+    with pytest.raises(PlanError, match="0 GPUs"):
+        fit_pools(plan_pools(["sam"], ["sam=1,gpu=1"]), {"CPU": 4})
+    with pytest.raises(PlanError, match="no node has a A100"):
+        fit_pools(plan_pools(["sam"], ["sam=1,gpu=1,accelerator=A100"]), {"CPU": 4, "GPU": 1, "accelerator_type:L4": 1})
+
+
+def test_pools_of_one_expert_must_fit_together():
+    cluster = {"CPU": 8, "GPU": 3, "accelerator_type:L4": 1, "accelerator_type:A100": 1}
+    asked = ["sam=1..8,gpu=1,accelerator=A100", "sam=1..8,gpu=0.5,accelerator=L4"]
+    assert [pool.max_size for pool in fit_pools(plan_pools(["sam"], asked), cluster)["sam"]] == [2, 2]
+    with pytest.raises(PlanError, match=r"pool sam: 5 actors hold 1\.25 CPUs and 3\.5 GPUs"):
+        fit_pools(plan_pools(["sam"], ["sam=2,gpu=1,accelerator=A100", "sam=3,gpu=0.5,accelerator=L4"]), cluster)
+    with pytest.raises(PlanError, match=r"no node has a T4 \(this cluster has A100, L4\)"):
+        fit_pools(plan_pools(["sam"], [asked[0], "sam=1,gpu=1,accelerator=T4"]), cluster)
+
+
+def test_memory_of_a_profile_limits_pools_on_cpus():
+    batches = [Measured(batch=batch, images_per_second=batch, peak_bytes=batch << 30) for batch in (1, 2, 4)]
+    profile = Profile(expert="sam", arch={}, dtype="float32", device="cpu X", threads=1, batches=batches)
+    on_gpu = Profile(expert="sam", arch={}, dtype="float32", device="NVIDIA L4", threads=1, batches=batches)
+
+    def memory(pool: str, *profiles: Profile) -> int:
+        return know_memory(plan_pools(["sam", "vary"], [pool]), profiles)["sam"][0].memory >> 30
+
+    assert memory("sam=1", profile) == 4, "its best batch"
+    assert memory("sam=1,batch=2", profile) == 2
+    assert memory("sam=1,gpu=1", profile) == memory("sam=1", on_gpu) == memory("vary=1", on_gpu) == 0
+
+    pools = know_memory(plan_pools(["sam"], ["sam=1..8,batch=2"]), [profile])
+    assert fit_pools(pools, {"CPU": 32, "memory": 7 << 30})["sam"][0].max_size == 3
+    with pytest.raises(PlanError, match=r"pool sam: 1 actors take 2\.0 GiB as profiled, but the cluster has 1\.0 GiB"):
+        fit_pools(pools, {"CPU": 32, "memory": 1 << 30})

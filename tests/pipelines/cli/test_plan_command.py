@@ -1,0 +1,40 @@
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.placement import read_pools
+from mova_core.experts import expert_card
+from mova_core.experts.cost import write_profiles
+from pipelines.cli.main import app
+
+DOCS = Path(__file__).parents[3] / "docs" / "placement.md"
+
+
+@pytest.mark.parametrize("chance", [5], indirect=True)
+def test_a_plan_for_the_cluster_of_the_docs(chance, tmp_path):
+    [cluster] = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (tmp_path / "cluster.yaml").write_text(cluster)
+    two = [one for one in chance.profiles(["A100", "L4"]) if one.expert in ("vary", "biomedclip")]
+    write_profiles(tmp_path / "p.json", [replace(one, arch=dict(expert_card(one.expert).full)) for one in two])
+    base = ["plan", "--profile", str(tmp_path / "p.json"), "--cluster", str(tmp_path / "cluster.yaml"), "--quiet"]
+    asked = [*base, "--dtype", "bfloat16", "--wanted", "vary=300000", "--wanted", "biomedclip=600000"]
+
+    done = CliRunner().invoke(app, [*asked, "--simulate", "--output", str(tmp_path / "pools.yaml"), "--json"])
+    plan = json.loads(done.stdout)
+    assert plan["images_per_second"] == pytest.approx(plan["simulated"]["images_per_second"], rel=0.1)
+    pools = read_pools(tmp_path / "pools.yaml")
+    assert [(pool.expert, pool.max_size, pool.rate) for pool in pools] == [
+        (pool["expert"], pool["max_size"], pool["rate"]) for pool in plan["pools"]
+    ]
+    assert {pool.expert for pool in pools} == {"vary", "biomedclip"}
+
+    shown = CliRunner().invoke(app, [*asked, "--simulate", "--store-mb-s", "100"], env={"COLUMNS": "200"}).stdout
+    assert all(word in shown for word in ("images/s of the mix", "bottleneck:", "one more A100", "simulated:"))
+    limit = 100 * 2**20 / (2 * (32 * 32 * 512 / 2 + 14 * 14 * 768))  # images/s, of which every other goes through vary
+    assert float(re.findall(r"simulated: ([\d.e+]+)", shown)[0]) == pytest.approx(limit, rel=0.05)
+    assert "size full in float32" in str(CliRunner().invoke(app, base).exception)
+    assert CliRunner().invoke(app, [*base, "--wanted", "vary"]).exit_code == 2
