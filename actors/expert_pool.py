@@ -29,7 +29,7 @@ from actors.expert_server import ExpertServer, ServerBusy, ServerError
 from actors.ray_metrics import RayTelemetry
 from mova_core import __version__
 from mova_core.experts import Features, expert_module
-from mova_core.features.source import Flights, wanted_by_expert
+from mova_core.features.source import SingleFlight, wanted_by_expert
 from mova_core.images import ImageError, ImageRef
 from mova_core.telemetry import Telemetry
 
@@ -60,7 +60,7 @@ def _undisturbed(make: Callable[[], _Made]) -> _Made:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Servers:
+class ExpertDeploymentConfig:
     """How one expert is served. CPUs and GPUs are per replica and may be fractions."""
 
     replicas: int | tuple[int, int] = 1  # (least, most): Serve chooses by the requests under way
@@ -115,7 +115,7 @@ class ExpertPool:
 
     def __init__(
         self,
-        experts: Mapping[str, Servers],
+        experts: Mapping[str, ExpertDeploymentConfig],
         *,
         name: str = "experts",
         patience: float = 60.0,
@@ -130,7 +130,7 @@ class ExpertPool:
         self._telemetry: Telemetry = RayTelemetry() if telemetry is None else telemetry
         self._handles: dict[str, DeploymentHandle] = {}
         self._identities: dict[str, dict[str, Any]] = {}
-        self._flights: Flights[tuple[str, str], Features | ImageError] = Flights()
+        self._flights: SingleFlight[tuple[str, str], Features | ImageError] = SingleFlight()
         self._asking = ThreadPoolExecutor(ASKING, thread_name_prefix=f"{name}-asking")
         self._lock = threading.RLock()
         self._in_flight = dict.fromkeys(self.experts, 0)
@@ -209,7 +209,7 @@ class ExpertPool:
     def _application(self, name: str) -> str:
         return f"{self.name}-{name}"
 
-    def _how(self, name: str) -> Servers:
+    def _how(self, name: str) -> ExpertDeploymentConfig:
         if name not in self.experts:
             raise ValueError(f"no expert {name!r} in this pool; it serves {', '.join(self.experts)}")
         return self.experts[name]
@@ -308,7 +308,7 @@ class ExpertPool:
 
         self._count(name, len(group))
         try:
-            return self._flights.share(group, ask, lambda joined: self._tell("joined_total", len(joined), name))
+            return self._flights.run(group, ask, lambda joined: self._tell("joined_total", len(joined), name))
         finally:
             self._count(name, -len(group))
 

@@ -199,14 +199,14 @@ class ExpertServer:
         """
         if self.store is None:
             raise ValueError(f"ExpertServer({self.name!r}) was given no store to write to")
-        shelf = self.store.shelf(self.name, self.fingerprint)
+        partition = self.store.partition(self.name, self.fingerprint)
         for shard in shards.to_pylist():
             images = [
                 ImageRef(path=path, key=key.hex()) for path, key in zip(shard["images"], shard["keys"], strict=True)
             ]
             done: dict[str, Any] = {"shard": shard["shard"], "stored": 0, "bytes": 0, "failed": []}
             with self._feeding:  # shard after shard, so that one is whole while the next is computed
-                there = shelf.committed(shard["shard"])  # by this actor before it died, or by another run
+                there = partition.committed(shard["shard"])  # by this actor before it died, or by another run
                 asked = [] if there else self._ask(images, patient=True)
             if there:
                 yield pa.Table.from_pylist([done], schema=DONE)
@@ -223,7 +223,7 @@ class ExpertServer:
                 else:
                     computed[image.key] = result
                 self._tell_watch()
-            rows = shelf.write(shard["shard"], computed)
+            rows = partition.write(shard["shard"], computed)
             done["stored"], done["bytes"] = len(computed), sum(row["length"] for row in rows)
             self._load["stored"] += len(computed)
             self.store.quarantine(bad)

@@ -40,10 +40,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from mova_core.experts import BASE, EXPERTS, VisionExpert, expert_card, expert_class, load_expert
-from mova_core.experts.dinov2 import MEAN, STD
 from mova_core.experts.cost import count_flops, example, shapes_of
+from mova_core.experts.dinov2 import MEAN, STD
 from mova_core.experts.window_vit import RelativeAttention
-from mova_core.images import CLIP_MEAN, CLIP_STD, ImageSource, Picture, load_image, mean_colour, pad_to_square
+from mova_core.images import CLIP_MEAN, CLIP_STD, DecodedImage, ImageSource, load_image, mean_colour, pad_to_square
 
 Batch = Mapping[str, Tensor]
 POOL = (BASE, *EXPERTS)
@@ -532,7 +532,7 @@ def _decoded_first(make: Callable[[Image.Image], Any], encoded: bytes) -> Any:
 
 
 def _all_of_ours(experts: Sequence[VisionExpert], source: ImageSource) -> None:
-    shared = Picture(source)
+    shared = DecodedImage(source)
     for expert in experts:
         expert.preprocess([shared])
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 
-from cluster.nodes import GIB, Nodes, PlanError, accelerator_of
+from cluster.nodes import GIB, NodeType, PlanError, accelerator_of
 from cluster.placement import CONTEXT, SHARES, PoolSpec, plan_placement
 from cluster.simulator import simulate
 from mova_core.experts import EXPERTS, expert_card
@@ -27,9 +27,9 @@ GPUS = {"H100": (400.0, 80), "A100": (180.0, 40), "L4": (50.0, 22), "T4": (25.0,
 TFLOPS = dict(zip(EXPERTS, (3.48, 0.93, 4.70, 2.53, 0.52, 0.04, 5.64), strict=True))  # a picture
 
 
-def machines(kind: str, count: int, gpus: int) -> Nodes:
+def machines(kind: str, count: int, gpus: int) -> NodeType:
     memory = GPUS[kind][1] * GIB
-    return Nodes(count=count, cpus=12 * gpus, memory=64 * gpus * GIB, accelerator=kind, gpus=gpus, gpu_memory=memory)
+    return NodeType(count=count, cpus=12 * gpus, memory=64 * gpus * GIB, accelerator=kind, gpus=gpus, gpu_memory=memory)
 
 
 CLUSTERS = {
@@ -70,7 +70,7 @@ def drawn(seed: int) -> list[Profile]:
     return profiles
 
 
-def sized(name: str, one: Nodes, share: float, profiles: Sequence[Profile]) -> PoolSpec | None:
+def sized(name: str, one: NodeType, share: float, profiles: Sequence[Profile]) -> PoolSpec | None:
     """A pool of one actor on a share of a GPU, with its rate; None where it does not fit."""
     room = share * (one.gpu_memory or 0) - CONTEXT
     measured = [row for row in profiles if row.expert == name and accelerator_of(row.device) == one.accelerator]
@@ -83,13 +83,13 @@ def sized(name: str, one: Nodes, share: float, profiles: Sequence[Profile]) -> P
 
 def merged(pools: Sequence[PoolSpec]) -> list[PoolSpec]:
     """One pool for actors that are alike."""
-    alike: dict[PoolSpec, int] = {}
+    group_identical: dict[PoolSpec, int] = {}
     for pool in pools:
-        alike[pool] = alike.get(pool, 0) + 1
-    return [replace(pool, max_size=count, rate=(pool.rate or 0) * count) for pool, count in alike.items()]
+        group_identical[pool] = group_identical.get(pool, 0) + 1
+    return [replace(pool, max_size=count, rate=(pool.rate or 0) * count) for pool, count in group_identical.items()]
 
 
-def round_robin(wanted: Mapping[str, int], nodes: Sequence[Nodes], profiles: Sequence[Profile]) -> list[PoolSpec]:
+def round_robin(wanted: Mapping[str, int], nodes: Sequence[NodeType], profiles: Sequence[Profile]) -> list[PoolSpec]:
     """A GPU to each expert in turn; experts left over wait for the first that ends."""
     gpus = [one for one in nodes for _ in range(one.count * one.gpus)]
     dealt = zip(islice(cycle(gpus), max(len(gpus), len(wanted))), cycle(wanted))
@@ -97,7 +97,7 @@ def round_robin(wanted: Mapping[str, int], nodes: Sequence[Nodes], profiles: Seq
     return merged(pools)
 
 
-def everywhere(wanted: Mapping[str, int], nodes: Sequence[Nodes], profiles: Sequence[Profile]) -> list[PoolSpec]:
+def everywhere(wanted: Mapping[str, int], nodes: Sequence[NodeType], profiles: Sequence[Profile]) -> list[PoolSpec]:
     """Every expert on every GPU, in equal shares; those that do not fit one wait."""
     share = next(share for share in reversed(SHARES) if share * len(wanted) >= 1) if len(wanted) > 1 else 1.0
     pools: list[PoolSpec] = []
@@ -110,7 +110,7 @@ def everywhere(wanted: Mapping[str, int], nodes: Sequence[Nodes], profiles: Sequ
     return merged(pools)
 
 
-def row(name: str, nodes: Sequence[Nodes], profiles: Sequence[Profile], images: int) -> dict[str, object]:
+def row(name: str, nodes: Sequence[NodeType], profiles: Sequence[Profile], images: int) -> dict[str, object]:
     wanted = dict.fromkeys(EXPERTS, images)
     begin = time.perf_counter()
     placed = plan_placement(wanted, profiles, nodes, shard_rows=SHARD)

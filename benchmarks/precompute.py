@@ -163,8 +163,8 @@ def guide_seconds(expert: str, images: Path, folder: Path) -> float:
 
 
 def precompute_seconds(expert: str, images: Path, store: Path) -> float:
-    from pipelines.precompute.run import precompute
     from pipelines.precompute.listing import find_images
+    from pipelines.precompute.run import precompute
 
     pool = f"{expert}={CORES},cpu=1,batch={BATCH}"
     summary = precompute(find_images(images), store, experts=(expert,), pools=[pool], size="mini", progress=False)
@@ -245,8 +245,8 @@ def efficiency(log: Path, speeds: Sequence[float]) -> tuple[float, float]:
 def scaling(folder: Path, speeds: Sequence[float], seconds: float) -> dict[str, float]:
     import waiting_expert  # noqa: F401
 
-    from pipelines.precompute.run import precompute
     from pipelines.precompute.listing import find_images
+    from pipelines.precompute.run import precompute
 
     # Actors start one after the other where all nodes share two cores, and those that have work meanwhile.
     count = int(sum(speeds) / (WAIT_MS / 1000) * (seconds + 4 * len(speeds)))
@@ -278,8 +278,8 @@ def one_run(images: str, store: str, log: str, told: Any) -> None:
     """A driver in a process of its own."""
     import waiting_expert  # noqa: F401
 
-    from pipelines.precompute.run import precompute
     from pipelines.precompute.listing import find_images
+    from pipelines.precompute.run import precompute
 
     os.environ.update(WAITING_MS="0", WAITING_LOG=log)
     started = time.perf_counter()

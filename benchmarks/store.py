@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from mova_core.features import ExpertShelf, Features, FeatureStore
+from mova_core.features import FeaturePartition, Features, FeatureStore
 from mova_core.features.index import RECEIPT
 
 GRID, CHANNELS = (48, 48), 1024
@@ -59,7 +59,7 @@ class Bench:
     def __init__(self, folder: Path, rows: int, repeat: int):
         self.plain = folder / "plain.bin"
         description = {"expert": "clip", "dtype": "bfloat16", "grid": GRID, "channels": CHANNELS}
-        self.shelf: ExpertShelf = FeatureStore(folder / "store", create=True).add_expert(description)
+        self.partition: FeaturePartition = FeatureStore(folder / "store", create=True).add_expert(description)
         self.keys = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(rows)]
         self.repeat = repeat
         self.buffer = torch.zeros(BATCH * ROW, dtype=torch.uint8)
@@ -76,15 +76,15 @@ class Bench:
                     file.write(row.tokens.view(torch.uint8).numpy().data)
                 os.fsync(file.fileno())
 
-            for number, shard in enumerate(self.shelf.plan(self.keys, SHARD)):
+            for number, shard in enumerate(self.partition.plan(self.keys, SHARD)):
                 features = {key: Features(noise[at].roll(number), GRID) for at, key in enumerate(shard.keys)}
                 sides: dict[str, Callable[[], object]] = {
-                    "write, synced": partial(self.shelf.write, shard.id, features),
+                    "write, synced": partial(self.partition.write, shard.id, features),
                     "plain write, synced": partial(plain, features),
                 }
                 for name in sorted(sides, reverse=bool(number % 2)):
                     self.turns.setdefault(name, []).append((len(features), seconds(sides[name])))
-        self.shelf.snapshot()
+        self.partition.snapshot()
 
     def read(self) -> None:
         """Passes over all rows in random order: one row at a time and in batches, warm, then batches from the disk."""
@@ -146,10 +146,10 @@ class Bench:
                         self.turns.setdefault(name, []).append((len(chosen), taken))
 
     def load(self, verify: bool, chosen: list[int]) -> None:
-        self.shelf.read([self.keys[at] for at in chosen], out=self.buffer, verify=verify)
+        self.partition.read([self.keys[at] for at in chosen], out=self.buffer, verify=verify)
 
     def map(self, chosen: list[int]) -> None:
-        self.shelf.read([self.keys[at] for at in chosen])
+        self.partition.read([self.keys[at] for at in chosen])
 
     def copy(self, mapped: mmap.mmap, chosen: list[int]) -> None:
         rows = np.frombuffer(mapped, np.uint8).reshape(-1, ROW)
@@ -163,8 +163,8 @@ class Bench:
 
     def forget_pages(self) -> None:
         """Nobody may have them mapped: those would stay."""
-        self.shelf = ExpertShelf(self.shelf.location)
-        for path in (self.plain, *Path(self.shelf.location, "shards").iterdir()):
+        self.partition = FeaturePartition(self.partition.location)
+        for path in (self.plain, *Path(self.partition.location, "shards").iterdir()):
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -197,15 +197,15 @@ class Bench:
 def plan(folder: Path, count: int, rows_per_shard: int = 64) -> dict[str, float]:
     """Plans `count` keys of which half are stored; seconds of each step, and the peak memory of the process in GB."""
     description = {"expert": "clip", "dtype": "bfloat16", "grid": GRID, "channels": CHANNELS}
-    shelf = FeatureStore(folder / "store", create=True).add_expert(description)
+    partition = FeatureStore(folder / "store", create=True).add_expert(description)
     keys = np.frombuffer(np.random.default_rng(0).bytes(32 * count), "S32")
     stored, receipt_rows = keys[: count // 2], 10_000
     newest = len(stored) * 9 // 10
     for begin in range(0, len(stored), receipt_rows):
         if begin >= newest > begin - receipt_rows:
-            shelf.snapshot()
+            partition.snapshot()
         chunk = stored[begin : begin + receipt_rows]
-        shard, rows = shelf.shard_id(chunk), len(chunk)
+        shard, rows = partition.shard_id(chunk), len(chunk)
         text = chunk.tobytes().hex()
         columns = {
             "key": [text[at : at + 64] for at in range(0, len(text), 64)],
@@ -218,7 +218,7 @@ def plan(folder: Path, count: int, rows_per_shard: int = 64) -> dict[str, float]
             "xxh3": np.arange(rows),
             "loss": np.zeros(rows),
         }
-        pq.write_table(pa.table(columns).cast(RECEIPT), f"{shelf.location}/receipts/{shard}.parquet")
+        pq.write_table(pa.table(columns).cast(RECEIPT), f"{partition.location}/receipts/{shard}.parquet")
     wanted = np.random.default_rng(1).permutation(keys)
     told: dict[str, float] = {}
     context = multiprocessing.get_context("fork")
@@ -226,9 +226,9 @@ def plan(folder: Path, count: int, rows_per_shard: int = 64) -> dict[str, float]
 
     def planned() -> None:  # in a process of its own, whose peak memory is that of planning alone
         begin, worked = time.perf_counter(), time.process_time()
-        opened = ExpertShelf(shelf.location)
+        opened = FeaturePartition(partition.location)
         told["open"] = time.perf_counter() - begin
-        absent = opened.absent(wanted)
+        absent = opened.missing_positions(wanted)
         told["absent"] = time.perf_counter() - begin - told["open"]
         parts = range(0, len(absent), rows_per_shard)
         shards = [opened.shard_id(wanted[absent[at : at + rows_per_shard]]) for at in parts]

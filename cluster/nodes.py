@@ -16,7 +16,7 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nodes:
+class NodeType:
     """Machines that are alike."""
 
     count: int = 1
@@ -42,7 +42,7 @@ def accelerator_of(device: str) -> str | None:
     return name.replace(" ", "-")
 
 
-def read_cluster(path: str | os.PathLike[str]) -> list[Nodes]:
+def read_cluster(path: str | os.PathLike[str]) -> list[NodeType]:
     """The machines of a YAML file, a list of
 
         - {count: 4, cpus: 64, memory_gib: 256, accelerator: A100, gpus: 8, gpu_memory_gib: 40}
@@ -57,12 +57,12 @@ def read_cluster(path: str | os.PathLike[str]) -> list[Nodes]:
     return [_machines(f"{path}, machine {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def _machines(where: str, row: Mapping[str, Any]) -> Nodes:
+def _machines(where: str, row: Mapping[str, Any]) -> NodeType:
     allowed = {"count", "cpus", "memory_gib", "accelerator", "gpus", "gpu_memory_gib"}
     if unknown := sorted(map(str, set(row) - allowed)):
         raise PlanError(f"{where}: no such key {', '.join(unknown)}; there are {', '.join(sorted(allowed))}")
     try:
-        nodes = Nodes(
+        nodes = NodeType(
             count=int(row.get("count", 1)),
             cpus=float(row["cpus"]),
             memory=int(float(row["memory_gib"]) * GIB),
@@ -97,9 +97,9 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         raise PlanError(f"{path} is no YAML: {error}") from None
 
 
-def alike(rows: Iterable[Mapping[str, Any]]) -> list[Nodes]:
+def group_identical(rows: Iterable[Mapping[str, Any]]) -> list[NodeType]:
     """The living machines among `ray.nodes()`, those of one kind together; memory to whole GiB, which is what differs."""
-    counts: Counter[Nodes] = Counter()
+    counts: Counter[NodeType] = Counter()
     for row in rows:
         has = row["Resources"]
         if not row["Alive"] or not has.get("CPU", 0.0) + has.get("GPU", 0.0):
@@ -107,11 +107,11 @@ def alike(rows: Iterable[Mapping[str, Any]]) -> list[Nodes]:
         label = next((key.partition(":")[2] for key in has if key.startswith("accelerator_type:")), None)
         memory = int(has.get("memory", 0.0)) // GIB * GIB
         gpus = int(has.get("GPU", 0.0)) if label else 0  # GPUs that Ray cannot name are of no profile
-        counts[Nodes(cpus=has.get("CPU", 0.0), memory=memory, accelerator=label if gpus else None, gpus=gpus)] += 1
+        counts[NodeType(cpus=has.get("CPU", 0.0), memory=memory, accelerator=label if gpus else None, gpus=gpus)] += 1
     return [replace(nodes, count=count) for nodes, count in counts.items()]
 
 
-def running_nodes() -> list[Nodes]:
+def running_nodes() -> list[NodeType]:
     """The machines of the cluster this process is connected to, their GPUs' memory asked on one node of each kind."""
     import ray
 
@@ -121,7 +121,7 @@ def running_nodes() -> list[Nodes]:
 
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
-    found = alike(ray.nodes())
+    found = group_identical(ray.nodes())
     asked: dict[str | None, Any] = {
         kind: gpu_memory.options(accelerator_type=kind).remote() for kind in {one.accelerator for one in found} if kind
     }

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cluster.nodes import GIB, Nodes, PlanError, accelerator_of, read_yaml
+from cluster.nodes import GIB, NodeType, PlanError, accelerator_of, read_yaml
 
 if TYPE_CHECKING:
     from mova_core.experts.cost import Profile
@@ -291,7 +291,7 @@ class _Way:
     pool: PoolSpec  # of one actor
     rate: float  # images/s of it
 
-    def fits(self, nodes: Nodes) -> int:
+    def fits(self, nodes: NodeType) -> int:
         """How many of it one such machine holds when it holds nothing else."""
         pool = self.pool
         if pool.accelerator not in (None, nodes.accelerator):
@@ -303,7 +303,7 @@ class _Way:
 def plan_placement(
     wanted: Mapping[str, int],
     profiles: "Iterable[Profile]",
-    nodes: Sequence[Nodes],
+    nodes: Sequence[NodeType],
     decode: float | None = None,
     shard_rows: Mapping[str, int] | int = 64,
     seconds: float = 5.0,
@@ -382,7 +382,7 @@ def plan_placement(
 
 
 def _ways(
-    name: str, profiles: "Sequence[Profile]", nodes: Sequence[Nodes], decode: float | None, notes: list[str]
+    name: str, profiles: "Sequence[Profile]", nodes: Sequence[NodeType], decode: float | None, notes: list[str]
 ) -> list[_Way]:
     """Every way this cluster can run an actor of an expert."""
     kinds: dict[str | None, list[int]] = {None: []}  # accelerator -> known memories of one
@@ -457,7 +457,7 @@ class _Program:
     holds is known, and fits it, while a thousand machines take a dozen groups.
     """
 
-    def __init__(self, wanted: Mapping[str, int], ways: Mapping[str, Sequence[_Way]], nodes: Sequence[Nodes]):
+    def __init__(self, wanted: Mapping[str, int], ways: Mapping[str, Sequence[_Way]], nodes: Sequence[NodeType]):
         self.groups = [(one, size) for one in nodes for size in _group_sizes(one.count)]
         self.columns = [
             (way, where, fits)
@@ -569,13 +569,13 @@ def _group_sizes(count: int) -> list[int]:
     return sizes + [1] * count
 
 
-class Room:
+class FreeResources:
     """What the machines have left while actors take seats on them, with one CPU of all kept free for reading tasks.
 
     Machines count through `nodes` in their order.
     """
 
-    def __init__(self, nodes: Sequence[Nodes]):
+    def __init__(self, nodes: Sequence[NodeType]):
         machines = [one for one in nodes for _ in range(one.count)]
         self.kind = np.array([one.accelerator or "" for one in machines])
         self.cpu = np.array([float(one.cpus) for one in machines])
@@ -619,9 +619,9 @@ class Room:
             self.gpu[machine, gpu] += sign * pool.gpu
 
 
-def seat(pools: Sequence[PoolSpec], nodes: Sequence[Nodes]) -> list[list[tuple[int, int]]]:
+def seat(pools: Sequence[PoolSpec], nodes: Sequence[NodeType]) -> list[list[tuple[int, int]]]:
     """For each pool the machine and GPU of as many of its `max_size` actors as there is room for, larger shares first."""
-    room = Room(nodes)
+    room = FreeResources(nodes)
     seats: list[list[tuple[int, int]]] = [[] for _ in pools]
     for index in sorted(range(len(pools)), key=lambda i: (-pools[i].gpu, -pools[i].memory, -pools[i].cpus)):
         while len(seats[index]) < pools[index].max_size and (taken := room.take(pools[index])):

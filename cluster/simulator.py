@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from cluster.nodes import Nodes, PlanError, accelerator_of
-from cluster.placement import DECODERS, PoolSpec, Room, duration
+from cluster.nodes import NodeType, PlanError, accelerator_of
+from cluster.placement import DECODERS, FreeResources, PoolSpec, duration
 
 if TYPE_CHECKING:
     from mova_core.experts.cost import Profile
@@ -79,7 +79,7 @@ def simulate(
     pools: Sequence[PoolSpec],
     wanted: Mapping[str, int],
     profiles: "Sequence[Profile]",
-    nodes: Sequence[Nodes],
+    nodes: Sequence[NodeType],
     *,
     shard_rows: Mapping[str, int] | int = 64,
     feature_bytes: Mapping[str, int] | None = None,
@@ -123,13 +123,13 @@ class _Run:
         pools: Sequence[PoolSpec],
         wanted: Mapping[str, int],
         profiles: "Sequence[Profile]",
-        nodes: Sequence[Nodes],
+        nodes: Sequence[NodeType],
         chance: random.Random,
         settings: Mapping[str, Any],
     ):
         self.wanted = {name: rows for name, rows in wanted.items() if rows > 0}
         self.nodes, self.chance, self.settings = nodes, chance, settings
-        self.room = Room(nodes)
+        self.room = FreeResources(nodes)
         self.machines = len(self.room.cpu)
         self.pools = [
             self._pool(spec, shards, profiles)

@@ -26,7 +26,7 @@ from mova_core.io import uris
 if TYPE_CHECKING:  # reading pictures must not cost the seconds that torch takes to start
     from torch import Tensor
 
-Compat = Literal["fixed", "published"]
+PreprocessingMode = Literal["fixed", "published"]
 Colour = tuple[int, int, int]
 
 MAX_PIXELS = 100_000_000
@@ -128,7 +128,7 @@ class ImageRef:
     def _encoded(self) -> bytes:
         return self._data if self._data is not None else read_image(self._path or "")
 
-    def decode(self, compat: Compat = "fixed") -> Image.Image:
+    def decode(self, compat: PreprocessingMode = "fixed") -> Image.Image:
         """The RGB picture, as `load_image` gives it."""
         return load_image(self, compat)
 
@@ -141,7 +141,7 @@ class ImageRef:
         return f"ImageRef({_label(self)!r}, key={self._key[:12] if self._key else None!r})"
 
 
-class Picture:
+class DecodedImage:
     """An image that several experts read: decoded once, and pixels made of it once for all that want the same.
 
     It keeps what was made until it is dropped itself. Not to be shared between threads.
@@ -157,20 +157,20 @@ class Picture:
         self._decoded: dict[str, Image.Image] = {}
         self._made: dict[Hashable, Any] = {}
 
-    def decode(self, compat: Compat = "fixed") -> Image.Image:
+    def decode(self, compat: PreprocessingMode = "fixed") -> Image.Image:
         """The RGB picture, as `load_image` gives it."""
         if compat not in self._decoded:
             self._decoded[compat] = load_image(self.source, compat)
         return self._decoded[compat]
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gave when it was first called under this key."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
 
 
-ImageSource = Image.Image | bytes | str | os.PathLike[str] | np.ndarray | ImageRef | Picture
+ImageSource = Image.Image | bytes | str | os.PathLike[str] | np.ndarray | ImageRef | DecodedImage
 
 
 def read_image(locator: str, newer_than: float = 0.0) -> bytes:
@@ -185,15 +185,15 @@ def read_image(locator: str, newer_than: float = 0.0) -> bytes:
     """
     try:
         return uris.read(locator, newer_than)
-    except uris.Unavailable as error:
+    except uris.ReadError as error:
         raise ImageUnavailable(f"{locator}: {error}") from error
 
 
-def load_image(source: ImageSource, compat: Compat = "fixed", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(source: ImageSource, compat: PreprocessingMode = "fixed", max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A validated RGB picture; of an animation the first frame.
 
     Args:
-        source: path, encoded bytes, reference, PIL image, `Picture`, or uint8 array (h, w, 3) or (h, w).
+        source: path, encoded bytes, reference, PIL image, `DecodedImage`, or uint8 array (h, w, 3) or (h, w).
         compat: "fixed" applies EXIF orientation, composites transparency on white and scales 16-bit greys to 8;
             "published" is PIL's plain conversion to RGB.
         max_pixels: limit on width x height, held against the header before anything is decoded.
@@ -202,9 +202,9 @@ def load_image(source: ImageSource, compat: Compat = "fixed", max_pixels: int = 
         ImageError: not readable, empty, not an image, truncated, over the limit, or pixels without an agreed range.
         ValueError: another `compat`.
     """
-    if compat not in get_args(Compat):
-        raise ValueError(f"compat must be one of {', '.join(get_args(Compat))}, not {compat!r}")
-    if isinstance(source, Picture):
+    if compat not in get_args(PreprocessingMode):
+        raise ValueError(f"compat must be one of {', '.join(get_args(PreprocessingMode))}, not {compat!r}")
+    if isinstance(source, DecodedImage):
         return source.decode(compat)
     name = _label(source)
     if isinstance(source, np.ndarray):
@@ -253,13 +253,17 @@ def mean_colour(mean: Sequence[float]) -> Colour:
     return red, green, blue
 
 
-def clip_pixels(images: Sequence[ImageSource], side: int, compat: Compat = "fixed") -> "Tensor":
+def clip_pixels(images: Sequence[ImageSource], side: int, compat: PreprocessingMode = "fixed") -> "Tensor":
     """`square_pixels` with CLIP's mean and standard deviation, which CLIP, Vary, Co-DETR, BiomedCLIP and SAM read."""
     return square_pixels(images, side, CLIP_MEAN, CLIP_STD, compat)
 
 
 def square_pixels(
-    images: Sequence[ImageSource], side: int, mean: Sequence[float], std: Sequence[float], compat: Compat = "fixed"
+    images: Sequence[ImageSource],
+    side: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    compat: PreprocessingMode = "fixed",
 ) -> "Tensor":
     """Pictures padded to a square with the mean colour, resized by PIL bicubic, scaled to 0..1 and normalised.
 
@@ -278,9 +282,9 @@ def square_pixels(
     """
     pixels_B3SS = np.empty((len(images), 3, side, side), dtype=np.float32)
     for source, pixels_3SS in zip(images, pixels_B3SS, strict=True):
-        if isinstance(source, Picture):
+        if isinstance(source, DecodedImage):
             make = partial(square_pixels, [source.decode(compat)], side, mean, std, compat)
-            pixels_3SS[:] = source.once((side, *mean, *std, compat), make)[0]
+            pixels_3SS[:] = source.cached((side, *mean, *std, compat), make)[0]
             continue
         image = load_image(source, compat)
         if compat == "published" and max(image.size) in (1, 3):
@@ -394,7 +398,7 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
 
 def _label(source: object) -> str:
     """What an error calls an image."""
-    if isinstance(source, Picture):
+    if isinstance(source, DecodedImage):
         return _label(source.source)
     if isinstance(source, ImageRef):
         return source.path or f"image of {len(source.data or b''):,} bytes"

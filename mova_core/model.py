@@ -30,8 +30,8 @@ from transformers.utils import cached_file
 from mova_core.adapter import AdapterConfig, MoVAdapter
 from mova_core.config import MoVAConfig
 from mova_core.experts import BASE, EXPERTS, Features, expert_card, expert_class, load_expert
-from mova_core.routing.light_router import LightRouter
 from mova_core.processing import IGNORE
+from mova_core.routing.light_router import LightRouter
 
 ROUTING_LORA = "expert_routing_lora"  # the peft adapter's name, and its folder in a checkpoint
 

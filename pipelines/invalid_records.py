@@ -45,7 +45,7 @@ def read_rows(
     return samples, [str(error) for error in errors]
 
 
-def tell_skipped(skipped: Sequence[str]) -> None:
+def report_skipped(skipped: Sequence[str]) -> None:
     """Says on stderr, beside the progress bars, how many bad rows were left out, and what was wrong with the first."""
     if skipped:
         tqdm.write(f"bad rows skipped: {len(skipped)}", file=sys.stderr)

@@ -21,8 +21,8 @@ from mova_core.io.uris import absolute
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import label_experts
-from pipelines.ray_data import through_actors
-from pipelines.invalid_records import BadRows, read_rows, tell_skipped
+from pipelines.invalid_records import BadRows, read_rows, report_skipped
+from pipelines.ray_data import map_with_actors
 
 WITHOUT = "none"  # column of the loss without any expert
 
@@ -111,11 +111,11 @@ def label(
     opened = FeatureStore(store, fingerprints=config.fingerprints)  # refuses other weights before any actor starts
     pool = config.experts
     read, skipped = read_rows(data, images, bad_rows, check=lambda sample: sample.image)
-    tell_skipped(skipped)
+    report_skipped(skipped)
     usable = [sample for sample in usable_samples(read, opened.quarantined()) if sample.answer]
     rows = [{"id": sample.where, "image": _path(sample), "turns": json.dumps(sample.turns)} for sample in usable]
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    measured = through_actors(
+    measured = map_with_actors(
         ExpertLoss,
         rows,
         arguments={"model": model, "store": str(Path(store).resolve()), "device": "cuda" if gpu else "cpu"},

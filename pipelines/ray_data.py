@@ -152,7 +152,7 @@ class Execution:
                 self.stuck = told.restarting > 0 and idle
 
 
-def through_actors(
+def map_with_actors(
     worker: type,
     rows: Sequence[Mapping[str, Any]],
     *,

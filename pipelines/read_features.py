@@ -65,7 +65,7 @@ class _StoredFeatures(Datasource):
         super().__init__()
         self.reader = FeatureReader(store, [expert], keys)
         self.expert = expert
-        self.row_bytes = max(1, store.shelf(expert).stat()["bytes_per_feature"])
+        self.row_bytes = max(1, store.partition(expert).stat()["bytes_per_feature"])
 
     def estimate_inmemory_data_size(self) -> int:
         return len(self.reader) * self.row_bytes
@@ -85,7 +85,7 @@ class _StoredFeatures(Datasource):
 
 
 def _read(store: FeatureStore, expert: str, keys: Sequence[str]) -> Iterator[pa.Table]:
-    features = store.shelf(expert).read(keys)
+    features = store.partition(expert).read(keys)
     tokens = [one.tokens.contiguous().view(torch.uint8).numpy().data for one in features]
     yield pa.table(
         {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mova_core.experts import ExpertCard, Features, VisionExpert, register
-from mova_core.images import CLIP_MEAN, CLIP_STD, Compat, ImageSource, square_pixels
+from mova_core.images import CLIP_MEAN, CLIP_STD, ImageSource, PreprocessingMode, square_pixels
 
 ARCH = {"image_size": 16, "patch_size": 8, "channels": 192}
 
@@ -45,7 +45,7 @@ class Waiting(VisionExpert):
         side = self.arch["image_size"] // self.arch["patch_size"]
         return side, side
 
-    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
         return {"pixel_values": square_pixels(images, self.arch["image_size"], CLIP_MEAN, CLIP_STD, compat)}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Features:

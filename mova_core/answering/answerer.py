@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, Features
 from mova_core.features import FeatureSource
-from mova_core.images import Compat, ImageRef
+from mova_core.images import ImageRef, PreprocessingMode
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import MoVAProcessor
 from mova_core.routing.prompt import build_routing_prompt, parse_routing, read_reply
@@ -121,7 +121,7 @@ class Answerer:
         *,
         router: Router = "llm",
         costs: Mapping[str, float] | None = None,
-        compat: Compat = "fixed",
+        compat: PreprocessingMode = "fixed",
         keep_bytes: int = 2**30,
     ):
         if router not in ROUTERS:

@@ -14,9 +14,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from mova_core.images import Compat, ImageSource
+from mova_core.images import ImageSource, PreprocessingMode
 
-__all__ = ["Compat", "ExpertCard", "Features", "VisionExpert", "fingerprint"]
+__all__ = ["ExpertCard", "Features", "VisionExpert", "fingerprint"]
 
 
 class Features(NamedTuple):
@@ -60,7 +60,7 @@ class VisionExpert(nn.Module, ABC):
         return self.arch["channels"]
 
     @abstractmethod
-    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
         """Images to the float32 tensors that `forward` takes, batched on the first axis."""
 
     @abstractmethod
@@ -77,7 +77,7 @@ class VisionExpert(nn.Module, ABC):
         """This module's state dict to the published MoVA's names and shapes: the inverse of `from_public` on those."""
         return dict(state_dict)
 
-    def describe(self, dtype: torch.dtype | None = None, compat: Compat = "fixed") -> dict[str, Any]:
+    def describe(self, dtype: torch.dtype | None = None, compat: PreprocessingMode = "fixed") -> dict[str, Any]:
         """All that decides a stored feature's value: expert, arch, weights (xxh3 of every tensor), pixels, dtype."""
         weights = xxhash.xxh3_128()
         # Published names, because those of this module may follow the installed libraries'.

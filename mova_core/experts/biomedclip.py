@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mova_core.experts import register
 from mova_core.experts.base import ExpertCard, Features, VisionExpert
-from mova_core.images import Compat, ImageSource, clip_pixels
+from mova_core.images import ImageSource, PreprocessingMode, clip_pixels
 
 OTHER_PARTS = ("text.", "head.", "logit_scale", "logit_bias")
 
@@ -71,7 +71,7 @@ class BiomedCLIP(VisionExpert):
         side = self.arch["image_size"] // self.arch["patch_size"]
         return side, side
 
-    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
         """`pixel_values` (B, 3, image_size, image_size) float32: CLIP's pixels, shrunk as MoVA's tower shrinks them."""
         return {"pixel_values": self._shrink(clip_pixels(images, self.arch["picture_size"], compat))}
 

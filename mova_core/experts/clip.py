@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mova_core.experts import register
-from mova_core.experts.base import Compat, ExpertCard, Features, VisionExpert
+from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
 from mova_core.images import ImageSource, clip_pixels
 
 PREFIX = "vision_model."
@@ -65,7 +65,7 @@ class Clip(VisionExpert):
         side = self.arch["image_size"] // self.arch["patch_size"]
         return side, side
 
-    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
         """`pixel_values` (B, 3, image_size, image_size) float32: padded to a square, bicubic, CLIP's normalisation."""
         return {"pixel_values": clip_pixels(images, self.arch["image_size"], compat)}
 

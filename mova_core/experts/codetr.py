@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mova_core.experts import register
 from mova_core.experts.base import ExpertCard, Features, VisionExpert
 from mova_core.experts.window_vit import NORM_EPS, PatchEmbed, check_arch, from_windows, neck, to_windows
-from mova_core.images import Compat, ImageSource, clip_pixels
+from mova_core.images import ImageSource, PreprocessingMode, clip_pixels
 
 ROTARY_SPAN = 16  # a square of any side spans these positions: the grid that the network was first trained on
 DETECTOR = ("neck.", "query_head.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
@@ -166,7 +166,7 @@ class CoDETR(VisionExpert):
         side = round(self.side * 37 / 80)
         return side, side
 
-    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
         """`pixel_values` (B, 3, h, h) float32, h 4/5 of image_size: a padded square, bicubic, normalised as CLIP's."""
         return {"pixel_values": clip_pixels(images, self.arch["image_size"] * 4 // 5, compat)}
 

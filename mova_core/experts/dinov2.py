@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from mova_core.experts import register
-from mova_core.experts.base import Compat, ExpertCard, Features, VisionExpert
+from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
 from mova_core.images import ImageSource, square_pixels
 
 MEAN = (0.485, 0.456, 0.406)
@@ -77,7 +77,7 @@ class Dinov2(VisionExpert):
         side = self.arch["image_size"] // self.arch["patch_size"]
         return side, side
 
-    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
         """`pixel_values` (B, 3, picture_size, picture_size) float32: padded to a square, bicubic, ImageNet's norm."""
         return {"pixel_values": square_pixels(images, self.arch["picture_size"], MEAN, STD, compat)}
 

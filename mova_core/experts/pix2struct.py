@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from mova_core.experts import register
-from mova_core.experts.base import Compat, ExpertCard, Features, VisionExpert
+from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
 from mova_core.images import (
     CLIP_MEAN,
     MAX_PIXELS,
+    DecodedImage,
     ImageError,
     ImageSource,
-    Picture,
     load_image,
     mean_colour,
     pad_to_square,
@@ -75,7 +75,7 @@ class Pix2Struct(VisionExpert):
         side = self.arch["image_size"] // self.arch["patch_size"]
         return side, side
 
-    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
         """`flattened_patches` (B, H*W, 2 + 3*P*P) float32: row and column from 1, then the patch, pixel by pixel.
 
         The published path, byte for byte, gives 44 rows of 44 for some sizes and fills up with zero rows.
@@ -87,9 +87,9 @@ class Pix2Struct(VisionExpert):
         flatten = square_patches if compat == "fixed" else _published_square_patches
         patches = torch.empty(len(images), side * side, 2 + 3 * patch * patch)
         for image, out in zip(images, patches, strict=True):
-            if isinstance(image, Picture):
+            if isinstance(image, DecodedImage):
                 key = ("patches", side, patch, compat)
-                out.copy_(image.once(key, partial(flatten, image.decode(compat), side, patch)))
+                out.copy_(image.cached(key, partial(flatten, image.decode(compat), side, patch)))
             else:
                 flatten(load_image(image, compat), side, patch, out)
         return {"flattened_patches": patches}

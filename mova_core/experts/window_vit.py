@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mova_core.experts.base import Features, VisionExpert
-from mova_core.images import Compat, ImageSource, clip_pixels
+from mova_core.images import ImageSource, PreprocessingMode, clip_pixels
 
 NORM_EPS = 1e-6
 
@@ -180,7 +180,7 @@ class WindowViT(VisionExpert):
     def grid(self) -> tuple[int, int]:
         return self.side, self.side
 
-    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
         """`pixel_values` (B, 3, image_size, image_size) float32: padded to a square, bicubic, normalised as CLIP's."""
         return {"pixel_values": clip_pixels(images, self.arch["image_size"], compat)}
 

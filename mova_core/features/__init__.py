@@ -6,15 +6,15 @@ Importing this imports no torch, so that `mova store ls` and `stat` are instant;
 from typing import TYPE_CHECKING, Any
 
 from mova_core.features.source import FeatureSource, LazyExperts, LocalExperts, Tiered
-from mova_core.features.store import ExpertShelf, FeatureStore, MissingFeatures, Shard, StoreError
+from mova_core.features.store import FeaturePartition, FeatureStore, MissingFeatures, Shard, StoreError
 
 if TYPE_CHECKING:
     from mova_core.experts import Features
     from mova_core.features.dataset import FeatureBatches, FeatureReader
 
 __all__ = [
-    "ExpertShelf",
     "FeatureBatches",
+    "FeaturePartition",
     "FeatureReader",
     "FeatureSource",
     "FeatureStore",

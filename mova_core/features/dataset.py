@@ -53,7 +53,7 @@ class FeatureReader(Dataset["dict[str, Features]"]):
         if images is None:
             if not everywhere:
                 raise ValueError("without images, give the names of the experts whose images are wanted")
-            held = [store.shelf(name).keys() for name in everywhere]
+            held = [store.partition(name).keys() for name in everywhere]
             found = held[0]
             for keys in held[1:]:
                 found = np.intersect1d(found, keys, assume_unique=True)
@@ -99,7 +99,8 @@ class FeatureReader(Dataset["dict[str, Features]"]):
             for name in self.experts(position):
                 wanted.setdefault(name, {})[self.key(position)] = None
         read = {
-            name: dict(zip(keys, self.store.shelf(name).read(list(keys)), strict=True)) for name, keys in wanted.items()
+            name: dict(zip(keys, self.store.partition(name).read(list(keys)), strict=True))
+            for name, keys in wanted.items()
         }
         return [{name: read[name][self.key(at)] for name in self.experts(at)} for at in positions]
 

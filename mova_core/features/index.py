@@ -30,7 +30,7 @@ _FEW = 64  # keys that are found one by one
 _KEY = "S32"  # a sha256 as numpy sorts and searches it
 
 
-class Stored(NamedTuple):
+class FeatureLocation(NamedTuple):
     """Where a feature lies, and what it is."""
 
     file: str  # in shards/
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
     loss: float
 
 
-class Rows:
+class ReceiptIndex:
     """Sorted receipt rows; immutable."""
 
     def __init__(self, table: pa.Table, filtered: bool = False):
@@ -55,7 +55,7 @@ class Rows:
         self._name = lru_cache(4096)(partial(_name, self._names))
 
     @classmethod
-    def of(cls, receipts: Sequence[pa.Table], rows: Sequence[Rows] = ()) -> Rows:
+    def of(cls, receipts: Sequence[pa.Table], rows: Sequence[ReceiptIndex] = ()) -> ReceiptIndex:
         """Merges receipts and rows."""
         tables = [part.table for part in rows] + [
             _indexed(table) for table in receipts or [pa.Table.from_batches([], RECEIPT)]
@@ -73,7 +73,7 @@ class Rows:
         return cls(table)
 
     @classmethod
-    def mapped(cls, path: Path) -> Rows:
+    def mapped(cls, path: Path) -> ReceiptIndex:
         """Those of an index file; pages are read when they are touched, and shared by all processes here."""
         return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
 
@@ -88,14 +88,16 @@ class Rows:
         """The ids of the shards covered."""
         return {name.partition("-")[0] for name in self._names["file"].to_pylist()}
 
-    def only(self, shards: set[str]) -> Rows:
+    def only(self, shards: set[str]) -> ReceiptIndex:
         """Without the rows of other shards."""
         if self.shards() <= shards:
             return self
         kept = pa.array([name for name in self.files() if name.partition("-")[0] in shards], pa.string())
         names = self.table["file"].cast(pa.string())
         table = self.table.set_column(1, "file", names).filter(pc.is_in(names, kept))
-        return Rows(table.set_column(1, "file", table["file"].dictionary_encode()).combine_chunks(), filtered=True)
+        return ReceiptIndex(
+            table.set_column(1, "file", table["file"].dictionary_encode()).combine_chunks(), filtered=True
+        )
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """The position of each key, -1 where there is none."""
@@ -112,13 +114,13 @@ class Rows:
         positions[order] = np.where(self.keys[found] == keys[order], found, -1)
         return positions
 
-    def stored(self, positions: np.ndarray) -> list[Stored]:
+    def stored(self, positions: np.ndarray) -> list[FeatureLocation]:
         """What stands at these positions; Arrow's own take costs ten times as much."""
         columns = {name: column[positions].tolist() for name, column in self._columns.items()}
         for name in self._names:
             columns[name] = [self._name(name, code) for code in columns[name]]
         columns["grid"] = map(tuple, columns["grid"])
-        return list(map(Stored._make, zip(*columns.values(), strict=True)))
+        return list(map(FeatureLocation._make, zip(*columns.values(), strict=True)))
 
     def distinct(self) -> np.ndarray:
         """The keys, each once."""

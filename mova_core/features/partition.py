@@ -1,4 +1,4 @@
-"""A shelf: the features of one expert with one fingerprint, as files. `store` tells the layout and the commit protocol.
+"""A partition: the features of one expert with one fingerprint, as files. `store` tells the layout and the commit protocol.
 
 Shapes: H x W the expert's native grid, N = H*W tokens, C channels.
 """
@@ -26,8 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mova_core.features.codec import CODECS, checksum
-from mova_core.features.index import RECEIPT, Rows, Stored, binary_keys, hex_keys, parquet, sorting
-from mova_core.features.storage.base import Place, StoreError, place_at, writing
+from mova_core.features.index import RECEIPT, FeatureLocation, ReceiptIndex, binary_keys, hex_keys, parquet, sorting
+from mova_core.features.storage.base import StorageBackend, StoreError, open_storage, writing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,15 +74,15 @@ class Shard(NamedTuple):
     keys: list[str]
 
 
-class ExpertShelf:
+class FeaturePartition:
     """The features of one expert with one fingerprint. Picklable; reads from any number of threads.
 
     Args:
-        location: of the shelf, <store>/<expert>/<fingerprint>.
+        location: of the partition, <store>/<expert>/<fingerprint>.
         damaged: open it also without a sound expert.json, to look and to repair.
 
     Attributes:
-        location, store: of the shelf, and of the store it is in.
+        location, store: of the partition, and of the store it is in.
         expert, fingerprint: its address.
         description: all that the fingerprint covers, as `VisionExpert.describe` told it.
 
@@ -91,12 +91,12 @@ class ExpertShelf:
     """
 
     def __init__(self, location: str | os.PathLike[str], damaged: bool = False):
-        self.place: Place = place_at(location)
-        self.location = self.place.location
+        self.storage: StorageBackend = open_storage(location)
+        self.location = self.storage.location
         self.store, self.expert, self.fingerprint = self.location.rsplit("/", 2)
         self.description: dict[str, Any] = {}
         try:
-            described = json.loads(self.place.read("expert.json"))
+            described = json.loads(self.storage.read("expert.json"))
             self._codec = CODECS[described["dtype"]]
             self.description = described
         except (OSError, ValueError, KeyError, TypeError):
@@ -107,32 +107,32 @@ class ExpertShelf:
                 ) from None
         self._lock = threading.RLock()
         self._number = 0  # of the snapshot that _index is; 0 is none
-        self._index = Rows.of([])
-        self._newer = Rows.of([])  # from receipts newer than the snapshot
+        self._index = ReceiptIndex.of([])
+        self._newer = ReceiptIndex.of([])  # from receipts newer than the snapshot
         self._unsorted: dict[str, pa.Table] = {}  # receipts to go there; a writer that never reads never sorts them
         self._listed: int | None = 0  # when receipts/ had last changed at the last look
         self.refresh()
 
     @classmethod
-    def made(cls, location: str, description: Mapping[str, Any]) -> ExpertShelf:
-        """The shelf there, made if there is none; StoreError where its expert.json tells something else."""
-        place, text = place_at(location), describing(description)
+    def open_or_create(cls, location: str, description: Mapping[str, Any]) -> FeaturePartition:
+        """The partition there, made if there is none; StoreError where its expert.json tells something else."""
+        place, text = open_storage(location), expert_json(description)
         with writing(location.rsplit("/", 2)[0]):
-            place.make()
+            place.mkdir()
             place.put_if_absent("expert.json", text)
-            shelf = cls(location)
-            shelf.make_folders()
-        if shelf.description != json.loads(text):
+            partition = cls(location)
+            partition.make_folders()
+        if partition.description != json.loads(text):
             raise StoreError(
                 f"{location}/expert.json does not tell this expert: run `mova store verify`, then try again"
             )
-        return shelf
+        return partition
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ExpertShelf, (self.location,)
+        return FeaturePartition, (self.location,)
 
     def __repr__(self) -> str:
-        return f"ExpertShelf({self.location!r})"
+        return f"FeaturePartition({self.location!r})"
 
     # What there is
 
@@ -175,12 +175,12 @@ class ExpertShelf:
     def refresh(self) -> None:
         """Sees what was committed, withdrawn or merged into a snapshot since the last look."""
         with self._lock:
-            changed = self.place.changed("receipts")
+            changed = self.storage.mtime_ns("receipts")
             if changed is not None and changed == self._listed:
                 return
             # A folder that changed just now may change again within the same tick of its clock: look again next time.
             self._listed = changed if changed is not None and time.time_ns() - changed > _SETTLED else 0
-            receipts = {name.removesuffix(".parquet") for name in self.place.names("receipts", ".parquet")}
+            receipts = {name.removesuffix(".parquet") for name in self.storage.list_files("receipts", ".parquet")}
             self._load_snapshot()
             self._index = self._index.only(receipts)
             indexed = self._index.shards()
@@ -204,11 +204,11 @@ class ExpertShelf:
             logger.warning("%s, its features are not seen: run `mova store verify`", error)
             return None
 
-    def _catalog(self) -> tuple[Rows, Rows]:
+    def _catalog(self) -> tuple[ReceiptIndex, ReceiptIndex]:
         """The rows of the snapshot, and those newer than it."""
         with self._lock:
             if self._unsorted:
-                self._newer = Rows.of(list(self._unsorted.values()), [self._newer])
+                self._newer = ReceiptIndex.of(list(self._unsorted.values()), [self._newer])
                 self._unsorted = {}
             return self._index, self._newer
 
@@ -218,11 +218,11 @@ class ExpertShelf:
             if number == self._number:
                 return
             with suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-                told = json.loads(self.place.read(f"snapshots/{number}.json"))
-                path = self.place.local(f"index/{told['index']}", told["index_bytes"], told["index_xxh3"])
-                self._index, self._number = Rows.mapped(path), number
+                told = json.loads(self.storage.read(f"snapshots/{number}.json"))
+                path = self.storage.local_copy(f"index/{told['index']}", told["index_bytes"], told["index_xxh3"])
+                self._index, self._number = ReceiptIndex.mapped(path), number
                 return
-        self._index, self._number = Rows.of([]), 0
+        self._index, self._number = ReceiptIndex.of([]), 0
 
     def stat(self) -> dict[str, Any]:
         """What is stored.
@@ -247,7 +247,7 @@ class ExpertShelf:
 
     # Writing
 
-    def absent(self, keys: np.ndarray) -> np.ndarray:
+    def missing_positions(self, keys: np.ndarray) -> np.ndarray:
         """Where a key stands that is not stored, the first of each: positions, ascending. Refreshes first.
 
         Args:
@@ -269,13 +269,13 @@ class ExpertShelf:
 
     def plan(self, keys: Sequence[str], rows_per_shard: int) -> list[Shard]:
         """The work still to do: the keys not yet stored, each once, in the order given."""
-        todo = [keys[at] for at in self.absent(binary_keys(keys)).tolist()]
+        todo = [keys[at] for at in self.missing_positions(binary_keys(keys)).tolist()]
         chunks = (todo[at : at + rows_per_shard] for at in range(0, len(todo), rows_per_shard))
         return [Shard(self.shard_id(chunk), chunk) for chunk in chunks]
 
     def committed(self, shard_id: str) -> bool:
         """Whether that work is done."""
-        return self.place.exists(f"receipts/{shard_id}.parquet")
+        return self.storage.exists(f"receipts/{shard_id}.parquet")
 
     def write(self, shard_id: str, features: Mapping[str, Features]) -> list[dict[str, Any]]:
         """Stores features under a shard's id, exactly once however many writers try.
@@ -298,8 +298,8 @@ class ExpertShelf:
             return []
         return self._write(shard_id, lambda: self._encode(features))
 
-    def adopt(self, shard_id: str, rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[dict[str, Any]]:
-        """`write` of rows as another shelf of this fingerprint, or a damaged shard, has them: receipt row and bytes."""
+    def write_encoded(self, shard_id: str, rows: Sequence[tuple[Mapping[str, Any], Any]]) -> list[dict[str, Any]]:
+        """`write` of rows as another partition of this fingerprint, or a damaged shard, has them: receipt row and bytes."""
         return self._write(shard_id, lambda: rows) if rows else []
 
     def _write(
@@ -315,8 +315,8 @@ class ExpertShelf:
         return table.to_pylist()
 
     def make_folders(self) -> None:
-        """Makes the shelf's folders, which tools that copy a store may have left out where they were empty."""
-        self.place.make("shards", "receipts", "index", "snapshots")
+        """Makes the partition's folders, which tools that copy a store may have left out where they were empty."""
+        self.storage.mkdir("shards", "receipts", "index", "snapshots")
 
     def _commit(self, shard_id: str, made: Sequence[tuple[Mapping[str, Any], Any]]) -> pa.Table | None:
         """Puts shard and receipt down; the receipt if this writer won."""
@@ -326,17 +326,17 @@ class ExpertShelf:
         with writing(self.store):
             try:
                 self.make_folders()
-                self.place.put(f"shards/{name}", pieces)
+                self.storage.put(f"shards/{name}", pieces)
                 asked = True
-                won = self.place.put_if_absent(f"receipts/{shard_id}.parquet", receipt)
+                won = self.storage.put_if_absent(f"receipts/{shard_id}.parquet", receipt)
                 lost = not won
             finally:
                 # Ask the disk who won: an interrupt, or a reply that NFS lost, can hide that the link was made.
                 with suppress(OSError, ValueError):
                     winner = name if won else self._winner(shard_id)
-                    unheard = lost or (asked and not self.place.certain)  # `gc` knows later
+                    unheard = lost or (asked and not self.storage.failed_write_is_final)  # `gc` knows later
                     if winner != name and (winner or not unheard):
-                        self.place.delete(f"shards/{name}")
+                        self.storage.delete(f"shards/{name}")
         return self._parsed(shard_id, receipt) if won else None
 
     def _winner(self, shard_id: str) -> str | None:
@@ -410,7 +410,7 @@ class ExpertShelf:
             index, newer = self._catalog()
             if not len(newer) and not index.filtered:
                 return self._number
-            merged = Rows.of([], [index, newer])
+            merged = ReceiptIndex.of([], [index, newer])
             folders = (("snapshots", ".json"), ("index", ".arrow"))
             number = 1 + max([0, *(held for name, suffix in folders for held in self._numbers(name, suffix))])
             sink = pa.BufferOutputStream()
@@ -418,8 +418,8 @@ class ExpertShelf:
                 writer.write_table(merged.table)
             content = sink.getvalue()
             # Else another process is publishing its own: newer receipts are read anyway.
-            if self.place.put_if_absent(f"index/{number}.arrow", content):
-                self.place.put_if_absent(f"snapshots/{number}.json", _telling(f"{number}.arrow", content))
+            if self.storage.put_if_absent(f"index/{number}.arrow", content):
+                self.storage.put_if_absent(f"snapshots/{number}.json", snapshot_json(f"{number}.arrow", content))
             self._listed = 0
             self.refresh()
             return self._number
@@ -453,15 +453,17 @@ class ExpertShelf:
         ]
 
     def read_rows(self, keys: Sequence[str]) -> list[tuple[dict[str, Any], np.ndarray]]:
-        """The same as they are stored, verified: what their receipt tells, and their bytes; for `adopt`."""
+        """The same as they are stored, verified: what their receipt tells, and their bytes; for `write_encoded`."""
         rows, parts = self._read(keys, None, True)
         return [({"key": key, **row._asdict()}, part) for key, row, part in zip(keys, rows, parts, strict=True)]
 
-    def _read(self, keys: Sequence[str], out: Tensor | None, verify: bool) -> tuple[list[Stored], list[np.ndarray]]:
+    def _read(
+        self, keys: Sequence[str], out: Tensor | None, verify: bool
+    ) -> tuple[list[FeatureLocation], list[np.ndarray]]:
         """Where the features lie, and their bytes."""
         for again in (True, False):
             rows = self._find(keys)
-            into = [None] * len(rows) if out is None and self.place.mapped else _cut(rows, out)
+            into = [None] * len(rows) if out is None and self.storage.mapped else _cut(rows, out)
             try:
                 return rows, self._load(rows, into, verify)
             except _Damaged as error:
@@ -474,7 +476,7 @@ class ExpertShelf:
                 ) from None
         raise AssertionError
 
-    def _find(self, keys: Sequence[str]) -> list[Stored]:
+    def _find(self, keys: Sequence[str]) -> list[FeatureLocation]:
         """Where the feature of each key lies."""
         binary = binary_keys(keys)
         for again in (True, False):
@@ -494,11 +496,13 @@ class ExpertShelf:
         missing = dict.fromkeys(key for number, key in enumerate(keys) if number not in found)
         raise MissingFeatures.of(self.store, [(key, self.expert) for key in missing])
 
-    def _load(self, rows: Sequence[Stored], into: Sequence[np.ndarray | None], verify: bool) -> list[np.ndarray]:
+    def _load(
+        self, rows: Sequence[FeatureLocation], into: Sequence[np.ndarray | None], verify: bool
+    ) -> list[np.ndarray]:
         """The bytes of each row, in the memory it is to go `into` if any; raises `_Damaged` for the first it cannot get."""
-        place = self.place
+        place = self.storage
         if len(rows) > 1:
-            place.expect([(f"shards/{row.file}", row.offset, row.length) for row in rows])
+            place.prefetch([(f"shards/{row.file}", row.offset, row.length) for row in rows])
         runs = self._runs(rows)
         touched = sum(row.length for row, part in zip(rows, into, strict=True) if verify or part is not None)
         alone = place.mapped and touched < _SMALL  # another thread would not be awake before it is done
@@ -522,9 +526,9 @@ class ExpertShelf:
                 wait([reading for _, reading in waiting if not reading.cancel()])
         return loaded
 
-    def _runs(self, rows: Sequence[Stored]) -> list[list[int]]:
+    def _runs(self, rows: Sequence[FeatureLocation]) -> list[list[int]]:
         """The rows that are read together."""
-        gap, most = self.place.near or (-1, 0)
+        gap, most = self.storage.coalesce_gap or (-1, 0)
         runs: list[list[int]] = []
         file, begin, end = "", 0, 0
         for at in sorted(range(len(rows)), key=lambda at: rows[at][:2]):
@@ -538,13 +542,13 @@ class ExpertShelf:
         return runs
 
     def _load_runs(
-        self, rows: Sequence[Stored], loaded: list[Any], runs: Sequence[Sequence[int]], verify: bool
+        self, rows: Sequence[FeatureLocation], loaded: list[Any], runs: Sequence[Sequence[int]], verify: bool
     ) -> None:
         for run in runs:
             file, begin = rows[run[0]][:2]
             end = rows[run[-1]].offset + rows[run[-1]].length
             try:
-                content = self.place.view(f"shards/{file}", begin, end - begin, own=loaded[run[0]] is None)
+                content = self.storage.read_range(f"shards/{file}", begin, end - begin, own=loaded[run[0]] is None)
             except (OSError, EOFError) as error:
                 raise _Damaged(error, run[0]) from error
             for at in run:
@@ -568,13 +572,13 @@ class ExpertShelf:
 
         whole = False
         with suppress(OSError, ValueError):
-            whole = self.place.read("expert.json", anew=True) == describing(self.description)
+            whole = self.storage.read("expert.json", anew=True) == expert_json(self.description)
         if not whole or fingerprint(self.description) != self.fingerprint:
             yield damage("expert.json", "it does not tell what the fingerprint covers")
         self._listed = 0
         self.refresh()
         named: set[str] = set()
-        receipts = self.place.names("receipts", ".parquet")
+        receipts = self.storage.list_files("receipts", ".parquet")
         for file, count, found in self._at_once(self._inspect, receipts, width=_VERIFIED):
             named.add(file)
             for name, key, reason in found:
@@ -584,9 +588,9 @@ class ExpertShelf:
         for number in self._numbers("snapshots", ".json"):
             whole = False
             with suppress(OSError):
-                content = self.place.read(f"index/{number}.arrow", anew=True)
-                told = self.place.read(f"snapshots/{number}.json", anew=True)
-                whole = told == _telling(f"{number}.arrow", content)
+                content = self.storage.read(f"index/{number}.arrow", anew=True)
+                told = self.storage.read(f"snapshots/{number}.json", anew=True)
+                whole = told == snapshot_json(f"{number}.arrow", content)
             if not whole:
                 yield damage(f"index/{number}.arrow", "it is not what its snapshot tells")
         if self._index.files() - named:
@@ -595,7 +599,7 @@ class ExpertShelf:
     def _inspect(self, name: str) -> tuple[str, int, list[tuple[str, str, str]]]:
         """The shard file of a receipt, its features, and (file, key, reason) of what is damaged in either."""
         try:
-            receipt = self.place.read(f"receipts/{name}", anew=True)
+            receipt = self.storage.read(f"receipts/{name}", anew=True)
             rows = self._parsed(name.removesuffix(".parquet"), receipt).sort_by("offset").to_pylist()
         except FileNotFoundError:  # withdrawn since the listing
             return "", 0, []
@@ -605,7 +609,7 @@ class ExpertShelf:
         found: list[tuple[str, str]] = []
         content, gone = memoryview(b""), ""
         try:
-            content = memoryview(self.place.read(f"shards/{file}", anew=True))
+            content = memoryview(self.storage.read(f"shards/{file}", anew=True))
         except OSError as error:
             gone = _what_is_wrong(error)
 
@@ -630,8 +634,8 @@ class ExpertShelf:
             found.append(("", "it has more bytes than its receipt tells"))
         return file, len(rows), [(f"shards/{file}", key, reason) for key, reason in found]
 
-    def forget(self, damaged: Iterable[Mapping[str, str]]) -> int:
-        """See `FeatureStore.forget`."""
+    def withdraw(self, damaged: Iterable[Mapping[str, str]]) -> int:
+        """See `FeatureStore.withdraw`."""
         with self._lock, writing(self.store):
             known, indexed = self.keys(), self._number
             bad: dict[str, set[str]] = {}  # shard id -> its damaged keys
@@ -640,12 +644,12 @@ class ExpertShelf:
                 if folder in ("shards", "receipts"):
                     bad.setdefault(name.partition(".")[0].partition("-")[0], set()).add(damage["key"])
                 elif not folder:
-                    self.place.delete(name)
+                    self.storage.delete(name)
             for number in self._numbers("snapshots", ".json"):  # first: they merge the receipts
-                self.place.delete(f"snapshots/{number}.json")
+                self.storage.delete(f"snapshots/{number}.json")
             for shard_id, keys in bad.items():
                 known = np.union1d(known, binary_keys(self._salvage(shard_id, keys)))
-                self.place.delete(f"receipts/{shard_id}.parquet")
+                self.storage.delete(f"receipts/{shard_id}.parquet")
             self._listed = 0
             self.refresh()
             if indexed:
@@ -661,24 +665,26 @@ class ExpertShelf:
         try:
             told = self._receipt(shard_id).to_pylist()
         except (OSError, ValueError):
-            files = [name for name in self.place.names("shards", ".safetensors") if name.startswith(f"{shard_id}-")]
-            told = [row for name in files for row in self._told_by_header(name)]
+            files = [
+                name for name in self.storage.list_files("shards", ".safetensors") if name.startswith(f"{shard_id}-")
+            ]
+            told = [row for name in files for row in self.rows_from_header(name)]
         sound: dict[str, tuple[dict[str, Any], Any]] = {}
         for row in told:
             with suppress(OSError, EOFError):
-                part = self.place.view(f"shards/{row['file']}", row["offset"], row["length"])
+                part = self.storage.read_range(f"shards/{row['file']}", row["offset"], row["length"])
                 if row["key"] not in bad and checksum(part) == row["xxh3"]:
                     sound[row["key"]] = (row, part)
         # A name of its own: that of the same keys may be the damaged shard's.
         name = hashlib.sha256(f"{self.fingerprint}\nsalvaged from {shard_id}\n{sorted(sound)}".encode()).hexdigest()
-        self.adopt(name[:32], list(sound.values()))
+        self.write_encoded(name[:32], list(sound.values()))
         return [row["key"] for row in told]
 
-    def _told_by_header(self, file: str) -> list[dict[str, Any]]:
+    def rows_from_header(self, file: str) -> list[dict[str, Any]]:
         """What the header of a shard tells of its rows; nothing where it is damaged."""
         try:
-            size = int.from_bytes(self.place.view(f"shards/{file}", 0, 8), "little")
-            entries = json.loads(bytes(self.place.view(f"shards/{file}", 8, size)))
+            size = int.from_bytes(self.storage.read_range(f"shards/{file}", 0, 8), "little")
+            entries = json.loads(bytes(self.storage.read_range(f"shards/{file}", 8, size)))
             rows = []
             for key, mark in entries.pop("__metadata__").items():
                 if len(key) == 64:
@@ -713,9 +719,9 @@ class ExpertShelf:
         ):
             return []
 
-    def garbage(self) -> list[str]:
+    def unreferenced_files(self) -> list[str]:
         """Shards that no receipt names, unless they are a running writer's, and indexes that a newer one supersedes."""
-        shards = self.place.names("shards", ".safetensors")
+        shards = self.storage.list_files("shards", ".safetensors")
         self._listed = 0
         self.refresh()  # after that listing: what was committed before it is known
         index, newer = self._catalog()
@@ -732,12 +738,12 @@ class ExpertShelf:
 
     def _numbers(self, folder: str, suffix: str) -> list[int]:
         """The numbers of the published files <n><suffix>, ascending."""
-        stems = (name.removesuffix(suffix) for name in self.place.names(folder, suffix))
+        stems = (name.removesuffix(suffix) for name in self.storage.list_files(folder, suffix))
         return sorted(int(stem) for stem in stems if stem.isdigit())
 
     def _receipt(self, shard_id: str) -> pa.Table:
         """A receipt; FileNotFoundError where there is none, _DamagedReceipt where it cannot be read."""
-        return self._parsed(shard_id, self.place.read(f"receipts/{shard_id}.parquet"))
+        return self._parsed(shard_id, self.storage.read(f"receipts/{shard_id}.parquet"))
 
     def _parsed(self, shard_id: str, content: Any) -> pa.Table:
         try:
@@ -755,18 +761,18 @@ class ExpertShelf:
         if len(items) < 2:
             yield from map(act, items)
             return
-        readers = _readers(os.getpid(), self.place.readers)
+        readers = _readers(os.getpid(), self.storage.readers)
         left = iter(items)
-        waiting = deque(readers.submit(act, item) for item in islice(left, width or 2 * self.place.readers))
+        waiting = deque(readers.submit(act, item) for item in islice(left, width or 2 * self.storage.readers))
         while waiting:
             result = waiting.popleft().result()
             waiting.extend(readers.submit(act, item) for item in islice(left, 1))
             yield result
 
 
-def compare(here: ExpertShelf | None, there: ExpertShelf | None) -> dict[str, Any]:
-    """See `FeatureStore.diff`; of two shelves, of which one may not be there."""
-    mine, others = (np.empty(0, "S32") if shelf is None else shelf.keys() for shelf in (here, there))
+def compare(here: FeaturePartition | None, there: FeaturePartition | None) -> dict[str, Any]:
+    """See `FeatureStore.diff`; of two partitions, of which one may not be there."""
+    mine, others = (np.empty(0, "S32") if partition is None else partition.keys() for partition in (here, there))
     both = np.intersect1d(mine, others, assume_unique=True)
     differ: list[str] = []
     for block in range(0, len(both), _BLOCK):
@@ -809,7 +815,7 @@ def _readers(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="mova-store")
 
 
-def _cut(rows: Sequence[Stored], out: Tensor | None) -> list[np.ndarray]:
+def _cut(rows: Sequence[FeatureLocation], out: Tensor | None) -> list[np.ndarray]:
     """Memory for each row: of `out`, or new, which numpy puts on huge pages where it is large: half the time of a copy."""
     starts = [0, *accumulate(row.length + -row.length % 64 for row in rows)]
     if out is None:
@@ -822,12 +828,12 @@ def _cut(rows: Sequence[Stored], out: Tensor | None) -> list[np.ndarray]:
     return [memory[at : at + row.length] for row, at in zip(rows, starts, strict=False)]
 
 
-def describing(description: Mapping[str, Any]) -> bytes:
+def expert_json(description: Mapping[str, Any]) -> bytes:
     """The content of expert.json."""
     return json.dumps(description, sort_keys=True, indent=1).encode()
 
 
-def _telling(index: str, content: Any) -> bytes:
+def snapshot_json(index: str, content: Any) -> bytes:
     """The content of a snapshot: which index, and how to know that it is whole."""
     told = {"index": index, "index_bytes": len(content), "index_xxh3": f"{checksum(content):016x}"}
     return json.dumps(told).encode()

@@ -15,8 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from mova_core.features.codec import CODECS
-from mova_core.features.store import ExpertShelf, FeatureStore, StoreError, wanted_by_expert
-from mova_core.images import Picture
+from mova_core.features.store import FeaturePartition, FeatureStore, StoreError, wanted_by_expert
+from mova_core.images import DecodedImage
 
 if TYPE_CHECKING:
     from mova_core.experts import Features, VisionExpert
@@ -83,7 +83,7 @@ class LocalExperts:
         computed: dict[str, dict[str, Features]] = {}
         by_expert = wanted_by_expert(images, experts)
         readers = Counter(key for wanted in by_expert.values() for key in wanted)
-        pictures = {image.key: Picture(image) for image in images if readers[image.key] > 1}
+        pictures = {image.key: DecodedImage(image) for image in images if readers[image.key] > 1}
         for name, wanted in by_expert.items():
             if name not in self.experts:
                 raise ValueError(f"no expert {name!r} here: there are {', '.join(self.experts)}")
@@ -109,8 +109,8 @@ class LazyExperts(LocalExperts):
         names: the experts that may be asked for.
         size, device: as `load_expert` takes them.
         weights: name -> weights as `load_expert` takes them; an expert not named here gets its default.
-        fingerprints: name -> the one of the features wanted, where it is known. That of a shelf which keeps another
-            dtype than was computed in, say int8, gives what reading that shelf would.
+        fingerprints: name -> the one of the features wanted, where it is known. That of a partition which keeps another
+            dtype than was computed in, say int8, gives what reading that partition would.
         dtypes: name -> name of the dtype to compute in; float32 for an expert not named here, or where this is one that
             only a store keeps. Where the fingerprint wants another it is found.
         batch_size: images per forward pass.
@@ -178,14 +178,14 @@ class LazyExperts(LocalExperts):
         )
 
 
-class Flights(Generic[K, V]):
+class SingleFlight(Generic[K, V]):
     """What is being computed right now, so that who asks for the same meanwhile waits for it and computes nothing."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._under_way: dict[K, Future[V | None]] = {}
 
-    def share(
+    def run(
         self,
         wanted: Collection[K],
         compute: Callable[[list[K]], Mapping[K, V]],
@@ -229,7 +229,7 @@ class Tiered:
 
     What comes back has the stored bits, so a first and a second request give the same, also where the store keeps a
     smaller dtype than the source computes. Two that ask for the same at the same time have it computed once. A source
-    that tells `descriptions` (expert name -> what `VisionExpert.describe` tells) gets its shelves made; for another, call
+    that tells `descriptions` (expert name -> what `VisionExpert.describe` tells) gets its partitions made; for another, call
     `store.add_expert` before.
 
     Features are written by a thread that gathers them, for a shard and a receipt per request would be many small files.
@@ -258,8 +258,8 @@ class Tiered:
         self.source = source
         self.dtypes = dict(dtypes or {})
         self._telemetry = telemetry
-        self._shelves: dict[str, ExpertShelf] = {}
-        self._flights: Flights[tuple[str, str], Features] = Flights()
+        self._partitions: dict[str, FeaturePartition] = {}
+        self._flights: SingleFlight[tuple[str, str], Features] = SingleFlight()
         self._writer = _Writer(shard_bytes, shard_seconds, telemetry)
         self._settings: dict[str, Any] = {
             "dtypes": self.dtypes,
@@ -300,7 +300,7 @@ class Tiered:
         """See `FeatureSource.fetch`.
 
         Raises:
-            StoreError: a damaged row; a store opened for other weights than the source has, or with no shelf for them.
+            StoreError: a damaged row; a store opened for other weights than the source has, or with no partition for them.
             ValueError: a feature that the stored dtype cannot hold.
         """
         wanted = wanted_by_expert(images, experts)
@@ -311,7 +311,7 @@ class Tiered:
             lacking = sum((name, key) in absent for key in refs)
             self._tell("hits_total", len(refs) - lacking, name)
             self._tell("misses_total", lacking, name)
-        features.update(self._flights.share(absent, lambda mine: self._computed(mine, absent)))
+        features.update(self._flights.run(absent, lambda mine: self._computed(mine, absent)))
         return [
             {name: features[name, image.key] for name in names} for image, names in zip(images, experts, strict=True)
         ]
@@ -320,15 +320,15 @@ class Tiered:
         """Of the keys wanted of each expert those that are stored, or wait to be."""
         got: dict[tuple[str, str], Features] = {}
         for name, keys in wanted.items():
-            if (shelf := self._held(name)) is None:
+            if (partition := self._held(name)) is None:
                 continue
             # In this order: a feature leaves the writer when it is in the store.
-            waiting = self._writer.waiting(shelf, keys)
-            got.update({(name, key): _as_stored(one, shelf.description["dtype"]) for key, one in waiting.items()})
+            waiting = self._writer.waiting(partition, keys)
+            got.update({(name, key): _as_stored(one, partition.description["dtype"]) for key, one in waiting.items()})
             rest = [key for key in keys if key not in waiting]
-            absent = set(shelf.missing(rest))
+            absent = set(partition.missing(rest))
             stored = [key for key in rest if key not in absent]
-            got.update(zip([(name, key) for key in stored], shelf.read(stored), strict=True))
+            got.update(zip([(name, key) for key in stored], partition.read(stored), strict=True))
         return got
 
     def _computed(
@@ -350,14 +350,14 @@ class Tiered:
             for name in absent[key]:
                 computed.setdefault(name, {})[key] = row[name]
         for name, features in computed.items():
-            if name not in self._shelves:  # a source that tells only now what it computes
-                shelf = self._held(name) or self._made(name)
+            if name not in self._partitions:  # a source that tells only now what it computes
+                partition = self._held(name) or self._made(name)
                 kept = self._kept({name: list(features)})
                 got.update(kept)
                 features = {key: one for key, one in features.items() if (name, key) not in kept}
-            shelf = self._shelves[name]
-            got.update({(name, key): _as_stored(one, shelf.description["dtype"]) for key, one in features.items()})
-            self._writer.put(shelf, features)
+            partition = self._partitions[name]
+            got.update({(name, key): _as_stored(one, partition.description["dtype"]) for key, one in features.items()})
+            self._writer.put(partition, features)
         return got
 
     def _description(self, name: str) -> Mapping[str, Any] | None:
@@ -367,23 +367,23 @@ class Tiered:
             return description
         return {**description, "dtype": self.dtypes[name]}
 
-    def _held(self, name: str) -> ExpertShelf | None:
-        """The shelf of what is served, if the store has it."""
-        if name not in self._shelves:
+    def _held(self, name: str) -> FeaturePartition | None:
+        """The partition of what is served, if the store has it."""
+        if name not in self._partitions:
             fingerprint = self.fingerprints.get(name)
             if fingerprint is None or fingerprint not in self.store.experts().get(name, []):
                 return None
-            self._shelves[name] = self.store.shelf(name, fingerprint)
-        return self._shelves[name]
+            self._partitions[name] = self.store.partition(name, fingerprint)
+        return self._partitions[name]
 
-    def _made(self, name: str) -> ExpertShelf:
+    def _made(self, name: str) -> FeaturePartition:
         description = self._description(name)
         if description is None:
             raise StoreError(
-                f"store {self.store.location} has no shelf for the {name} features of this source: "
+                f"store {self.store.location} has no partition for the {name} features of this source: "
                 f"call store.add_expert with what the expert's describe() tells"
             )
-        return self._shelves.setdefault(name, self.store.add_expert(description))
+        return self._partitions.setdefault(name, self.store.add_expert(description))
 
     def _tell(self, name: str, value: float, expert: str) -> None:
         if self._telemetry is not None:
@@ -404,20 +404,20 @@ class _Writer:
         self._thread: threading.Thread | None = None
         _WRITERS.add(self)
 
-    def waiting(self, shelf: ExpertShelf, keys: Sequence[str]) -> dict[str, Features]:
+    def waiting(self, partition: FeaturePartition, keys: Sequence[str]) -> dict[str, Features]:
         """Those of the keys that are not written yet."""
         with self._changed:
             batches = [*self._full, *self._batches.values()]
-            mine = [batch.features for batch in batches if batch.shelf.fingerprint == shelf.fingerprint]
+            mine = [batch.features for batch in batches if batch.partition.fingerprint == partition.fingerprint]
         return {key: features[key] for features in mine for key in keys if key in features}
 
-    def put(self, shelf: ExpertShelf, features: Mapping[str, Features]) -> None:
+    def put(self, partition: FeaturePartition, features: Mapping[str, Features]) -> None:
         """Takes features to be written; waits where too many are."""
         with self._changed:
             self._changed.wait_for(lambda: self._bytes <= 2 * self._shard_bytes or self._closed)
             if self._closed:
                 return
-            batch = self._batches.setdefault(shelf.fingerprint, _Batch(shelf))
+            batch = self._batches.setdefault(partition.fingerprint, _Batch(partition))
             for key, one in features.items():
                 # Copied: a row of a batch would keep the whole batch in memory.
                 size = one.tokens.numel() * one.tokens.element_size()
@@ -426,7 +426,7 @@ class _Writer:
                 batch.bytes += size
                 self._bytes += size
             if batch.bytes >= self._shard_bytes:
-                self._full.append(self._batches.pop(shelf.fingerprint))
+                self._full.append(self._batches.pop(partition.fingerprint))
             if self._thread is None and self._bytes:
                 self._thread = threading.Thread(target=self._run, name="mova-store-writer", daemon=True)
                 self._thread.start()
@@ -461,11 +461,11 @@ class _Writer:
                         self._changed.wait(oldest.since + self._shard_seconds - now)
                 batch = self._full[0]
             try:
-                batch.shelf.write(batch.shelf.shard_id(batch.features), batch.features)
+                batch.partition.write(batch.partition.shard_id(batch.features), batch.features)
             except Exception as error:  # a full disk must not stop a server
                 logger.warning("%s (%d features are not stored)", error, len(batch.features))
                 if self._telemetry is not None:
-                    name, count = batch.shelf.expert, len(batch.features)
+                    name, count = batch.partition.expert, len(batch.features)
                     self._telemetry.observe("mova_tiered_dropped_total", count, expert=name)
             with self._changed:
                 self._full.popleft()
@@ -485,9 +485,9 @@ def _flush_all() -> None:
 
 @dataclass(eq=False)
 class _Batch:
-    """Features of one shelf that will be a shard."""
+    """Features of one partition that will be a shard."""
 
-    shelf: ExpertShelf
+    partition: FeaturePartition
     features: dict[str, Features] = field(default_factory=dict)
     bytes: int = 0
     since: float = field(default_factory=time.monotonic)

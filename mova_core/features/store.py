@@ -1,7 +1,7 @@
 """The feature store: frozen experts' features on disk, addressed by image sha256 x expert x fingerprint.
 
     <store>/store.json                                  format version
-    <store>/<expert>/<fingerprint>/                     a shelf; new weights are a new shelf, the others stay untouched
+    <store>/<expert>/<fingerprint>/                     a partition; new weights are a new partition, the others stay untouched
         expert.json                                     all that the fingerprint covers
         shards/<shard>-<attempt>.safetensors            plain safetensors, sha256 -> [H, W, C], each at a 4 KiB boundary
         receipts/<shard>.parquet                        the commit record: one row per feature
@@ -34,14 +34,14 @@ import pyarrow.parquet as pq
 
 from mova_core.features.codec import CODECS, named_by
 from mova_core.features.index import binary_keys, hex_keys, parquet
-from mova_core.features.storage.base import StoreError, place_at, writing
-from mova_core.features.partition import ExpertShelf, MissingFeatures, Shard, compare
+from mova_core.features.partition import FeaturePartition, MissingFeatures, Shard, compare
+from mova_core.features.storage.base import StoreError, open_storage, writing
 
 if TYPE_CHECKING:
     from mova_core.experts import Features
     from mova_core.images import ImageRef
 
-__all__ = ["ExpertShelf", "FeatureStore", "MissingFeatures", "Shard", "StoreError", "wanted_by_expert"]
+__all__ = ["FeaturePartition", "FeatureStore", "MissingFeatures", "Shard", "StoreError", "wanted_by_expert"]
 
 FORMAT = 1
 _STORE = json.dumps({"format": FORMAT}).encode()
@@ -64,7 +64,7 @@ class FeatureStore:
         location: the store's folder, or its URL on a filesystem of fsspec (s3://bucket/store, gs://bucket/store, ...).
         fingerprints: expert -> which of its fingerprints to read. An expert not named here must have only one.
         create: make the store if there is none.
-        damaged: open it also where store.json or an expert.json is damaged, to `verify` and `forget`.
+        damaged: open it also where store.json or an expert.json is damaged, to `verify` and `withdraw`.
 
     Attributes:
         location: where it is, so that any process that opens this has the same store: an absolute folder or a URL.
@@ -80,17 +80,17 @@ class FeatureStore:
         create: bool = False,
         damaged: bool = False,
     ):
-        self.place = place_at(location)
-        self.location = self.place.location
+        self.storage = open_storage(location)
+        self.location = self.storage.location
         self._pinned = dict(fingerprints or {})
         self._served = dict(self._pinned)
-        self._shelves: dict[tuple[str, str], ExpertShelf] = {}
+        self._partitions: dict[tuple[str, str], FeaturePartition] = {}
         self._damaged = damaged
         self._lock = threading.RLock()
         if create:
             self._create()
         try:
-            version = json.loads(self.place.read("store.json"))["format"]
+            version = json.loads(self.storage.read("store.json"))["format"]
         except PermissionError as error:
             raise StoreError(f"{self.location} cannot be read ({error}): check the rights given there") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -118,36 +118,36 @@ class FeatureStore:
 
     def _create(self) -> None:
         with writing(self.location):
-            self.place.make()
-            strangers = self.place.names("") + self.place.folders()
-            if self.place.exists("store.json"):  # asked after the listing: another process may be at it right now
+            self.storage.mkdir()
+            strangers = self.storage.list_files("") + self.storage.list_folders()
+            if self.storage.exists("store.json"):  # asked after the listing: another process may be at it right now
                 return
             if strangers:
                 raise StoreError(f"{self.location} is no feature store and not empty: give a new or empty folder")
             probe = f".probe-{uuid.uuid4().hex}.tmp"  # no stranger to another process that makes it
             try:
-                kept = self.place.put_if_absent(probe, b"1") and not self.place.put_if_absent(probe, b"2")
+                kept = self.storage.put_if_absent(probe, b"1") and not self.storage.put_if_absent(probe, b"2")
             except (NotImplementedError, TypeError, ValueError) as error:
                 raise StoreError(f"{self.location} cannot hold a store ({error}): give an S3 or GCS bucket") from None
             finally:
-                self.place.delete(probe)
+                self.storage.delete(probe)
             if not kept:
                 raise StoreError(
                     f"{self.location} cannot hold a store: its server overwrites an object that should be kept "
                     f"(If-None-Match is ignored), so two writers would lose features: use one that honours it"
                 )
-            self.place.put_if_absent("store.json", _STORE)
+            self.storage.put_if_absent("store.json", _STORE)
 
     def free_bytes(self) -> int | None:
         """What can still be written there; None where no limit is known."""
-        return self.place.free_bytes()
+        return self.storage.free_bytes()
 
     def experts(self) -> dict[str, list[str]]:
         """Expert -> its fingerprints."""
         held: dict[str, list[str]] = {}
-        for expert in self.place.folders():
-            for digest in self.place.folders(expert):
-                if self.place.exists(f"{expert}/{digest}/expert.json"):
+        for expert in self.storage.list_folders():
+            for digest in self.storage.list_folders(expert):
+                if self.storage.exists(f"{expert}/{digest}/expert.json"):
                     held.setdefault(expert, []).append(digest)
         return held
 
@@ -160,7 +160,7 @@ class FeatureStore:
         """
         return {expert: fingerprint for expert in self.experts() if (fingerprint := self._serves(expert))}
 
-    def shelf(self, expert: str, fingerprint: str | None = None) -> ExpertShelf:
+    def partition(self, expert: str, fingerprint: str | None = None) -> FeaturePartition:
         """The features of one expert, of the fingerprint served unless another is given.
 
         Raises:
@@ -168,8 +168,8 @@ class FeatureStore:
         """
         with self._lock:
             chosen = fingerprint or self._serves(expert)
-            if chosen and (expert, chosen) in self._shelves:
-                return self._shelves[expert, chosen]
+            if chosen and (expert, chosen) in self._partitions:
+                return self._partitions[expert, chosen]
             held = self.experts().get(expert, [])
             if not held or chosen is None:
                 others = ", ".join(self.experts()) or "no expert yet"
@@ -179,14 +179,14 @@ class FeatureStore:
                 )
             if chosen not in held:
                 raise self._other_weights(expert, held, chosen)
-            self._shelves[expert, chosen] = ExpertShelf(f"{self.location}/{expert}/{chosen}", self._damaged)
-            return self._shelves[expert, chosen]
+            self._partitions[expert, chosen] = FeaturePartition(f"{self.location}/{expert}/{chosen}", self._damaged)
+            return self._partitions[expert, chosen]
 
     def _serves(self, expert: str) -> str | None:
-        """The fingerprint served; None where the expert has no shelf. Fixed at first use: new weights change no run."""
+        """The fingerprint served; None where the expert has no partition. Fixed at first use: new weights change no run."""
         with self._lock:
             served = self._served.get(expert)
-            if served and (expert, served) in self._shelves:
+            if served and (expert, served) in self._partitions:
                 return served
             held = self.experts().get(expert, [])
             if not held:
@@ -206,8 +206,8 @@ class FeatureStore:
             f"run `mova precompute` with --experts {expert} and those weights"
         )
 
-    def add_expert(self, description: Mapping[str, Any]) -> ExpertShelf:
-        """Makes the shelf for what `VisionExpert.describe` tells, if there is none; from now on this object serves it.
+    def add_expert(self, description: Mapping[str, Any]) -> FeaturePartition:
+        """Makes the partition for what `VisionExpert.describe` tells, if there is none; from now on this object serves it.
 
         Raises:
             StoreError: this object was opened for other weights of the expert, or its expert.json tells something else.
@@ -226,10 +226,10 @@ class FeatureStore:
                 f"got an expert of weights {digest}: open it for these, or load those"
             )
         with self._lock:
-            shelf = ExpertShelf.made(f"{self.location}/{expert}/{digest}", description)
-            shelf = self._shelves.setdefault((expert, digest), shelf)
+            partition = FeaturePartition.open_or_create(f"{self.location}/{expert}/{digest}", description)
+            partition = self._partitions.setdefault((expert, digest), partition)
         self._served[expert] = digest
-        return shelf
+        return partition
 
     def fetch(self, images: Sequence[ImageRef], experts: Sequence[Sequence[str]]) -> list[dict[str, Features]]:
         """See `FeatureSource.fetch`; tokens in the dtype stored.
@@ -243,7 +243,7 @@ class FeatureStore:
         if missing:
             raise MissingFeatures.of(self.location, missing)
         features = {
-            name: dict(zip(refs, self.shelf(name).read(list(refs)), strict=True)) for name, refs in wanted.items()
+            name: dict(zip(refs, self.partition(name).read(list(refs)), strict=True)) for name, refs in wanted.items()
         }
         return [
             {name: features[name][image.key] for name in names} for image, names in zip(images, experts, strict=True)
@@ -251,15 +251,18 @@ class FeatureStore:
 
     def missing(self, keys: Sequence[str], expert: str) -> list[str]:
         """Those keys that have no feature of the expert, in order."""
-        return self.shelf(expert).missing(keys) if self._serves(expert) else list(keys)
+        return self.partition(expert).missing(keys) if self._serves(expert) else list(keys)
 
     def stat(self) -> dict[str, Any]:
-        """What is stored: features, bytes and shards per expert, and per fingerprint what `ExpertShelf.stat` tells."""
+        """What is stored: features, bytes and shards per expert, and per fingerprint what `FeaturePartition.stat` tells."""
         experts = {}
         for expert, digests in self.experts().items():
-            shelves = {digest: self.shelf(expert, digest).stat() for digest in digests}
-            total = {name: sum(shelf[name] for shelf in shelves.values()) for name in ("features", "bytes", "shards")}
-            experts[expert] = {**total, "fingerprints": shelves}
+            partitions = {digest: self.partition(expert, digest).stat() for digest in digests}
+            total = {
+                name: sum(partition[name] for partition in partitions.values())
+                for name in ("features", "bytes", "shards")
+            }
+            experts[expert] = {**total, "fingerprints": partitions}
         return {"path": self.location, "experts": experts, "quarantined": len(self.quarantined())}
 
     def verify(self, progress: Callable[[int], object] | None = None) -> Iterator[dict[str, str]]:
@@ -269,24 +272,24 @@ class FeatureStore:
             progress: gets the number of features just checked.
 
         Yields:
-            "expert", "fingerprint", "shard" (the damaged file, relative to the shelf's folder), "key" (of the damaged
-            row; empty where it is the file itself) and "reason". What belongs to no shelf has no expert and fingerprint.
+            "expert", "fingerprint", "shard" (the damaged file, relative to the partition's folder), "key" (of the damaged
+            row; empty where it is the file itself) and "reason". What belongs to no partition has no expert and fingerprint.
         """
-        if not self.place.exists("store.json") or self.place.read("store.json", anew=True) != _STORE:
+        if not self.storage.exists("store.json") or self.storage.read("store.json", anew=True) != _STORE:
             yield {"expert": "", "fingerprint": "", "shard": "store.json", "key": "", "reason": "it tells no format"}
         for folder in ("quarantine", "listings"):
-            for name in self.place.names(folder, ".parquet"):
+            for name in self.storage.list_files(folder, ".parquet"):
                 try:
-                    content = self.place.read(f"{folder}/{name}", anew=True)
+                    content = self.storage.read(f"{folder}/{name}", anew=True)
                 except FileNotFoundError:  # released since the listing
                     continue
                 if not name.endswith(f"{named_by(content)}.parquet"):
                     reason = "its bytes have changed"
                     yield {"expert": "", "fingerprint": "", "shard": f"{folder}/{name}", "key": "", "reason": reason}
-        for shelf in self._all_shelves():
-            yield from shelf.verify(progress)
+        for partition in self._all_partitions():
+            yield from partition.verify(progress)
 
-    def forget(self, damaged: Iterable[Mapping[str, str]]) -> int:
+    def withdraw(self, damaged: Iterable[Mapping[str, str]]) -> int:
         """Withdraws what `verify` found, so that the next precompute makes it anew; returns how many features that is.
 
         Sound rows of a damaged shard are kept: they are committed in a new one first. `gc` removes the old files. What a
@@ -297,24 +300,27 @@ class FeatureStore:
             found.setdefault((damage["expert"], damage["fingerprint"]), []).append(damage)
         with writing(self.location):
             for damage in found.pop(("", ""), []):
-                self.place.delete(damage["shard"])
+                self.storage.delete(damage["shard"])
                 if damage["shard"] == "store.json":
-                    self.place.put_if_absent("store.json", _STORE)
-        return sum(self.shelf(*address).forget(damages) for address, damages in found.items())
+                    self.storage.put_if_absent("store.json", _STORE)
+        return sum(self.partition(*address).withdraw(damages) for address, damages in found.items())
 
     def diff(self, other: FeatureStore) -> list[dict[str, Any]]:
         """What two stores do not have alike, told by their receipts alone.
 
         Returns:
-            Per shelf of either: "expert", "fingerprint", "same" (features that both have with the same bytes), and the
+            Per partition of either: "expert", "fingerprint", "same" (features that both have with the same bytes), and the
             keys that are "only_here", "only_there", or in both and "differ".
         """
-        addresses = {(shelf.expert, shelf.fingerprint): None for shelf in self._all_shelves() + other._all_shelves()}
+        addresses = {
+            (partition.expert, partition.fingerprint): None
+            for partition in self._all_partitions() + other._all_partitions()
+        }
         return [
             {
                 "expert": expert,
                 "fingerprint": digest,
-                **compare(self._shelf_at(expert, digest), other._shelf_at(expert, digest)),
+                **compare(self._partition_at(expert, digest), other._partition_at(expert, digest)),
             }
             for expert, digest in sorted(addresses)
         ]
@@ -348,22 +354,24 @@ class FeatureStore:
             )
         chosen = None if keys is None else binary_keys(list(keys))
         copied: dict[str, int] = {}
-        for shelf in self._all_shelves():
-            if experts and shelf.expert not in experts:
+        for partition in self._all_partitions():
+            if experts and partition.expert not in experts:
                 continue
-            wanted = shelf.keys()
+            wanted = partition.keys()
             if chosen is not None:
                 wanted = wanted[np.isin(wanted, chosen)]
-            there = to._shelf_at(shelf.expert, shelf.fingerprint)
+            there = to._partition_at(partition.expert, partition.fingerprint)
             if there is None and len(wanted):
-                there = ExpertShelf.made(f"{to.location}/{shelf.expert}/{shelf.fingerprint}", shelf.description)
-            absent = wanted if there is None else wanted[there.absent(wanted)]
-            copied[shelf.expert] = copied.get(shelf.expert, 0) + len(absent)
+                there = FeaturePartition.open_or_create(
+                    f"{to.location}/{partition.expert}/{partition.fingerprint}", partition.description
+                )
+            absent = wanted if there is None else wanted[there.missing_positions(wanted)]
+            copied[partition.expert] = copied.get(partition.expert, 0) + len(absent)
             if progress:
                 progress(len(wanted) - len(absent))
-            for chunk in shelf.chunks(absent, shard_bytes):
+            for chunk in partition.chunks(absent, shard_bytes):
                 assert there is not None
-                there.adopt(there.shard_id(chunk), shelf.read_rows(hex_keys(chunk)))
+                there.write_encoded(there.shard_id(chunk), partition.read_rows(hex_keys(chunk)))
                 if progress:
                     progress(len(chunk))
             if there is not None and len(absent):
@@ -377,9 +385,9 @@ class FeatureStore:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         table = pa.Table.from_pylist([{**row, "time": now} for row in rows], schema=_QUARANTINE)
         with writing(self.location):
-            self.place.make("quarantine")
+            self.storage.mkdir("quarantine")
             content = parquet(table)
-            self.place.put_if_absent(f"quarantine/{named_by(content)}.parquet", content)
+            self.storage.put_if_absent(f"quarantine/{named_by(content)}.parquet", content)
 
     def quarantined(self) -> list[dict[str, Any]]:
         """Every quarantined image: image, sha256, reason, expert, time (UTC); the oldest first.
@@ -387,9 +395,9 @@ class FeatureStore:
         `release` has them tried again.
         """
         rows: list[dict[str, Any]] = []
-        for name in self.place.names("quarantine", ".parquet"):
+        for name in self.storage.list_files("quarantine", ".parquet"):
             try:
-                content = pa.BufferReader(self.place.read(f"quarantine/{name}"))
+                content = pa.BufferReader(self.storage.read(f"quarantine/{name}"))
                 rows += pq.ParquetFile(content, page_checksum_verification=True).read().to_pylist()
             except FileNotFoundError:  # released since the listing
                 continue
@@ -404,8 +412,8 @@ class FeatureStore:
         """Empties the quarantine, so that its images are tried again. Returns how many rows that were."""
         rows = len(self.quarantined())
         with writing(self.location):
-            for name in self.place.names("quarantine", ".parquet"):
-                self.place.delete(f"quarantine/{name}")
+            for name in self.storage.list_files("quarantine", ".parquet"):
+                self.storage.delete(f"quarantine/{name}")
         return rows
 
     def gc(self, grace_seconds: float = 3600.0, dry_run: bool = False) -> dict[str, int]:
@@ -422,22 +430,24 @@ class FeatureStore:
         before = time.time() - grace_seconds
         removed = {"files": 0, "bytes": 0}
         with writing(self.location):
-            garbage = self.place.leftovers()
-            for shelf in self._all_shelves():
-                garbage += [f"{shelf.expert}/{shelf.fingerprint}/{name}" for name in shelf.garbage()]
-            for name in garbage:
+            unreferenced_files = self.storage.list_temporaries()
+            for partition in self._all_partitions():
+                unreferenced_files += [
+                    f"{partition.expert}/{partition.fingerprint}/{name}" for name in partition.unreferenced_files()
+                ]
+            for name in unreferenced_files:
                 with suppress(FileNotFoundError):  # another gc, or its writer, was faster
-                    size, changed = self.place.stat(name)
+                    size, changed = self.storage.stat(name)
                     if changed <= before:
                         if not dry_run:
-                            self.place.delete(name)
+                            self.storage.delete(name)
                         removed["files"] += 1
                         removed["bytes"] += size
         return removed
 
-    def _shelf_at(self, expert: str, digest: str) -> ExpertShelf | None:
-        """A shelf, whichever fingerprint is served, if there is one."""
-        return self.shelf(expert, digest) if digest in self.experts().get(expert, []) else None
+    def _partition_at(self, expert: str, digest: str) -> FeaturePartition | None:
+        """A partition, whichever fingerprint is served, if there is one."""
+        return self.partition(expert, digest) if digest in self.experts().get(expert, []) else None
 
-    def _all_shelves(self) -> list[ExpertShelf]:
-        return [self.shelf(expert, digest) for expert, digests in self.experts().items() for digest in digests]
+    def _all_partitions(self) -> list[FeaturePartition]:
+        return [self.partition(expert, digest) for expert, digests in self.experts().items() for digest in digests]

@@ -40,11 +40,11 @@ _CHANGES = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified",
 T = TypeVar("T")
 
 
-class Unavailable(OSError):
+class ReadError(OSError):
     """Bytes that cannot be had now; the message says why, without the locator. They may come back."""
 
 
-class Missing(Unavailable, FileNotFoundError):
+class NotFoundError(ReadError, FileNotFoundError):
     """There is nothing at this place."""
 
 
@@ -125,7 +125,7 @@ def filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        raise Unavailable(f"cannot be read ({_said(error)})") from error
+        raise ReadError(f"cannot be read ({_said(error)})") from error
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
@@ -138,7 +138,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     system, inside = filesystem(os.fspath(path))
-    return attempted(lambda: system.cat_file(inside))
+    return with_retries(lambda: system.cat_file(inside))
 
 
 def read(locator: str, newer_than: float = 0.0) -> bytes:
@@ -158,7 +158,9 @@ def read(locator: str, newer_than: float = 0.0) -> bytes:
         _check_size(place.length)
     if is_url(file):
         return (
-            NodeCache.of_this_node().get(locator, lambda: attempted(lambda: _fetched(place)), newer_than).to_pybytes()
+            NodeCache.of_this_node()
+            .get(locator, lambda: with_retries(lambda: _fetched(place)), newer_than)
+            .to_pybytes()
         )
     try:
         with open(file, "rb") as opened:
@@ -166,7 +168,7 @@ def read(locator: str, newer_than: float = 0.0) -> bytes:
                 return _whole(os.pread(opened.fileno(), place.length, place.offset), place)
             _check_size(os.fstat(opened.fileno()).st_size)
             return opened.read()
-    except Unavailable:
+    except ReadError:
         raise
     except OSError as error:
         raise _unavailable(error) from error
@@ -191,12 +193,12 @@ def version(locator: str) -> str | None:
         system, path = filesystem(file)
         return system.info(path)
 
-    told = attempted(info)
+    told = with_retries(info)
     change = next((told[name] for name in _CHANGES if told.get(name)), None)
     return None if change is None else f"{told.get('size')} {change}"
 
 
-def attempted(fetch: Callable[[], T]) -> T:
+def with_retries(fetch: Callable[[], T]) -> T:
     """What `fetch` gives, tried again where the network failed it.
 
     Raises:
@@ -205,14 +207,14 @@ def attempted(fetch: Callable[[], T]) -> T:
     for attempt in range(ATTEMPTS):
         try:
             return fetch()
-        except Unavailable:
+        except ReadError:
             raise
         except Exception as error:
             if not _passes(error):
                 raise _unavailable(error) from error
             if attempt + 1 == ATTEMPTS:
                 reason = _said(error.__cause__ or error)
-                raise Unavailable(f"could not be fetched in {ATTEMPTS} attempts ({reason})") from error
+                raise ReadError(f"could not be fetched in {ATTEMPTS} attempts ({reason})") from error
             time.sleep(PAUSE_S * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
 
@@ -236,7 +238,7 @@ def _fetched(place: Member | str) -> bytes:
 
 def _whole(content: bytes, place: Member) -> bytes:
     if len(content) != place.length:
-        raise Unavailable(f"cannot be read (it has {len(content):,} of {place.length:,} bytes: the tar has changed)")
+        raise ReadError(f"cannot be read (it has {len(content):,} of {place.length:,} bytes: the tar has changed)")
     return content
 
 
@@ -250,14 +252,14 @@ def _cell(place: Cell, newer_than: float) -> bytes:
                 raise _unavailable(error) from error
         values = _row_group(place.file, place.column, place.group, stamp, newer_than)
     if place.row >= len(values):
-        raise Unavailable(f"cannot be read (its row group has {len(values)} rows: the Parquet file has changed)")
+        raise ReadError(f"cannot be read (its row group has {len(values)} rows: the Parquet file has changed)")
     value = values[place.row].as_py()
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         return read(joined(parent(place.file), value), newer_than)
     if value is None:
-        raise Unavailable("cannot be read (the cell is empty)")
+        raise ReadError("cannot be read (the cell is empty)")
     _check_size(len(value))
     return value
 
@@ -276,12 +278,12 @@ def _row_group(file: str, column: str, group: int, stamp: int, newer_than: float
                 raise IndexError(f"the Parquet file has no column {column!r} any more")
             return parquet.read_row_group(group, columns=[column])
         except (pa.ArrowException, IndexError) as error:
-            raise Unavailable(f"cannot be read ({_said(error)})") from error
+            raise ReadError(f"cannot be read ({_said(error)})") from error
 
     if not is_url(file):
         try:
             return decoded(file)[0]
-        except Unavailable:
+        except ReadError:
             raise
         except OSError as error:
             raise _unavailable(error) from error
@@ -296,13 +298,13 @@ def _row_group(file: str, column: str, group: int, stamp: int, newer_than: float
         return sink.getvalue().to_pybytes()
 
     name = f"{file}#{column}[{group}]"
-    kept = NodeCache.of_this_node().get(name, lambda: attempted(fetched), newer_than)
+    kept = NodeCache.of_this_node().get(name, lambda: with_retries(fetched), newer_than)
     return pa.ipc.open_file(kept).read_all()[0]
 
 
 def _check_size(size: int) -> None:
     if size > MAX_BYTES:
-        raise Unavailable(f"{size:,} bytes are over the limit of {MAX_BYTES:,}")
+        raise ReadError(f"{size:,} bytes are over the limit of {MAX_BYTES:,}")
 
 
 def _passes(error: BaseException) -> bool:
@@ -320,11 +322,11 @@ def _passes(error: BaseException) -> bool:
     return isinstance(cause, OSError) or type(cause).__module__.split(".")[0] in ("aiohttp", "botocore", "gcsfs")
 
 
-def _unavailable(error: BaseException) -> Unavailable:
+def _unavailable(error: BaseException) -> ReadError:
     cause = error.__cause__ or error
     if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) in (404, 410):
-        return Missing(f"cannot be read ({os.strerror(errno.ENOENT)})")
-    return Unavailable(f"cannot be read ({_said(cause)})")
+        return NotFoundError(f"cannot be read ({os.strerror(errno.ENOENT)})")
+    return ReadError(f"cannot be read ({_said(cause)})")
 
 
 def _said(error: BaseException) -> str:

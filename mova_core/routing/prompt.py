@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mova_core.experts import EXPERTS, expert_card
-from mova_core.experts.base import Compat
+from mova_core.experts.base import PreprocessingMode
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MAX_EXPERTS = 3
@@ -64,7 +64,7 @@ def read_reply(reply: str, num_experts: int = 7, max_experts: int = MAX_EXPERTS)
 
 
 def parse_routing(
-    reply: str, num_experts: int = 7, max_experts: int = MAX_EXPERTS, compat: Compat = "fixed"
+    reply: str, num_experts: int = 7, max_experts: int = MAX_EXPERTS, compat: PreprocessingMode = "fixed"
 ) -> list[bool]:
     """A router's reply as a mask over the pool. A reply that names nothing readable routes to no expert (see `read_reply`).
 

@@ -579,9 +579,9 @@ def precompute(
         from cluster.placement import PlanError, plan_pools, read_pools
         from cluster.session import ray_session
         from mova_core.experts.cost import read_profiles
+        from pipelines.precompute.listing import find_images
         from pipelines.precompute.run import precompute as run
         from pipelines.precompute.run import preview
-        from pipelines.precompute.listing import find_images
 
         _import(imports)
         names = _experts(experts)
@@ -1105,9 +1105,9 @@ def store_ls(store: StoreHere, as_json: Json = False) -> None:
 
     opened = FeatureStore(store)
     rows = [
-        {"fingerprint": shelf.fingerprint, **shelf.description}
+        {"fingerprint": partition.fingerprint, **partition.description}
         for name, prints in opened.experts().items()
-        for shelf in (opened.shelf(name, one) for one in prints)
+        for partition in (opened.partition(name, one) for one in prints)
     ]
     emit(
         rows,
@@ -1184,7 +1184,7 @@ def store_verify(
                 bar.update(features)
 
             damaged = list(opened.verify(progress=count))
-        withdrawn = 0 if keep else opened.forget(damaged)
+        withdrawn = 0 if keep else opened.withdraw(damaged)
 
     def show() -> None:
         for row in damaged:

@@ -32,12 +32,12 @@ from mova_core.model import assemble
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import build_routing_prompt, build_routing_reply
 from pipelines.demo.data import build_demo_data
+from pipelines.demo.report import write_report
 from pipelines.evaluate.run import evaluate
 from pipelines.label import label
+from pipelines.precompute.listing import find_images
 from pipelines.precompute.run import precompute
 from pipelines.progress_bar import progress_bar
-from pipelines.demo.report import write_report
-from pipelines.precompute.listing import find_images
 from pipelines.train.loop import Stage, TrainConfig, train
 
 TEMPLATE = (

@@ -11,8 +11,8 @@ from mova_core.data import Sample, usable_samples
 from mova_core.features import FeatureStore
 from mova_core.io.uris import absolute
 from mova_core.metrics import exact_match, normalise
-from pipelines.ray_data import through_actors
-from pipelines.invalid_records import BadRows, read_rows, tell_skipped
+from pipelines.invalid_records import BadRows, read_rows, report_skipped
+from pipelines.ray_data import map_with_actors
 
 KIND, FORM = "kind", "form"  # fields a record may have: what is pictured, and which question template it is
 
@@ -53,7 +53,7 @@ def evaluate(
     if train:
         seen, bad = read_rows(train, bad_rows=bad_rows)
         guesses, skipped = most_frequent(seen), skipped + bad
-    tell_skipped(skipped)
+    report_skipped(skipped)
     usable = usable_samples(read, opened.quarantined())
     samples = usable[:limit]
     rows = [
@@ -61,7 +61,7 @@ def evaluate(
         for n, sample in enumerate(samples)
         if sample.image is not None
     ]
-    replies = through_actors(
+    replies = map_with_actors(
         AnswerServer,
         rows,
         arguments={

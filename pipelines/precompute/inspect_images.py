@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mova_core.io import uris
 from mova_core.features.codec import named_by
 from mova_core.images import ImageError, load_image, read_image
+from mova_core.io import uris
 from pipelines.progress_bar import progress_bar
 
 if TYPE_CHECKING:  # workers load this file
@@ -128,7 +128,7 @@ def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
             key = hashlib.sha256(data).digest()
             with one_decodes:
                 load_image(data)
-        except uris.Unavailable as error:
+        except uris.ReadError as error:
             return None, None, str(error), False
         except ImageError as error:
             reason = str(error).removeprefix(f"{image}: ")  # it stands beside it
@@ -154,9 +154,9 @@ def _seen_before(
     """
     seen: dict[str, Any] = {field.name: pa.nulls(len(images)) for field in list(SEEN)[1:]}
     covered = []
-    for file in store.place.names("listings", ".parquet"):  # the newest last
+    for file in store.storage.list_files("listings", ".parquet"):  # the newest last
         try:
-            content = store.place.read(f"listings/{file}")
+            content = store.storage.read(f"listings/{file}")
         except FileNotFoundError:  # another run has written a newer one
             continue
         if not file.endswith(f"{named_by(content)}.parquet"):  # damaged: its images are read again
@@ -206,15 +206,17 @@ def _keep_listing(
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
     content = sink.getvalue()
     with contextlib.suppress(OSError):  # it saves time and nothing else
-        store.place.make("listings")
-        store.place.put_if_absent(f"listings/{time.time_ns():020d}-{named_by(content)}.parquet", content)
+        store.storage.mkdir("listings")
+        store.storage.put_if_absent(f"listings/{time.time_ns():020d}-{named_by(content)}.parquet", content)
         for file in covered:
-            store.place.delete(f"listings/{file}")
+            store.storage.delete(f"listings/{file}")
 
 
 def _each_once(images: pa.Table, keys: np.ndarray) -> pa.Table:
     """One row per key, where it first stands; it needs the experts that any of its rows needs."""
-    from pipelines.precompute.listing import united  # only here: it costs workers the seconds that torch takes to start
+    from pipelines.precompute.listing import (
+        union_of_experts,  # only here: it costs workers the seconds that torch takes to start
+    )
 
     each = _array(keys).dictionary_encode()
     group = each.indices.to_numpy()  # numbered as they first appear
@@ -225,7 +227,7 @@ def _each_once(images: pa.Table, keys: np.ndarray) -> pa.Table:
         {
             "key": each.dictionary,
             "image": images["image"].take(pa.array(first)),
-            "experts": united(images["experts"], group, len(first)),
+            "experts": union_of_experts(images["experts"], group, len(first)),
         }
     )
 

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from mova_core.data import DataError, iterate_samples
-from mova_core.io.uris import Cell, Member, Unavailable, absolute, attempted, filesystem, is_url, joined, parent
-from pipelines.invalid_records import BadRows, tell_skipped
+from mova_core.io.uris import Cell, Member, ReadError, absolute, filesystem, is_url, joined, parent, with_retries
+from pipelines.invalid_records import BadRows, report_skipped
 from pipelines.progress_bar import progress_bar
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
@@ -82,9 +82,9 @@ def find_images(
             raise DataError(f"{source} holds no records, where routing labels stand: give the LLaVA JSON/JSONL")
         else:
             table = image_table(_of_files(found, images, column, limit, refuse, progress))
-    except Unavailable as error:
+    except ReadError as error:
         raise DataError(f"{source}: {error}") from error
-    tell_skipped(left_out)
+    report_skipped(left_out)
     if skipped is not None:
         skipped += left_out
     if not len(table):
@@ -107,7 +107,7 @@ def image_table(
     return pa.table([column, needs], schema=IMAGES)
 
 
-def united(experts: pa.ChunkedArray, groups: np.ndarray, count: int) -> pa.Array:
+def union_of_experts(experts: pa.ChunkedArray, groups: np.ndarray, count: int) -> pa.Array:
     """The experts that the rows of each group need together.
 
     Args:
@@ -149,7 +149,7 @@ def _of_records(source: str, images: str | Path | None, refuse: Refuse, routed_o
     if not routed_only:
         return image_table(names)
     needs = pa.chunked_array([pa.array(labels, IMAGES.field("experts").type)])
-    return image_table(names, united(needs, np.array(mentions, np.int64), len(names)))
+    return image_table(names, union_of_experts(needs, np.array(mentions, np.int64), len(names)))
 
 
 def _files(source: str, limit: int | None, refuse: Refuse) -> tuple[str, pa.ChunkedArray] | None:
@@ -206,7 +206,7 @@ def _walk(system: fsspec.AbstractFileSystem, folder: str) -> Iterator[str]:
         with os.scandir(folder) as entries:
             found = sorted((entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries)
     else:
-        listed = attempted(lambda: system.ls(folder, detail=True))
+        listed = with_retries(lambda: system.ls(folder, detail=True))
         found = sorted((entry["name"], entry["type"] == "directory") for entry in listed)
         system.invalidate_cache(folder)  # it keeps every listing, and shows it again after changes
     for name, is_folder in found:
@@ -218,7 +218,7 @@ def _walk(system: fsspec.AbstractFileSystem, folder: str) -> Iterator[str]:
 
 def _globbed(system: fsspec.AbstractFileSystem, pattern: str, refuse: Refuse) -> list[str]:
     if re.search(r"[*?\[]", pattern):
-        return sorted(attempted(lambda: system.glob(pattern)))
+        return sorted(with_retries(lambda: system.glob(pattern)))
     if not system.exists(pattern):
         refuse(f"{_full(system, pattern)}: there is no such file")
         return []
@@ -277,7 +277,7 @@ def _looked_into(look: Callable[[str], list[str]], file: str) -> list[str] | str
         return look(file)
     except DataError as error:
         return str(error)
-    except Unavailable as error:
+    except ReadError as error:
         return f"{file}: {error}"
     except (OSError, ValueError, TarError, pa.ArrowException) as error:
         return f"{file}: broken {os.path.splitext(file)[1]} file ({' '.join(str(error).split())}): download it again"
@@ -373,7 +373,7 @@ def _opened(file: str, block_size: int | None = None) -> Any:
     if not is_url(file):
         return open(file, "rb")
     system, path = filesystem(file)
-    return attempted(lambda: system.open(path, "rb", block_size=block_size))
+    return with_retries(lambda: system.open(path, "rb", block_size=block_size))
 
 
 def _full(system: fsspec.AbstractFileSystem, name: str) -> str:

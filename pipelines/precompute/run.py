@@ -20,10 +20,10 @@ from cluster.placement import PlanError, PoolSpec, fit_pools, know_memory, plan_
 from mova_core.experts import EXPERTS, expert_card, expert_module, fingerprint, load_expert
 from mova_core.experts.cost import Profile
 from mova_core.features import FeatureStore, StoreError
-from pipelines.precompute.scheduler import BulkRun, Work, binary, check_nodes
 from pipelines.precompute.inspect_images import Inspected, inspect
-from pipelines.precompute.status_actor import put_up
 from pipelines.precompute.progress import ExpertLog, RunLog, draw_run
+from pipelines.precompute.scheduler import ExpertWorkload, PrecomputeScheduler, binary, check_nodes
+from pipelines.precompute.status_actor import start_status_actor
 
 SHARDS = 256  # per expert, at least: a set of few or small features is divided, too
 LEAST_ROWS = 64  # pictures per shard, at least, unless they are large
@@ -112,11 +112,11 @@ def precompute(
         check_nodes(specs)
     store = FeatureStore(store_path, create=True)
     job = name or f"{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:3]}"  # two may begin in one second
-    board = put_up(job, store.location)  # starts while images are looked at
+    board = start_status_actor(job, store.location)  # starts while images are looked at
     try:
         inspected = _readable(images, store, progress)
         told = Summary(job=job, images=len(images), quarantined=list(inspected.refused))
-        works: list[Work] = []
+        works: list[ExpertWorkload] = []
         logs: dict[str, ExpertLog] = {}
         for work, left_out in _work(of, inspected.readable, store):
             absent = work.look()
@@ -124,8 +124,8 @@ def precompute(
             work.arguments["profiles"] = profiles
             told.quarantined += left_out
             works.append(work)
-            if not absent and work.shelf is not None:
-                work.shelf.snapshot()  # whose run died before it got to that
+            if not absent and work.partition is not None:
+                work.partition.snapshot()  # whose run died before it got to that
             logs[work.expert] = ExpertLog(total=len(work.images), reused=len(work.images) - absent)
         _check_disk(store, works)
         lines = _place(works, profiles) if placement == "auto" and not pools else []
@@ -134,7 +134,7 @@ def precompute(
             log.tell(f"run {job} begins: `mova precompute status {job}` tells how far it is")
         for line in lines:
             log.tell(line)
-        run = BulkRun(store.location, works, log, board)
+        run = PrecomputeScheduler(store.location, works, log, board)
         try:
             failures = run.all()
         finally:
@@ -209,7 +209,7 @@ def _readable(images: pa.Table, store: FeatureStore, progress: bool) -> Inspecte
 
 def _work(
     settings: Settings, readable: pa.Table, store: FeatureStore | None, write: bool = True
-) -> Iterator[tuple[Work, list[dict[str, str]]]]:
+) -> Iterator[tuple[ExpertWorkload, list[dict[str, str]]]]:
     """Each expert's work, and what of it is left out as it failed in an earlier run."""
     failed_before: dict[str, list[dict[str, Any]]] = {}
     if store is not None and not settings.retry_quarantined:
@@ -223,15 +223,15 @@ def _work(
         description = expert.describe(getattr(torch, stored))
         del expert  # its weights, before the next one's are loaded
         images, left_out = _wanted(name, readable, failed_before.get(name, []))
-        shelf, digest = None, fingerprint(description)
+        partition, digest = None, fingerprint(description)
         if store is not None and (write or digest in store.experts().get(name, [])):
-            shelf = store.add_expert(description) if write else store.shelf(name, digest)
+            partition = store.add_expert(description) if write else store.partition(name, digest)
         height, width = description["grid"]
         feature_bytes = height * width * description["channels"] * getattr(torch, stored).itemsize
         by_size = max(1, int(settings.shard_mb * 2**20 / feature_bytes))
-        work = Work(
+        work = ExpertWorkload(
             expert=name,
-            shelf=shelf,
+            partition=partition,
             images=images,
             # The same for the same images, whatever is there already: runs at once then share their shards.
             rows=min(by_size, max(LEAST_ROWS, -(-len(images) // SHARDS))),
@@ -277,7 +277,7 @@ def _wanted(
     return images.filter(pa.array(~out)).combine_chunks(), told
 
 
-def _place(works: list[Work], profiles: Sequence[Profile]) -> list[str]:
+def _place(works: list[ExpertWorkload], profiles: Sequence[Profile]) -> list[str]:
     """Gives experts the pools that `plan_placement` chooses, where it can; returns what to tell of it."""
     missing = {work.expert: len(work.absent) for work in works if len(work.absent)}
     if not missing or not {one.expert for one in profiles} >= missing.keys():
@@ -295,7 +295,7 @@ def _place(works: list[Work], profiles: Sequence[Profile]) -> list[str]:
     return [*placed.describe(), *(f"pool {pool}" for pool in chosen)]
 
 
-def _check_disk(store: FeatureStore, works: Sequence[Work]) -> None:
+def _check_disk(store: FeatureStore, works: Sequence[ExpertWorkload]) -> None:
     need = sum(len(work.absent) * work.feature_bytes for work in works)
     free = store.free_bytes()
     if free is not None and need > free:

@@ -18,11 +18,11 @@ from ray._private.state import available_resources_per_node  # what Ray tells of
 
 from actors.expert_server import ExpertServer
 from cluster.placement import ROUNDING, PlanError, PoolSpec
-from mova_core.features import ExpertShelf, StoreError
-from pipelines.ray_data import Execution, executions_stopped
+from mova_core.features import FeaturePartition, StoreError
 from pipelines.errors import root_cause
-from pipelines.precompute.status_actor import Teller, place, resized
 from pipelines.precompute.progress import ExpertLog, RunLog
+from pipelines.precompute.status_actor import LoadReporter, place, resized
+from pipelines.ray_data import Execution, executions_stopped
 
 TICK = 1.0  # seconds between two looks at everything
 BLOCKS = 1024  # per pool: enough that no actor waits for another, few enough for the driver
@@ -34,11 +34,11 @@ LONG = 120.0  # seconds of work left from which it pays to divide it anew among 
 
 
 @dataclass(kw_only=True, eq=False)
-class Work:
+class ExpertWorkload:
     """What one expert computes in a run."""
 
     expert: str
-    shelf: ExpertShelf | None  # None: not in the store yet
+    partition: FeaturePartition | None  # None: not in the store yet
     images: pa.Table  # `key` and `image` of all wanted, those there already too
     rows: int  # pictures per shard
     feature_bytes: int
@@ -49,7 +49,7 @@ class Work:
     def look(self, failed: Mapping[str, Any] = {}) -> int:
         """Asks the store what is absent, but for images that `failed`; returns how many that is."""
         keys = binary(self.images["key"])
-        self.absent = np.arange(len(keys)) if self.shelf is None else self.shelf.absent(keys)
+        self.absent = np.arange(len(keys)) if self.partition is None else self.partition.missing_positions(keys)
         if failed:
             out = np.array([bytes.fromhex(key) for key in failed], "S32")
             self.absent = self.absent[~np.isin(keys[self.absent], out)]
@@ -62,9 +62,9 @@ class Work:
             todo = todo.take(pa.array(self.absent))
         todo = todo.combine_chunks()
         keys = binary(todo["key"])
-        assert self.shelf is not None
+        assert self.partition is not None
         cuts = [*range(0, len(todo), self.rows), len(todo)]
-        ids = [self.shelf.shard_id(keys[a:b]) for a, b in pairwise(cuts)]
+        ids = [self.partition.shard_id(keys[a:b]) for a, b in pairwise(cuts)]
         offsets = pa.array(cuts, pa.int64())
         columns = {"keys": _only_chunk(todo["key"]), "images": _only_chunk(todo["image"])}
         lists = {name: pa.LargeListArray.from_arrays(offsets, column) for name, column in columns.items()}
@@ -122,7 +122,7 @@ def divide(shards: pa.Table, pools: Sequence[PoolSpec]) -> list[Pool]:
 class ExpertRun:
     """One expert in a run: rounds of work, each divided among its pools, until nothing is missing."""
 
-    def __init__(self, work: Work, log: ExpertLog):
+    def __init__(self, work: ExpertWorkload, log: ExpertLog):
         self.work, self.log = work, log
         self.pools: list[Pool] = []
         self.error: Exception | None = None
@@ -203,7 +203,7 @@ class ExpertRun:
         return bool(rate) and (self.log.total - self.log.done) * left / rate > LONG
 
 
-class Room:
+class FreeResources:
     """What the nodes have for more actors, but for one CPU in all that stays free for reading tasks (ray#44687).
 
     Args:
@@ -245,7 +245,7 @@ def check_nodes(pools: Sequence[PoolSpec]) -> None:
     Raises:
         PlanError: they cannot, even if nothing else ran there.
     """
-    room = Room(empty=True)
+    room = FreeResources(empty=True)
     for pool in sorted(pools, key=lambda pool: (-pool.gpu, -pool.cpus)):
         if (actors := room.take(pool, pool.min_size)) < pool.min_size:
             holds = " and ".join(f"{held:g} {kind}" for kind, held in pool.holds.items() if held)
@@ -255,14 +255,14 @@ def check_nodes(pools: Sequence[PoolSpec]) -> None:
             )
 
 
-class BulkRun:
+class PrecomputeScheduler:
     """Runs the work of several experts as one: who starts, who grows, who goes on.
 
     Args:
         board: what other processes look at and write to.
     """
 
-    def __init__(self, store: str, work: Sequence[Work], log: RunLog, board: Any):
+    def __init__(self, store: str, work: Sequence[ExpertWorkload], log: RunLog, board: Any):
         self.store, self.log, self.board = store, log, board
         self.experts = {one.expert: ExpertRun(one, log.experts[one.expert]) for one in work if len(one.absent)}
         self._changed = threading.Event()
@@ -276,10 +276,10 @@ class BulkRun:
             while running := [expert for expert in self.experts.values() if not expert.ended]:
                 for expert in running:
                     expert.collect(self.log)
-                    if expert.ended and not expert.error and expert.work.shelf is not None:
+                    if expert.ended and not expert.error and expert.work.partition is not None:
                         # What neither this run computed nor failed, another one did meanwhile.
                         expert.log.reused = expert.log.total - expert.log.computed - len(expert.log.failed)
-                        expert.work.shelf.snapshot()
+                        expert.work.partition.snapshot()
                 self._share(threads)
                 self._exchange()
                 self._changed.wait(TICK)
@@ -327,7 +327,7 @@ class BulkRun:
 
     def _share(self, threads: ThreadPoolExecutor) -> None:
         """Starts pools that find room for their least size, in order; what room is left goes to those with most to do."""
-        room = Room()
+        room = FreeResources()
         going = []
         for expert, pool in self._pools():
             if pool.execution is not None:
@@ -372,7 +372,7 @@ class BulkRun:
                 f"{pool.execution.restarting} actors of {pool.spec.expert} died and found no place to start again"
             )
 
-    def _grow(self, room: Room, pools: list[tuple[ExpertRun, Pool]]) -> None:
+    def _grow(self, room: FreeResources, pools: list[tuple[ExpertRun, Pool]]) -> None:
         def to_do(expert: ExpertRun, pool: Pool) -> float:
             """Seconds to go, or blocks per actor where no rate is known yet."""
             assert pool.execution is not None
@@ -402,7 +402,7 @@ class BulkRun:
                 "expert": spec.expert,
                 "batch_size": spec.batch,
                 "store": self.store,
-                "watch": Teller(self.board, spec.expert),
+                "watch": LoadReporter(self.board, spec.expert),
                 "device": "cuda" if spec.gpu else "cpu",
                 "memory_share": min(1.0, spec.gpu or 1.0),
             },

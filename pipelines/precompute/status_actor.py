@@ -19,7 +19,7 @@ class RunError(ValueError):
     """No such run, or none of its experts; the message says which there are."""
 
 
-class Board:
+class RunStatusActor:
     """What the actor holds."""
 
     def __init__(self, job: str, store: str) -> None:
@@ -46,7 +46,7 @@ class Board:
         return self.progress
 
 
-class Teller:
+class LoadReporter:
     """Tells a board the loads of one expert's servers; travels to them."""
 
     def __init__(self, board: Any, expert: str):
@@ -56,7 +56,7 @@ class Teller:
         self.board.tell.remote(self.expert, load)
 
 
-def put_up(job: str, store: str) -> Any:
+def start_status_actor(job: str, store: str) -> Any:
     """The board of a new run into a store.
 
     Raises:
@@ -68,7 +68,7 @@ def put_up(job: str, store: str) -> Any:
         ray.get_runtime_context().get_node_id(), soft=False
     )  # dies with no other node
     options = {"name": PREFIX + job, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1}
-    return ray.remote(Board).options(**options, scheduling_strategy=here).remote(job, store)
+    return ray.remote(RunStatusActor).options(**options, scheduling_strategy=here).remote(job, store)
 
 
 def running() -> list[str]:
@@ -81,7 +81,7 @@ def running() -> list[str]:
     )
 
 
-def board_of(job: str) -> Any:
+def status_actor_of(job: str) -> Any:
     """The board of a run.
 
     Raises:
@@ -99,7 +99,7 @@ def board_of(job: str) -> Any:
 
 def status(job: str | None = None) -> list[dict[str, Any]]:
     """How far a run is, or all of them: job, store, seconds, and per expert what `RunLog.now` tells."""
-    boards = [board_of(name) for name in ([job] if job else running())]
+    boards = [status_actor_of(name) for name in ([job] if job else running())]
     return list(ray.get([board.status.remote() for board in boards], timeout=30))
 
 
@@ -113,7 +113,7 @@ def resize(job: str, pools: list[str]) -> dict[str, list[str]]:
         PlanError: a pool the cluster cannot hold, or one of several and it is not said which.
         RunError: no such run, or an expert it does not compute.
     """
-    board = board_of(job)
+    board = status_actor_of(job)
     told: dict[str, Any] = ray.get(board.status.remote(), timeout=30)["experts"]
     new: dict[str, list[str]] = {}
     for text in pools:

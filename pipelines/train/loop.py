@@ -29,7 +29,7 @@ from mova_core.data import REWRITTEN, DataError, Sample, routing_turns, usable_s
 from mova_core.features import FeatureStore
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import MoVAProcessor
-from pipelines.invalid_records import BadRows, read_rows, tell_skipped
+from pipelines.invalid_records import BadRows, read_rows, report_skipped
 from pipelines.progress_bar import follow_progress, write_progress
 
 Stage = Literal["pretrain", "sft", "router", "light-router"]
@@ -79,7 +79,7 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
     started = time.perf_counter()
     config = pinned(config)
     samples, skipped = training_samples(config)  # refuse bad input before any worker starts
-    tell_skipped(skipped)
+    report_skipped(skipped)
     check_features(config, samples)
     storage = run_folder(config)
     storage.mkdir(parents=True, exist_ok=True)
@@ -279,8 +279,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     samples, _ = training_samples(config)
     batches = Batches(config, samples, processor, model.config.pool)
     for expert in model.config.pool:
-        shelf = batches.store.shelf(expert["name"])
-        expert.update(fingerprint=shelf.fingerprint, dtype=shelf.description["dtype"])
+        partition = batches.store.partition(expert["name"])
+        expert.update(fingerprint=partition.fingerprint, dtype=partition.description["dtype"])
     device = ray.train.torch.get_device()
     learner = LightRouting(model) if config.stage == "light-router" else model
     wrapped = prepare_model(learner, parallel_strategy_kwargs={"find_unused_parameters": True})

@@ -14,7 +14,7 @@ import ray
 import torch
 from PIL import Image
 
-from actors.expert_pool import SERVE_NAMESPACE, ExpertPool, Servers
+from actors.expert_pool import SERVE_NAMESPACE, ExpertDeploymentConfig, ExpertPool
 from actors.expert_server import ServerError
 from actors.ray_metrics import RayTelemetry
 from mova_core.experts import load_expert
@@ -58,8 +58,8 @@ def pool(ray_cluster):
     """Two experts, one server each; its queue of one makes `sam` refuse what comes meanwhile."""
     pool = ExpertPool(
         {
-            "sam": Servers(num_cpus=0.5, batch_size=2, server={"size": "mini", "queue": 1}),
-            "deplot": Servers(num_cpus=0.5, batch_size=4, server={"size": "mini"}),
+            "sam": ExpertDeploymentConfig(num_cpus=0.5, batch_size=2, server={"size": "mini", "queue": 1}),
+            "deplot": ExpertDeploymentConfig(num_cpus=0.5, batch_size=4, server={"size": "mini"}),
         },
         name="pool-test",
         telemetry=Recorder(),
@@ -192,7 +192,9 @@ def test_a_server_that_dies_or_breaks_is_replaced_and_its_work_redone(pool, imag
 
 @pytest.mark.ray
 def test_an_expert_that_cannot_start_says_why(ray_cluster, images):
-    pool = ExpertPool({"sam": Servers(num_cpus=0.1, server={"size": "mini", "weights": "/nowhere"})}, name="bad")
+    pool = ExpertPool(
+        {"sam": ExpertDeploymentConfig(num_cpus=0.1, server={"size": "mini", "weights": "/nowhere"})}, name="bad"
+    )
     try:
         with pytest.raises(ServerError, match=r"no server of sam answers: .*nowhere"):
             pool.fetch(images[:1], [["sam"]])

@@ -131,8 +131,8 @@ def right(results, images) -> list[bool]:
     ]
 
 
-def shard_of(shelf, images):
-    shard = shelf.plan([image.key for image in images], 100)[0]
+def shard_of(partition, images):
+    shard = partition.plan([image.key for image in images], 100)[0]
     paths = {image.key: image.path for image in images}
     keys = [bytes.fromhex(key) for key in shard.keys]
     return pa.Table.from_pylist([{"shard": shard.id, "keys": keys, "images": [paths[key] for key in shard.keys]}])
@@ -181,10 +181,10 @@ class TestPublishedExperts:
         """Two threads call, as Ray Data has them: the second's pictures are answered while the first still writes."""
         store = FeatureStore(tmp_path / "store", create=True)
         sam = server("sam", batch_size=2, store=store.location)
-        shelf = sam.store.add_expert(sam.description)
-        shards = [shard_of(shelf, refs(pictures, *part)) for part in ((0, 1, 2), (3, 4, 5))]
+        partition = sam.store.add_expert(sam.description)
+        shards = [shard_of(partition, refs(pictures, *part)) for part in ((0, 1, 2), (3, 4, 5))]
         first_is_written, both_computed = threading.Event(), threading.Event()
-        write = type(shelf).write
+        write = type(partition).write
 
         def slow(self, shard_id, features):
             if not first_is_written.is_set():
@@ -192,7 +192,7 @@ class TestPublishedExperts:
                 assert both_computed.wait(30)
             return write(self, shard_id, features)
 
-        monkeypatch.setattr(type(shelf), "write", slow)
+        monkeypatch.setattr(type(partition), "write", slow)
         with ThreadPoolExecutor(2) as calls:
             done = [calls.submit(lambda shard: list(sam(shard)), shard) for shard in shards]
             assert first_is_written.wait(30)

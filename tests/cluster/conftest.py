@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from cluster.nodes import GIB, Nodes
+from cluster.nodes import GIB, NodeType
 from mova_core.experts.cost import Measured, Profile
 
 TFLOPS = {
@@ -37,10 +37,10 @@ class Chance(random.Random):
         ]
         return Profile(expert=name, arch={}, dtype="bfloat16", device=device, threads=4, batches=batches)
 
-    def cluster(self, gpu_kinds: Sequence[str] = tuple(GPUS), most: int = 3) -> list[Nodes]:
+    def cluster(self, gpu_kinds: Sequence[str] = tuple(GPUS), most: int = 3) -> list[NodeType]:
         """Some machines of each of some kinds of GPU, and some with none."""
         found = [
-            Nodes(
+            NodeType(
                 count=self.randint(1, most),
                 cpus=self.choice([8, 16, 64]),
                 memory=self.choice([32, 64, 256]) * GIB,
@@ -50,7 +50,7 @@ class Chance(random.Random):
             )
             for kind in self.sample(list(gpu_kinds), self.randint(0, len(gpu_kinds)))
         ]
-        bare = Nodes(count=self.randint(1, most), cpus=self.choice([6, 16, 30]), memory=self.choice([24, 100]) * GIB)
+        bare = NodeType(count=self.randint(1, most), cpus=self.choice([6, 16, 30]), memory=self.choice([24, 100]) * GIB)
         return [*found, bare]
 
     def mix(self, least: int = 1) -> dict[str, int]:

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.nodes import GIB, Nodes, PlanError, accelerator_of, alike, read_cluster
+from cluster.nodes import GIB, NodeType, PlanError, accelerator_of, group_identical, read_cluster
 
 NAMES = {
     "NVIDIA H100 80GB HBM3": "H100",
@@ -34,8 +34,8 @@ def test_a_cluster_is_read_from_a_file(tmp_path):
         "- {count: 4, cpus: 64, memory_gib: 256, accelerator: A100, gpus: 8, gpu_memory_gib: 40}\n"
         "- {cpus: 32, memory_gib: 0.5}\n"
     )
-    gpus = Nodes(count=4, cpus=64, memory=256 * GIB, accelerator="A100", gpus=8, gpu_memory=40 * GIB)
-    assert read_cluster(file) == [gpus, Nodes(cpus=32, memory=GIB // 2)]
+    gpus = NodeType(count=4, cpus=64, memory=256 * GIB, accelerator="A100", gpus=8, gpu_memory=40 * GIB)
+    assert read_cluster(file) == [gpus, NodeType(cpus=32, memory=GIB // 2)]
     for text, wrong in (
         ("- {cpus: 4}", r"cluster\.yaml, machine 1: memory_gib is missing"),
         ("- {cpus: 4, memory_gib: 1, gpu: 2}", r"no such key gpu; there are accelerator, count, cpus"),
@@ -55,7 +55,7 @@ def test_machines_that_ray_tells_are_put_together():
 
     a100 = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:A100": 1.0}
     rows = [row(**a100), row(**a100, memory=64.9 * GIB), row(CPU=4.0), row(False, CPU=4.0), row(CPU=4.0, GPU=1.0)]
-    assert alike(rows) == [
-        Nodes(count=2, cpus=16.0, memory=64 * GIB, accelerator="A100", gpus=2),
-        Nodes(count=2, cpus=4.0, memory=64 * GIB),
+    assert group_identical(rows) == [
+        NodeType(count=2, cpus=16.0, memory=64 * GIB, accelerator="A100", gpus=2),
+        NodeType(count=2, cpus=4.0, memory=64 * GIB),
     ]

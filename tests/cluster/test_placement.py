@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.nodes import GIB, Nodes
+from cluster.nodes import GIB, NodeType
 from cluster.placement import SPARE, PlanError, PoolSpec, _ways, plan_placement, plan_pools, seat
 from mova_core.experts.cost import Measured, Profile
 
@@ -18,8 +18,8 @@ def profile(expert: str, device: str, *batches: tuple[int, float, float], thread
     return Profile(expert=expert, arch={}, dtype="bfloat16", device=device, threads=threads, batches=measured)
 
 
-def gpus(count: int, kind: str = "A100", memory: float = 40, cpus: float = 16) -> Nodes:
-    return Nodes(cpus=cpus, memory=64 * GIB, accelerator=kind, gpus=count, gpu_memory=int(memory * GIB))
+def gpus(count: int, kind: str = "A100", memory: float = 40, cpus: float = 16) -> NodeType:
+    return NodeType(cpus=cpus, memory=64 * GIB, accelerator=kind, gpus=count, gpu_memory=int(memory * GIB))
 
 
 def test_each_expert_goes_where_it_is_relatively_fast():
@@ -67,11 +67,11 @@ def test_what_cannot_be_placed_is_told():
     with pytest.raises(
         PlanError, match=r"it takes 4 CPUs and 3\.0 GiB of memory on one machine, but the largest has 2"
     ):
-        plan_placement({"sam": 1}, [on_cpu], [Nodes(cpus=2, memory=64 * GIB)])
+        plan_placement({"sam": 1}, [on_cpu], [NodeType(cpus=2, memory=64 * GIB)])
     with pytest.raises(PlanError, match=r"sam: an actor of it holds 4 CPUs .* has 4: profile it with a lower --cpu"):
-        plan_placement({"sam": 1}, [on_cpu], [Nodes(cpus=4, memory=64 * GIB)])
+        plan_placement({"sam": 1}, [on_cpu], [NodeType(cpus=4, memory=64 * GIB)])
     with pytest.raises(PlanError, match="nothing is wanted"):
-        plan_placement({"sam": 0}, [on_cpu], [Nodes(cpus=4, memory=64 * GIB)])
+        plan_placement({"sam": 0}, [on_cpu], [NodeType(cpus=4, memory=64 * GIB)])
     [note] = plan_placement({"sam": 1}, [a100], [gpus(1), gpus(1, "T4", 15)]).notes
     assert note == "sam is not placed on T4: no profile of it there"
 
@@ -79,7 +79,7 @@ def test_what_cannot_be_placed_is_told():
 def test_experts_take_turns_where_they_do_not_fit_beside_each_other():
     profiles = [profile(name, "cpu X", (1, 2.0, 1)) for name in ("sam", "vary", "clip", "deplot")]
     placed = plan_placement(
-        dict.fromkeys(["sam", "vary", "clip", "deplot"], 600), profiles, [Nodes(cpus=4, memory=9 * GIB)]
+        dict.fromkeys(["sam", "vary", "clip", "deplot"], 600), profiles, [NodeType(cpus=4, memory=9 * GIB)]
     )
     assert placed.in_turn and {pool.max_size for pool in placed.pools} == {3}
     assert placed.images_per_second == pytest.approx(1.5) and placed.seconds == pytest.approx(400)
@@ -88,7 +88,7 @@ def test_experts_take_turns_where_they_do_not_fit_beside_each_other():
 
 def test_a_device_too_slow_for_one_shard_is_left_out():
     profiles = [profile("sam", "A100", (1, 100.0, 5)), profile("sam", "cpu X", (1, 0.5, 1))]
-    nodes = [gpus(1), Nodes(cpus=500, memory=500 * GIB)]
+    nodes = [gpus(1), NodeType(cpus=500, memory=500 * GIB)]
     for images, kinds in ((2_000, {"A100"}), (1_000_000, {"A100", None})):  # 128 s of a shard, of 20 s or of an hour
         assert {pool.accelerator for pool in plan_placement({"sam": images}, profiles, nodes).pools} == kinds
 
@@ -99,7 +99,7 @@ def test_decoding_takes_cpus_beside_a_gpu():
     assert (pool.rate, pool.cpus) == (240.0, 4.0), "four cores decode, more an actor cannot use"
     shared = plan_placement({"sam": 100_000}, fast, [gpus(1, cpus=16)], PIXELS)
     assert 240 < shared.images_per_second <= 15 * PIXELS, "several actors on the GPU can"
-    cpu = plan_placement({"sam": 1}, [profile("sam", "cpu X", (1, 60.0, 1))], [Nodes(cpus=2, memory=GIB)], PIXELS)
+    cpu = plan_placement({"sam": 1}, [profile("sam", "cpu X", (1, 60.0, 1))], [NodeType(cpus=2, memory=GIB)], PIXELS)
     assert cpu.images_per_second == pytest.approx(30)
 
 

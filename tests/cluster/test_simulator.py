@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.nodes import GIB, Nodes, PlanError
+from cluster.nodes import GIB, NodeType, PlanError
 from cluster.placement import PoolSpec, plan_placement
 from cluster.simulator import simulate
 from mova_core.experts.cost import Measured, Profile
@@ -17,7 +17,7 @@ def profile(expert: str, device: str, rate: float, batch: int = 8) -> Profile:
     return Profile(expert=expert, arch={}, dtype="bfloat16", device=device, threads=1, batches=measured)
 
 
-CPUS = [Nodes(cpus=5, memory=8 * GIB)]
+CPUS = [NodeType(cpus=5, memory=8 * GIB)]
 TWO = [profile("sam", "cpu X", 2.0), profile("vary", "cpu X", 8.0)]
 
 
@@ -36,7 +36,7 @@ def test_a_thousand_gpus_of_four_kinds_in_a_minute(chance):
     wanted = {name: chance.randint(2000, 4000) * 1000 for name in chance.mix(least=7)}
     kinds = {"H100": (30, 80), "A100": (40, 40), "L4": (30, 22), "T4": (25, 15)}
     nodes = [
-        Nodes(count=count, cpus=96, memory=512 * GIB, accelerator=kind, gpus=8, gpu_memory=memory * GIB)
+        NodeType(count=count, cpus=96, memory=512 * GIB, accelerator=kind, gpus=8, gpu_memory=memory * GIB)
         for kind, (count, memory) in kinds.items()
     ]
     assert sum(one.count * one.gpus for one in nodes) == 1000

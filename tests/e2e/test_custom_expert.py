@@ -18,7 +18,7 @@ import typer
 from PIL import Image
 from safetensors.torch import save_file
 
-from actors.expert_pool import ExpertPool, Servers
+from actors.expert_pool import ExpertDeploymentConfig, ExpertPool
 from mova_core.adapter import AdapterConfig, MoVAdapter
 from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, load_expert
 from mova_core.experts.base import Features
@@ -143,7 +143,7 @@ def test_through_precompute_and_the_adapter(ray_cluster, place):
 @pytest.mark.ray
 def test_a_class_of_the_running_script_cannot_be_sent(ray_cluster, place, monkeypatch):
     monkeypatch.setattr(type(load_expert("siglip", size="mini")), "__module__", "__main__")
-    pool = ExpertPool({"siglip": Servers(server={"size": "mini"})})
+    pool = ExpertPool({"siglip": ExpertDeploymentConfig(server={"size": "mini"})})
     with pytest.raises(ValueError, match="expert 'siglip' is defined in the script or notebook that runs"):
         pool.fetch([ImageRef(data=b"")], [["siglip"]])
 

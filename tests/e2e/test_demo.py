@@ -110,7 +110,7 @@ def test_stages_train_what_the_paper_says(ran):
 
 def test_a_store_of_other_weights_is_refused(ran, tmp_path):
     root = Path(ran[0].folder)
-    held = FeatureStore(root / "store").shelf("sam").description
+    held = FeatureStore(root / "store").partition("sam").description
     FeatureStore(tmp_path / "store", create=True).add_expert(held | {"weights": "0" * 32})
     with pytest.raises(StoreError, match=r"sam.*mova precompute"):
         evaluate(str(root / "router"), str(root / "data" / "test.json"), str(tmp_path / "store"))

@@ -26,8 +26,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-
-from tests.mova_core.test_store_remote import Server
+from tests.mova_core.features.test_store_remote import Server
 
 ROOT = Path(__file__).parents[2]
 MOMENTS = int(os.environ.get("MOVA_FAULT_MOMENTS", "2"))
@@ -156,7 +155,9 @@ def place(tmp_path_factory) -> Iterator[Place]:
         patch.setenv("RAY_raylet_start_wait_time_s", "120")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         patch.setenv("RAY_ADDRESS", cluster.address)
-        forks.set_forkserver_preload(["cluster.session", "pipelines.cli.main", "pipelines.precompute.run", "waiting_expert"])
+        forks.set_forkserver_preload(
+            ["cluster.session", "pipelines.cli.main", "pipelines.precompute.run", "waiting_expert"]
+        )
         here = Place(folder, cluster, s3)
         try:
             here.add_node()
@@ -296,14 +297,14 @@ def test_flipped_bytes(place, tmp_path):
     """100 random bytes of a finished store, whatever they are of: `verify` names all, the next precompute makes them anew."""
     store = tmp_path / "store"
     shutil.copytree(place.folder / "undisturbed", store)
-    [shelf] = store.glob("waiting/*")
-    rows = [row for receipt in shelf.glob("receipts/*.parquet") for row in pq.read_table(receipt).to_pylist()]
+    [partition] = store.glob("waiting/*")
+    rows = [row for receipt in partition.glob("receipts/*.parquet") for row in pq.read_table(receipt).to_pylist()]
     files = [
         path for path in sorted(store.rglob("*")) if path.is_file() and path.name not in ("store.json", "expert.json")
     ]
     ends = np.cumsum([path.stat().st_size for path in files])
     draw = random.Random(0)
-    hit = []  # file, relative to the shelf, and where
+    hit = []  # file, relative to the partition, and where
     for place_in_store in draw.sample(range(int(ends[-1])), 100):
         number = int(np.searchsorted(ends, place_in_store, "right"))
         path, at = files[number], place_in_store - int(ends[number - 1] if number else 0)
@@ -312,7 +313,7 @@ def test_flipped_bytes(place, tmp_path):
             [byte] = file.read(1)
             file.seek(at)
             file.write(bytes([byte ^ draw.randrange(1, 256)]))
-        hit.append((str(path.relative_to(shelf if path.is_relative_to(shelf) else store)), at))
+        hit.append((str(path.relative_to(partition if path.is_relative_to(partition) else store)), at))
 
     told = mova(tmp_path, "store", "verify", str(store), "--json", "--quiet", code=1)
     damaged = {(damage["shard"], damage["key"]) for damage in told["damaged"]}
@@ -367,7 +368,7 @@ def check(place: Place, store: str) -> None:
 
     assert stored(store) == place.bytes_of
     assert list(FeatureStore(store).verify()) == []
-    assert FeatureStore(store).shelf("waiting").place.names("snapshots", ".json")
+    assert FeatureStore(store).partition("waiting").storage.list_files("snapshots", ".json")
 
 
 def report(fault: str, **told: Any) -> None:

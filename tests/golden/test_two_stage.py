@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from mova_core.answering import ROUTER_TOKENS, Answerer, Question
+from mova_core.answering.answerer import ROUTER_TOKENS, Answerer, Question
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import EXPERTS
 from mova_core.images import ImageRef

@@ -271,15 +271,15 @@ class TestSquarePixels:
                 assert np.array_equal(np.asarray(ours), np.asarray(padded)), size
 
     def test_a_picture_makes_the_same_pixels_once(self, picture):
-        shared = images.Picture(encoded(picture))
+        shared = images.DecodedImage(encoded(picture))
         assert shared.decode() is shared.decode()
         first, again = clip_pixels([shared], 32), clip_pixels([shared, shared], 32)
         assert torch.equal(first, clip_pixels([picture], 32)) and torch.equal(again, torch.cat([first, first]))
-        made = shared.once("key", lambda: "made")
-        assert made == "made" == shared.once("key", lambda: "never called")
+        made = shared.cached("key", lambda: "made")
+        assert made == "made" == shared.cached("key", lambda: "never called")
         assert not torch.equal(images.square_pixels([shared], 32, (0, 0, 0), (1, 1, 1)), first)
         with pytest.raises(ImageError, match="image of 3 bytes"):
-            clip_pixels([images.Picture(b"abc")], 32)
+            clip_pixels([images.DecodedImage(b"abc")], 32)
 
     def test_very_long_pictures(self):
         for size in ((20_000, 1), (1, 6_000)):

@@ -7,9 +7,9 @@ from PIL import Image
 from cluster.placement import PlanError, PoolSpec
 from mova_core.experts.cost import ProfileError, read_profiles
 from mova_core.features import FeatureStore
+from pipelines.precompute.listing import image_table
 from pipelines.precompute.run import precompute
 from pipelines.profile import profile
-from pipelines.precompute.listing import image_table
 
 HERE = PoolSpec(expert="profile")
 

@@ -12,12 +12,12 @@ from pipelines.read_features import features_of, read_features
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_every_row_comes_equal(ray_cluster, tmp_path, monkeypatch, dtype):
     store = FeatureStore(tmp_path / "store", create=True)
-    shelf = store.add_expert({"expert": "sam", "dtype": dtype, "weights": "w"})
+    partition = store.add_expert({"expert": "sam", "dtype": dtype, "weights": "w"})
     keys = [f"{number:02x}" * 31 + "00" for number in range(50)]
     grids = [(3, 4 + number % 2) for number in range(50)]
     features = {key: Features(torch.randn(grid[0] * grid[1], 8), grid) for key, grid in zip(keys, grids, strict=True)}
     for half in (keys[:20], keys[20:]):
-        shelf.write(shelf.shard_id(half), {key: features[key] for key in half})
+        partition.write(partition.shard_id(half), {key: features[key] for key in half})
     monkeypatch.setattr("pipelines.read_features.BLOCK_BYTES", 12 * 192)
 
     def of(dataset) -> dict[str, Features]:
@@ -26,7 +26,7 @@ def test_every_row_comes_equal(ray_cluster, tmp_path, monkeypatch, dtype):
             key: one for table in tables for key, one in zip(table["key"].to_pylist(), features_of(table), strict=True)
         }
 
-    wanted = dict(zip(keys, store.shelf("sam").read(keys), strict=True))
+    wanted = dict(zip(keys, store.partition("sam").read(keys), strict=True))
     whole = read_features(store, "sam")
     assert whole.count() == 50
     for got, chosen in ((of(whole), keys), (of(read_features(store, "sam", keys[5:8])), keys[5:8])):

@@ -1,5 +1,12 @@
 """Where a feature store keeps its files."""
 
-from mova_core.features.storage.base import Bucket, LocalFolder, Place, StoreError, place_at, writing
+from mova_core.features.storage.base import (
+    LocalStorage,
+    ObjectStorage,
+    StorageBackend,
+    StoreError,
+    open_storage,
+    writing,
+)
 
-__all__ = ["Bucket", "LocalFolder", "Place", "StoreError", "place_at", "writing"]
+__all__ = ["LocalStorage", "ObjectStorage", "StorageBackend", "StoreError", "open_storage", "writing"]

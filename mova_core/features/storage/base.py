@@ -41,11 +41,11 @@ class StoreError(RuntimeError):
     """Something is wrong with a store: one line that names the thing and the fix."""
 
 
-class Place(ABC):
+class StorageBackend(ABC):
     """A folder, and all that the store does with one. Picklable; usable from any number of threads.
 
     Attributes:
-        location: absolute folder or URL; `place_at` makes the same place of it.
+        location: absolute folder or URL; `open_storage` makes the same place of it.
         readers: how many threads read from it at once.
         mapped: gives memory away without a copy.
         near: gap up to which two rows are read as one, in bytes, and how large the whole may become; None never.
@@ -55,18 +55,18 @@ class Place(ABC):
     location: str
     readers: int
     mapped: bool
-    near: tuple[int, int] | None
-    certain: bool
+    coalesce_gap: tuple[int, int] | None
+    failed_write_is_final: bool
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return place_at, (self.location,)
+        return open_storage, (self.location,)
 
-    def below(self, folder: str) -> Place:
+    def below(self, folder: str) -> StorageBackend:
         """The place of a folder in it."""
-        return place_at(f"{self.location}/{folder}")
+        return open_storage(f"{self.location}/{folder}")
 
     @abstractmethod
-    def make(self, *folders: str) -> None:
+    def mkdir(self, *folders: str) -> None:
         """Makes folders, itself among them, that are not there."""
 
     @abstractmethod
@@ -74,19 +74,19 @@ class Place(ABC):
         """What can still be written; None where no limit is known."""
 
     @abstractmethod
-    def names(self, folder: str, suffix: str = "") -> list[str]:
+    def list_files(self, folder: str, suffix: str = "") -> list[str]:
         """The names of a folder's published files, sorted; none where there is no such folder."""
 
     @abstractmethod
-    def folders(self, folder: str = "") -> list[str]:
+    def list_folders(self, folder: str = "") -> list[str]:
         """The names of the folders in a folder, sorted; none where there is no such folder."""
 
     @abstractmethod
-    def leftovers(self) -> list[str]:
+    def list_temporaries(self) -> list[str]:
         """Files of writers that may have died, in all folders."""
 
     @abstractmethod
-    def changed(self, folder: str) -> int | None:
+    def mtime_ns(self, folder: str) -> int | None:
         """When names in a folder last changed, in ns of this machine's clock; None where that cannot be told."""
 
     @abstractmethod
@@ -106,11 +106,11 @@ class Place(ABC):
         """A whole file; `anew` not from this machine's page cache, which says nothing about the disk."""
 
     @abstractmethod
-    def expect(self, parts: Sequence[tuple[str, int, int]]) -> None:
+    def prefetch(self, parts: Sequence[tuple[str, int, int]]) -> None:
         """Begins to fetch parts of files (name, offset, size) that will be asked for next; never fails."""
 
     @abstractmethod
-    def view(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
+    def read_range(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
         """A part of a file: uint8, 1-D, not to be written to unless it is the caller's `own` (and changes no file).
 
         Raises:
@@ -119,7 +119,7 @@ class Place(ABC):
         """
 
     @abstractmethod
-    def local(self, name: str, size: int, mark: str) -> Path:
+    def local_copy(self, name: str, size: int, mark: str) -> Path:
         """A local file with the bytes of `name`, which are `size` and known by `mark`; ValueError if it has others."""
 
     @abstractmethod
@@ -135,10 +135,10 @@ class Place(ABC):
         """Deletes a file, if it is there."""
 
 
-class LocalFolder(Place):
+class LocalStorage(StorageBackend):
     """A folder of a file system with hard links."""
 
-    readers, mapped, near, certain = 4, True, None, True
+    readers, mapped, coalesce_gap, failed_write_is_final = 4, True, None, True
 
     def __init__(self, location: str):
         self.location = location
@@ -147,8 +147,8 @@ class LocalFolder(Place):
     def _at(self, name: str) -> str:
         return f"{self.location}/{name}" if name else self.location
 
-    def make(self, *folders: str) -> None:
-        """See `Place`."""
+    def mkdir(self, *folders: str) -> None:
+        """See `StorageBackend`."""
         if os.path.exists(self.location) and not os.path.isdir(self.location):
             raise StoreError(f"{self.location} is a file: give the folder of a feature store")
         for folder in (self._at(name) for name in ("", *folders)):
@@ -163,15 +163,15 @@ class LocalFolder(Place):
                 _sync(os.path.dirname(one))
 
     def free_bytes(self) -> int | None:
-        """See `Place`."""
+        """See `StorageBackend`."""
         return shutil.disk_usage(self.location).free
 
-    def names(self, folder: str, suffix: str = "") -> list[str]:
-        """See `Place`."""
+    def list_files(self, folder: str, suffix: str = "") -> list[str]:
+        """See `StorageBackend`."""
         return [name for name in self._entries(folder, os.DirEntry.is_file) if name.endswith(suffix)]
 
-    def folders(self, folder: str = "") -> list[str]:
-        """See `Place`."""
+    def list_folders(self, folder: str = "") -> list[str]:
+        """See `StorageBackend`."""
         return self._entries(folder, os.DirEntry.is_dir)
 
     def _entries(self, folder: str, kind: Callable[[os.DirEntry[str]], bool]) -> list[str]:
@@ -181,51 +181,51 @@ class LocalFolder(Place):
         except FileNotFoundError:  # copying tools drop empty folders
             return []
 
-    def leftovers(self) -> list[str]:
-        """See `Place`."""
+    def list_temporaries(self) -> list[str]:
+        """See `StorageBackend`."""
         root = Path(self.location)
         return [str(path.relative_to(root)) for path in root.glob("**/.*.tmp")]
 
-    def changed(self, folder: str) -> int | None:
-        """See `Place`."""
+    def mtime_ns(self, folder: str) -> int | None:
+        """See `StorageBackend`."""
         try:
             return os.stat(self._at(folder)).st_mtime_ns
         except FileNotFoundError:
             return 0
 
     def stat(self, name: str) -> tuple[int, float]:
-        """See `Place`."""
+        """See `StorageBackend`."""
         found = os.stat(self._at(name))
         return found.st_size, found.st_mtime
 
     def read(self, name: str, anew: bool = False) -> bytes:
-        """See `Place`."""
+        """See `StorageBackend`."""
         with open(self._at(name), "rb", buffering=0) as file:
             if anew:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             return file.read()
 
-    def expect(self, parts: Sequence[tuple[str, int, int]]) -> None:
-        """See `Place`: all at once, so that the disk has as many requests as it can take. 1.5x of four reading threads."""
+    def prefetch(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        """See `StorageBackend`: all at once, so that the disk has as many requests as it can take. 1.5x of four reading threads."""
         for name, offset, size in parts:
             with suppress(OSError, EOFError):
                 file = self._open(name)
                 if not file.in_memory(offset, size):
                     os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def view(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
-        """See `Place`; of the page cache, large ones without a copy."""
-        return self._open(name).view(offset, size, own)
+    def read_range(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
+        """See `StorageBackend`; of the page cache, large ones without a copy."""
+        return self._open(name).read_range(offset, size, own)
 
-    def local(self, name: str, size: int, mark: str) -> Path:
-        """See `Place`."""
+    def local_copy(self, name: str, size: int, mark: str) -> Path:
+        """See `StorageBackend`."""
         path = Path(self._at(name))
         if path.stat().st_size != size:
             raise ValueError(f"{path} is not the file that was published")
         return path
 
     def put(self, name: str, pieces: Sequence[Any]) -> None:
-        """See `Place`."""
+        """See `StorageBackend`."""
         path, temporary = self._at(name), self._temporary(name)
         try:
             self._write(temporary, pieces)
@@ -236,7 +236,7 @@ class LocalFolder(Place):
         _sync(os.path.dirname(path))
 
     def put_if_absent(self, name: str, content: Any) -> bool:
-        """See `Place`; by link(2), which never replaces."""
+        """See `StorageBackend`; by link(2), which never replaces."""
         path, temporary = self._at(name), self._temporary(name)
         try:
             self._write(temporary, [content])
@@ -249,7 +249,7 @@ class LocalFolder(Place):
         return True
 
     def delete(self, name: str) -> None:
-        """See `Place`."""
+        """See `StorageBackend`."""
         _remove(self._at(name))
 
     def _temporary(self, name: str) -> str:
@@ -264,10 +264,10 @@ class LocalFolder(Place):
             os.fsync(file.fileno())
 
 
-class Bucket(Place):
+class ObjectStorage(StorageBackend):
     """A folder of an object store, or of anything else that fsspec opens."""
 
-    readers, mapped, near, certain = 16, False, (1 << 16, 8 << 20), False
+    readers, mapped, coalesce_gap, failed_write_is_final = 16, False, (1 << 16, 8 << 20), False
 
     def __init__(self, location: str):
         self.location = location
@@ -311,19 +311,19 @@ class Bucket(Place):
             time.sleep(pause)
         raise AssertionError
 
-    def make(self, *folders: str) -> None:
-        """See `Place`; a bucket has no folders."""
+    def mkdir(self, *folders: str) -> None:
+        """See `StorageBackend`; a bucket has no folders."""
 
     def free_bytes(self) -> int | None:
-        """See `Place`."""
+        """See `StorageBackend`."""
         return None
 
-    def names(self, folder: str, suffix: str = "") -> list[str]:
-        """See `Place`."""
+    def list_files(self, folder: str, suffix: str = "") -> list[str]:
+        """See `StorageBackend`."""
         return [name for name in self._list(folder, "file") if name.endswith(suffix)]
 
-    def folders(self, folder: str = "") -> list[str]:
-        """See `Place`."""
+    def list_folders(self, folder: str = "") -> list[str]:
+        """See `StorageBackend`."""
         return self._list(folder, "directory")
 
     def _list(self, folder: str, kind: str) -> list[str]:
@@ -334,16 +334,16 @@ class Bucket(Place):
         names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == kind)
         return sorted(name for name in names if name and not name.startswith("."))
 
-    def leftovers(self) -> list[str]:
-        """See `Place`: an object is there whole or not at all. (A rule of the bucket ends unfinished uploads.)"""
+    def list_temporaries(self) -> list[str]:
+        """See `StorageBackend`: an object is there whole or not at all. (A rule of the bucket ends unfinished uploads.)"""
         return []
 
-    def changed(self, folder: str) -> int | None:
-        """See `Place`."""
+    def mtime_ns(self, folder: str) -> int | None:
+        """See `StorageBackend`."""
         return None
 
     def stat(self, name: str) -> tuple[int, float]:
-        """See `Place`."""
+        """See `StorageBackend`."""
         path = self._at(name)
         found = self._ask(lambda: self._fs.info(path))
         if found["type"] != "file":
@@ -351,29 +351,29 @@ class Bucket(Place):
         return found["size"], self._ask(lambda: self._fs.modified(path)).timestamp()
 
     def exists(self, name: str) -> bool:
-        """See `Place`."""
+        """See `StorageBackend`."""
         try:
             return bool(self._ask(lambda: self._fs.info(self._at(name)))["type"] == "file")
         except FileNotFoundError:
             return False
 
     def read(self, name: str, anew: bool = False) -> bytes:
-        """See `Place`."""
+        """See `StorageBackend`."""
         # From a start on: a whole file would be asked for its size first.
         return bytes(self._ask(lambda: self._fs.cat_file(self._at(name), start=0)))
 
-    def expect(self, parts: Sequence[tuple[str, int, int]]) -> None:
-        """See `Place`; the reading threads are enough."""
+    def prefetch(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        """See `StorageBackend`; the reading threads are enough."""
 
-    def view(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
-        """See `Place`; one request."""
+    def read_range(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
+        """See `StorageBackend`; one request."""
         content = self._ask(lambda: self._fs.cat_file(self._at(name), start=offset, end=offset + size))
         if len(content) != size:
             raise EOFError(f"{name} ends before byte {offset + size}")
         return np.frombuffer(bytearray(content) if own else content, np.uint8)
 
-    def local(self, name: str, size: int, mark: str) -> Path:
-        """See `Place`; kept in the user's cache folder, where a newer one of the same folder replaces it."""
+    def local_copy(self, name: str, size: int, mark: str) -> Path:
+        """See `StorageBackend`; kept in the user's cache folder, where a newer one of the same folder replaces it."""
         import hashlib
 
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mova" / "stores"
@@ -386,7 +386,7 @@ class Bucket(Place):
             part = 32 << 20
             for at in range(0, size, part):
                 try:
-                    file.write(self.view(name, at, min(part, size - at)).data)
+                    file.write(self.read_range(name, at, min(part, size - at)).data)
                 except EOFError as error:
                     raise ValueError(str(error)) from None
             file.flush()
@@ -398,7 +398,7 @@ class Bucket(Place):
         return path
 
     def put(self, name: str, pieces: Sequence[Any]) -> None:
-        """See `Place`; one request, or a multipart upload."""
+        """See `StorageBackend`; one request, or a multipart upload."""
         path, content = self._at(name), b"".join(pieces)
 
         def put() -> None:
@@ -411,7 +411,7 @@ class Bucket(Place):
         self._ask(put)
 
     def put_if_absent(self, name: str, content: Any) -> bool:
-        """See `Place`; by a condition that the server checks. After an unclear answer the server is asked who won."""
+        """See `StorageBackend`; by a condition that the server checks. After an unclear answer the server is asked who won."""
         path, content = self._at(name), bytes(content)
         for pause in (*_PAUSES, None):
             try:
@@ -428,12 +428,12 @@ class Bucket(Place):
         raise AssertionError
 
     def delete(self, name: str) -> None:
-        """See `Place`."""
+        """See `StorageBackend`."""
         with suppress(FileNotFoundError):
             self._ask(lambda: self._fs.rm_file(self._at(name)))
 
 
-def place_at(location: str | os.PathLike[str]) -> Place:
+def open_storage(location: str | os.PathLike[str]) -> StorageBackend:
     """The place of a folder or URL.
 
     Raises:
@@ -442,8 +442,8 @@ def place_at(location: str | os.PathLike[str]) -> Place:
     text = os.fspath(location)
     local = next((text.removeprefix(scheme) for scheme in _LOCAL if text.startswith(scheme)), None)
     if local is not None or "://" not in text:
-        return LocalFolder(os.path.abspath(text if local is None else local))
-    return Bucket(text.rstrip("/"))
+        return LocalStorage(os.path.abspath(text if local is None else local))
+    return ObjectStorage(text.rstrip("/"))
 
 
 _FIXES = {
@@ -502,8 +502,8 @@ class _Mapped:
                 return False
         raise EOFError(f"{self.name} ends before byte {end}")
 
-    def view(self, offset: int, size: int, own: bool) -> np.ndarray:
-        """See `Place`."""
+    def read_range(self, offset: int, size: int, own: bool) -> np.ndarray:
+        """See `StorageBackend`."""
         there = self.in_memory(offset, size)
         mapped = own and size >= _LARGE and len(_given) < _MOST
         part = self._private(offset, size) if mapped else self._bytes[offset : offset + size]

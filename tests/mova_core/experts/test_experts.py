@@ -29,10 +29,10 @@ from mova_core.experts import (
     load_expert,
     register,
 )
-from mova_core.images import Picture
+from mova_core.images import DecodedImage
 
 POOL = (BASE, *EXPERTS)
-EXTREMES = {size: Picture(Image.new("RGB", size, (255, 0, 0))) for size in ((1, 1), (1, 20_000), (20_000, 1))}
+EXTREMES = {size: DecodedImage(Image.new("RGB", size, (255, 0, 0))) for size in ((1, 1), (1, 20_000), (20_000, 1))}
 
 
 def pictures() -> list[Image.Image]:
@@ -168,7 +168,7 @@ class TestContract:
 
     def test_a_picture_shared_between_experts(self, expert):
         """Another expert's reading of the same decoded pictures changes nothing."""
-        shared = [Picture(image) for image in pictures()]
+        shared = [DecodedImage(image) for image in pictures()]
         for other in ("clip", "vary", "deplot"):
             load_expert(other, size="mini").preprocess(shared)
         for compat in ("fixed", "published"):

@@ -29,10 +29,12 @@ def store(tmp_path_factory):
     """`sam` has all, `dinov2` those of even numbers."""
     store = FeatureStore(tmp_path_factory.mktemp("reader") / "store", create=True)
     for name, step in (("sam", 1), ("dinov2", 2)):
-        shelf = store.add_expert({"expert": name, "dtype": "float32", "weights": "w", "grid": [2, 3], "channels": 4})
+        partition = store.add_expert(
+            {"expert": name, "dtype": "float32", "weights": "w", "grid": [2, 3], "channels": 4}
+        )
         for half in (range(0, COUNT // 2), range(COUNT // 2, COUNT)):
             features = {key(number): feature(number, name) for number in half if number % step == 0}
-            shelf.write(shelf.shard_id(features), features)
+            partition.write(partition.shard_id(features), features)
     return store
 
 
@@ -126,9 +128,9 @@ def test_an_epoch_broken_off_goes_on_as_if_it_had_not_been(store, workers):
 
 def test_a_damaged_row_ends_the_epoch_with_its_reason(tmp_path):
     store = FeatureStore(tmp_path / "store", create=True)
-    shelf = store.add_expert({"expert": "sam", "dtype": "float32", "weights": "w"})
-    shelf.write("0" * 32, {key(number): feature(number, "sam") for number in range(4)})
-    [shard] = (Path(shelf.location) / "shards").iterdir()
+    partition = store.add_expert({"expert": "sam", "dtype": "float32", "weights": "w"})
+    partition.write("0" * 32, {key(number): feature(number, "sam") for number in range(4)})
+    [shard] = (Path(partition.location) / "shards").iterdir()
     content = bytearray(shard.read_bytes())
     content[-4096] ^= 1
     shard.write_bytes(content)

@@ -15,7 +15,7 @@ import torch
 
 from mova_core.experts import fingerprint, load_expert
 from mova_core.features import (
-    ExpertShelf,
+    FeaturePartition,
     FeatureStore,
     LazyExperts,
     LocalExperts,
@@ -23,7 +23,7 @@ from mova_core.features import (
     StoreError,
     Tiered,
 )
-from mova_core.features.source import Flights
+from mova_core.features.source import SingleFlight
 from mova_core.images import ImageError, ImageRef
 
 NAMES = ("dinov2", "sam", "biomedclip")
@@ -158,7 +158,7 @@ def test_a_smaller_stored_dtype_gives_the_same_bits_each_time(experts, images, t
     third = tiered.fetch(images, [["sam"]] * 3)
     assert equal(first, second) and equal(first, third) and len(source.computed) == 3
     store = FeatureStore(tmp_path / "store")
-    assert equal(first, store.fetch(images, [["sam"]] * 3)) and store.shelf("sam").description["dtype"] == dtype
+    assert equal(first, store.fetch(images, [["sam"]] * 3)) and store.partition("sam").description["dtype"] == dtype
     assert tiered.fingerprints["sam"] == store.fingerprints["sam"] != source.fingerprints["sam"]
     exact = LocalExperts(experts).fetch(images, [["sam"]] * 3)
     for got, wanted in zip(first, exact, strict=True):
@@ -215,12 +215,12 @@ def test_who_asks_for_the_same_at_once_has_it_computed_once(experts, images, tmp
                 assert equal(answer.result(), expected[at:] + expected[:at])
     assert errors == fails, "the error is of who computed, the others try themselves"
     assert len(source.computed) == len(set(source.computed)) == 6
-    assert len(FeatureStore(tmp_path / "store").shelf("sam")) == 3
+    assert len(FeatureStore(tmp_path / "store").partition("sam")) == 3
 
 
 def test_flights_go_on_whoever_fails():
     """Many threads, overlapping wishes, every third computation fails: each gets all it wants or its own error."""
-    flights: Flights[int, int] = Flights()
+    flights: SingleFlight[int, int] = SingleFlight()
     lock, times = threading.Lock(), itertools.count()
     under_way: set[int] = set()
 
@@ -238,7 +238,7 @@ def test_flights_go_on_whoever_fails():
     def ask(seed):
         wanted = random.Random(seed).sample(range(12), 5)
         try:
-            return flights.share(wanted, compute) == {key: key * key for key in wanted}
+            return flights.run(wanted, compute) == {key: key * key for key in wanted}
         except KeyError:
             return True
 
@@ -258,35 +258,35 @@ def test_what_is_written_back_is_gathered(experts, images, tmp_path):
     tiered = Tiered(store, LocalExperts(experts), shard_seconds=60, telemetry=Telemetry())
     for image in (*images, *images):
         tiered.fetch([image], [["sam"]])
-    assert len(FeatureStore(store.location).shelf("sam")) == 0, "they wait"
+    assert len(FeatureStore(store.location).partition("sam")) == 0, "they wait"
     tiered.flush()
     assert FeatureStore(store.location).stat()["experts"]["sam"]["shards"] == 1
     assert Counter(told) == {("mova_tiered_hits_total", 1, "sam"): 3, ("mova_tiered_misses_total", 0, "sam"): 3} | {
         ("mova_tiered_hits_total", 0, "sam"): 3, ("mova_tiered_misses_total", 1, "sam"): 3
     }  # fmt: skip
 
-    size = store.shelf("sam").stat()["bytes_per_feature"]
+    size = store.partition("sam").stat()["bytes_per_feature"]
     full = Tiered(FeatureStore(tmp_path / "full", create=True), LocalExperts(experts), shard_bytes=2 * size)
     for image in images:
         full.fetch([image], [["sam"]])
     quick = Tiered(FeatureStore(tmp_path / "quick", create=True), LocalExperts(experts), shard_seconds=0.05)
     quick.fetch(images[:1], [["sam"]])
     until = time.monotonic() + 20
-    while len(full.store.shelf("sam")) < 2 or len(quick.store.shelf("sam")) < 1:
+    while len(full.store.partition("sam")) < 2 or len(quick.store.partition("sam")) < 1:
         assert time.monotonic() < until
         time.sleep(0.01)
     full.close()
     assert full.store.stat()["experts"]["sam"]["shards"] == 2
     full.fetch(images[:1], [["dinov2"]])  # closed, it still answers
-    assert "dinov2" not in full.store.stat()["experts"] or not len(full.store.shelf("dinov2"))
+    assert "dinov2" not in full.store.stat()["experts"] or not len(full.store.partition("dinov2"))
 
 
 def test_a_slow_disk_holds_requests_back(experts, images, tmp_path, monkeypatch):
     """What waits to be written is bounded."""
     store = FeatureStore(tmp_path / "store", create=True)
     tiered, open_ = Tiered(store, LocalExperts(experts), shard_bytes=1), threading.Event()
-    write = ExpertShelf.write
-    monkeypatch.setattr(ExpertShelf, "write", lambda *given: (open_.wait(20), write(*given))[1])
+    write = FeaturePartition.write
+    monkeypatch.setattr(FeaturePartition, "write", lambda *given: (open_.wait(20), write(*given))[1])
     with ThreadPoolExecutor(1) as threads:
         asked = threads.submit(lambda: [tiered.fetch([image], [["sam"]]) for image in images])
         time.sleep(0.3)
@@ -294,7 +294,7 @@ def test_a_slow_disk_holds_requests_back(experts, images, tmp_path, monkeypatch)
         open_.set()
         asked.result(20)
     tiered.close()
-    assert len(FeatureStore(store.location).shelf("sam")) == 3
+    assert len(FeatureStore(store.location).partition("sam")) == 3
 
 
 def test_a_store_of_other_weights_is_refused(experts, images, tmp_path):
@@ -305,7 +305,7 @@ def test_a_store_of_other_weights_is_refused(experts, images, tmp_path):
         Tiered(pinned, LocalExperts(experts)).fetch(images[:1], [["sam"]])
     beside = Tiered(
         FeatureStore(tmp_path / "store"), LocalExperts(experts)
-    )  # not pinned: the new weights get their shelf
+    )  # not pinned: the new weights get their partition
     beside.fetch(images[:1], [["sam"]])
     beside.close()
     assert len(beside.store.experts()["sam"]) == 2
@@ -339,8 +339,8 @@ def test_a_full_disk_does_not_stop_answers(experts, images, tmp_path, caplog):
         got = tiered.fetch(images, [["sam"]] * 3)
         tiered.flush()
     assert equal(got[:1], first[:1]) and equal(got[1:], LocalExperts(experts).fetch(images[1:], [["sam"]] * 2))
-    assert store.location in caplog.text and len(store.shelf("sam")) == 1
+    assert store.location in caplog.text and len(store.partition("sam")) == 1
     assert equal(got, tiered.fetch(images, [["sam"]] * 3))
     tiered.close()
-    assert len(store.shelf("sam")) == 3
+    assert len(store.partition("sam")) == 3
     assert len(source.computed) == 5 and list(store.verify()) == []

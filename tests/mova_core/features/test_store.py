@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 
 from mova_core.experts import Features, fingerprint
-from mova_core.features import ExpertShelf, FeatureStore, MissingFeatures, StoreError
+from mova_core.features import FeaturePartition, FeatureStore, MissingFeatures, StoreError
 from mova_core.features.index import RECEIPT, binary_keys
 from mova_core.images import ImageRef
 
@@ -53,18 +53,18 @@ def features(keys, dtype=torch.float32, grid=GRID, channels=CHANNELS):
     return made
 
 
-def same(shelf, keys, dtype=torch.float32):
-    """Whether the shelf gives exactly these features, and those of no other grid or dtype."""
+def same(partition, keys, dtype=torch.float32):
+    """Whether the partition gives exactly these features, and those of no other grid or dtype."""
     wanted = features(keys, dtype)
     return all(
         got.grid == wanted[name].grid and got.tokens.dtype == dtype and torch.equal(got.tokens, wanted[name].tokens)
-        for name, got in zip(keys, shelf.read(keys), strict=True)
+        for name, got in zip(keys, partition.read(keys), strict=True)
     )
 
 
-def fill(shelf, keys, rows_per_shard=6, dtype=torch.float32):
-    for shard in shelf.plan(keys, rows_per_shard):
-        shelf.write(shard.id, features(shard.keys, dtype))
+def fill(partition, keys, rows_per_shard=6, dtype=torch.float32):
+    for shard in partition.plan(keys, rows_per_shard):
+        partition.write(shard.id, features(shard.keys, dtype))
 
 
 def files(folder):
@@ -86,7 +86,7 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def shelf(store):
+def partition(store):
     return store.add_expert(describe())
 
 
@@ -97,42 +97,42 @@ def shelf(store):
 def test_every_bit_comes_back(store, name):
     dtype = getattr(torch, name)
     bits = {"float32": torch.int32, "bfloat16": torch.int16, "float16": torch.int16}[name]
-    shelf = store.add_expert(describe(dtype=name))
+    partition = store.add_expert(describe(dtype=name))
     special = [float("nan"), float("inf"), -float("inf"), -0.0, torch.finfo(dtype).max, torch.finfo(dtype).tiny / 4]
     tokens = torch.randn(15, 7).to(dtype)
     tokens[0, :6] = torch.tensor(special, dtype=dtype)
     tokens[1].view(bits)[:3] = torch.tensor(
         [-1, 1, torch.iinfo(bits).max], dtype=bits
     )  # NaNs with a payload, a denormal
-    rows = shelf.write(shelf.shard_id(KEYS[:1]), {KEYS[0]: Features(tokens, GRID)})
-    for reader in (shelf, FeatureStore(store.location).shelf("clip")):
+    rows = partition.write(partition.shard_id(KEYS[:1]), {KEYS[0]: Features(tokens, GRID)})
+    for reader in (partition, FeatureStore(store.location).partition("clip")):
         [read] = reader.read(KEYS[:1])
         assert read.grid == GRID and read.tokens.dtype == dtype
         assert torch.equal(read.tokens.view(bits), tokens.view(bits))
-    with safe_open(Path(shelf.location) / "shards" / rows[0]["file"], "pt") as plain:  # as any tool opens it
+    with safe_open(Path(partition.location) / "shards" / rows[0]["file"], "pt") as plain:  # as any tool opens it
         stored = plain.get_tensor(KEYS[0])
     assert stored.shape == (3, 5, 7) and torch.equal(stored.view(bits).view(15, 7), tokens.view(bits))
     assert rows[0]["loss"] == 0.0
 
 
 def test_casting_records_its_loss(store):
-    shelf = store.add_expert(describe(dtype="bfloat16"))
+    partition = store.add_expert(describe(dtype="bfloat16"))
     tokens = torch.randn(15, 7)
-    [row] = shelf.write("a" * 32, {KEYS[0]: Features(tokens, GRID)})
-    [read] = shelf.read(KEYS[:1])
+    [row] = partition.write("a" * 32, {KEYS[0]: Features(tokens, GRID)})
+    [read] = partition.read(KEYS[:1])
     assert torch.equal(read.tokens, tokens.bfloat16())
     assert row["loss"] == pytest.approx(((tokens.bfloat16() - tokens).norm() / tokens.norm()).item(), rel=1e-4)
-    assert 1e-4 < store.stat()["experts"]["clip"]["fingerprints"][shelf.fingerprint]["loss"] < 4e-3
+    assert 1e-4 < store.stat()["experts"]["clip"]["fingerprints"][partition.fingerprint]["loss"] < 4e-3
 
 
 @pytest.mark.parametrize("name", ["int8", "float8_e4m3fn"])
 def test_scaled_codecs(store, name):
     """One scale per channel: an outlier channel does not cost the others their precision."""
-    shelf = store.add_expert(describe(dtype=name))
+    partition = store.add_expert(describe(dtype=name))
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(100, 8, generator=generator) * torch.tensor([1e-3, 1, 1, 1, 1, 1, 0, 1e4])
-    [row] = shelf.write("a" * 32, {KEYS[0]: Features(tokens, (10, 10))})
-    [read] = shelf.read(KEYS[:1])
+    [row] = partition.write("a" * 32, {KEYS[0]: Features(tokens, (10, 10))})
+    [read] = partition.read(KEYS[:1])
     error, peak = (read.tokens - tokens).abs(), tokens.abs().amax(0)
     if name == "int8":  # half a step of 127
         assert (error <= peak / 254 * 1.0001).all()
@@ -140,32 +140,32 @@ def test_scaled_codecs(store, name):
         assert (error <= (tokens.abs() / 16).maximum(peak / 448 * 2**-10) * 1.0001).all()
     assert read.tokens.dtype == torch.float32 and row["length"] == 8 * 4 + 800
     assert row["loss"] == pytest.approx((error.norm() / tokens.norm()).item(), rel=1e-4)
-    with safe_open(Path(shelf.location) / "shards" / row["file"], "pt") as plain:
+    with safe_open(Path(partition.location) / "shards" / row["file"], "pt") as plain:
         restored = plain.get_tensor(KEYS[0]).float().view(100, 8) * plain.get_tensor(f"{KEYS[0]}.scale")
     assert torch.equal(restored, read.tokens)
     with pytest.raises(ValueError, match=KEYS[1]):
-        shelf.write("b" * 32, {KEYS[1]: Features(torch.full((15, 7), torch.nan), GRID)})
+        partition.write("b" * 32, {KEYS[1]: Features(torch.full((15, 7), torch.nan), GRID)})
 
 
 def test_what_a_dtype_cannot_hold_is_refused(store):
-    shelf = store.add_expert(describe(dtype="float16"))
+    partition = store.add_expert(describe(dtype="float16"))
     with pytest.raises(ValueError, match="float16 cannot hold 1e\\+05"):
-        shelf.write("a" * 32, {KEYS[0]: Features(torch.full((15, 7), 1e5), GRID)})
+        partition.write("a" * 32, {KEYS[0]: Features(torch.full((15, 7), 1e5), GRID)})
     with pytest.raises(ValueError, match="H\\*W"):
-        shelf.write("a" * 32, {KEYS[0]: Features(torch.zeros(14, 7), GRID)})
+        partition.write("a" * 32, {KEYS[0]: Features(torch.zeros(14, 7), GRID)})
     with pytest.raises(ValueError, match="sha256"):
-        shelf.write("a" * 32, {"photo.jpg": Features(torch.zeros(15, 7), GRID)})
+        partition.write("a" * 32, {"photo.jpg": Features(torch.zeros(15, 7), GRID)})
     with pytest.raises(ValueError, match="int64"):
         store.add_expert(describe(dtype="int64"))
-    assert files(Path(shelf.location)) == {"expert.json"}
+    assert files(Path(partition.location)) == {"expert.json"}
 
 
-def test_layout(store, shelf):
-    fill(shelf, KEYS)
-    shelf.snapshot()
+def test_layout(store, partition):
+    fill(partition, KEYS)
+    partition.snapshot()
     store.quarantine([{"image": "a.png", "sha256": None, "reason": "0 bytes", "expert": "clip"}])
     folder = Path("clip", fingerprint(describe()))
-    shards = shelf.plan(KEYS, 6) == [] and FeatureStore(store.location).shelf("clip")
+    shards = partition.plan(KEYS, 6) == [] and FeatureStore(store.location).partition("clip")
     receipts = sorted((Path(store.location) / folder / "receipts").iterdir())
     assert len(shards) == 20 and len(receipts) == 4
     for receipt in receipts:
@@ -182,61 +182,63 @@ def test_layout(store, shelf):
     assert json.loads((Path(store.location) / "store.json").read_text()) == {"format": 1}
 
 
-def test_grids_may_differ(shelf):
-    shelf.write("a" * 32, features(KEYS[:2]) | features(KEYS[2:3], grid=(2, 2), channels=3))
-    assert [read.tokens.shape for read in shelf.read(KEYS[:3])] == [(15, 7), (15, 7), (4, 3)]
-    assert torch.equal(shelf.read(KEYS[2:3])[0].tokens, features(KEYS[2:3], grid=(2, 2), channels=3)[KEYS[2]].tokens)
+def test_grids_may_differ(partition):
+    partition.write("a" * 32, features(KEYS[:2]) | features(KEYS[2:3], grid=(2, 2), channels=3))
+    assert [read.tokens.shape for read in partition.read(KEYS[:3])] == [(15, 7), (15, 7), (4, 3)]
+    assert torch.equal(
+        partition.read(KEYS[2:3])[0].tokens, features(KEYS[2:3], grid=(2, 2), channels=3)[KEYS[2]].tokens
+    )
 
 
 def test_reading_into_a_buffer(store):
-    shelf = store.add_expert(describe())
+    partition = store.add_expert(describe())
     big = features(KEYS, grid=(64, 64), channels=16)  # 256 KiB a row: the reading threads take part
-    shelf.write("a" * 32, big)
+    partition.write("a" * 32, big)
     buffer = torch.zeros(20 * 64 * 64 * 16 * 4, dtype=torch.uint8)
     keys = [*reversed(KEYS)]
-    read = shelf.read(keys, out=buffer)
+    read = partition.read(keys, out=buffer)
     whole = buffer.view(torch.float32).view(20, 64 * 64, 16)
     assert all(torch.equal(whole[at], big[name].tokens) for at, name in enumerate(keys))
     assert read[3].tokens.data_ptr() == whole[3].data_ptr()
-    twice = shelf.read([KEYS[1], KEYS[1]])
-    assert torch.equal(twice[0].tokens, twice[1].tokens) and shelf.read([]) == []
+    twice = partition.read([KEYS[1], KEYS[1]])
+    assert torch.equal(twice[0].tokens, twice[1].tokens) and partition.read([]) == []
     with pytest.raises(ValueError, match=str(buffer.numel())):
-        shelf.read(keys, out=buffer[1:])
+        partition.read(keys, out=buffer[1:])
 
 
 @pytest.mark.parametrize("side", [2, 64])  # copied, and mapped
-def test_a_feature_is_the_callers_own(shelf, side):
+def test_a_feature_is_the_callers_own(partition, side):
     """What is done to it changes neither the file nor what the next one gets."""
     made = features(KEYS, grid=(side, side), channels=16)
-    shelf.write("a" * 32, made)
-    for feature in shelf.read(KEYS):
+    partition.write("a" * 32, made)
+    for feature in partition.read(KEYS):
         feature.tokens.mul_(2)
     for verify in (True, False):
-        read = shelf.read(KEYS, verify=verify)
+        read = partition.read(KEYS, verify=verify)
         assert all(torch.equal(one.tokens, made[key].tokens) for key, one in zip(KEYS, read, strict=True))
-    assert torch.equal(ExpertShelf(shelf.location).read(KEYS[:1])[0].tokens, made[KEYS[0]].tokens)
+    assert torch.equal(FeaturePartition(partition.location).read(KEYS[:1])[0].tokens, made[KEYS[0]].tokens)
 
 
-def test_any_number_of_features_can_be_held(shelf):
+def test_any_number_of_features_can_be_held(partition):
     """Linux allows a process 65,530 mappings, for its stacks and libraries, too."""
     made = features(KEYS[:1], grid=(64, 64), channels=16)
-    shelf.write("a" * 32, made)
+    partition.write("a" * 32, made)
     before = len(Path("/proc/self/maps").read_text().splitlines())
-    held = shelf.read(KEYS[:1] * 17_000, verify=False)
+    held = partition.read(KEYS[:1] * 17_000, verify=False)
     assert len(Path("/proc/self/maps").read_text().splitlines()) < before + 17_000
     assert all(torch.equal(held[at].tokens, made[KEYS[0]].tokens) for at in (0, -1))
 
 
-def test_reading_what_is_not_in_memory(shelf):
+def test_reading_what_is_not_in_memory(partition):
     made = features(KEYS, grid=(64, 64), channels=16)
-    shelf.write("a" * 32, made)
-    (path,) = Path(shelf.location, "shards").iterdir()
+    partition.write("a" * 32, made)
+    (path,) = Path(partition.location, "shards").iterdir()
     for keys in (KEYS, KEYS[3:4]):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        read = ExpertShelf(shelf.location).read(keys)
+        read = FeaturePartition(partition.location).read(keys)
         assert all(torch.equal(one.tokens, made[key].tokens) for key, one in zip(keys, read, strict=True))
-    opened = ExpertShelf(shelf.location)
+    opened = FeaturePartition(partition.location)
     opened.read(KEYS[:1])
     os.truncate(path, path.stat().st_size // 2)  # under a reader that has it mapped: an error, and no signal
     with pytest.raises(StoreError, match="ends before it"):
@@ -246,60 +248,62 @@ def test_reading_what_is_not_in_memory(shelf):
 # Planning
 
 
-def test_the_same_work_has_the_same_name(store, shelf):
-    assert shelf.shard_id(KEYS) == shelf.shard_id(reversed(KEYS))
-    assert shelf.shard_id(KEYS) != store.add_expert(describe(weights="two")).shard_id(KEYS)
-    plan = shelf.plan([*KEYS, *KEYS], 6)
+def test_the_same_work_has_the_same_name(store, partition):
+    assert partition.shard_id(KEYS) == partition.shard_id(reversed(KEYS))
+    assert partition.shard_id(KEYS) != store.add_expert(describe(weights="two")).shard_id(KEYS)
+    plan = partition.plan([*KEYS, *KEYS], 6)
     assert [name for shard in plan for name in shard.keys] == KEYS and [len(shard.keys) for shard in plan] == [
         6,
         6,
         6,
         2,
     ]
-    assert plan == shelf.plan(KEYS, 6)
-    assert not shelf.committed(plan[0].id)
-    first = shelf.write(plan[0].id, features(plan[0].keys))
-    assert shelf.committed(plan[0].id) and shelf.plan(KEYS, 6) == plan[1:]
-    assert shelf.write(plan[0].id, {}) == [] and shelf.write(plan[0].id, features(plan[0].keys)) == first
-    assert len(os.listdir(Path(shelf.location) / "shards")) == 1
+    assert plan == partition.plan(KEYS, 6)
+    assert not partition.committed(plan[0].id)
+    first = partition.write(plan[0].id, features(plan[0].keys))
+    assert partition.committed(plan[0].id) and partition.plan(KEYS, 6) == plan[1:]
+    assert partition.write(plan[0].id, {}) == [] and partition.write(plan[0].id, features(plan[0].keys)) == first
+    assert len(os.listdir(Path(partition.location) / "shards")) == 1
 
 
-def test_keys_as_bytes(store, shelf):
+def test_keys_as_bytes(store, partition):
     """A plan of millions is an array: which positions are absent, the first of each, and the same names for them."""
     wanted = [*KEYS[6:], *KEYS[:2], *KEYS]
-    fill(shelf, KEYS[3:8])
+    fill(partition, KEYS[3:8])
     for number in range(2):
-        at = shelf.absent(binary_keys(wanted))
+        at = partition.missing_positions(binary_keys(wanted))
         assert [wanted[i] for i in at] == [*KEYS[8:], *KEYS[:2], KEYS[2]]
         assert at.tolist() == sorted(at) == [wanted.index(wanted[i]) for i in at]
-        shelf.snapshot() if number == 0 else None
-    assert shelf.shard_id(binary_keys(wanted)) == shelf.shard_id(wanted)
-    assert shelf.absent(binary_keys([])).tolist() == [] and shelf.shard_id(binary_keys([])) == shelf.shard_id([])
+        partition.snapshot() if number == 0 else None
+    assert partition.shard_id(binary_keys(wanted)) == partition.shard_id(wanted)
+    assert partition.missing_positions(binary_keys([])).tolist() == [] and partition.shard_id(
+        binary_keys([])
+    ) == partition.shard_id([])
     alike = binary_keys([f"{'a' * 16}{number % 3:048}" for number in range(9)])  # their first bytes are the same
-    assert shelf.absent(alike).tolist() == [0, 1, 2]
-    FeatureStore(store.location).shelf("clip").write("a" * 32, features([KEYS[2]]))
-    assert KEYS[2] not in [wanted[i] for i in shelf.absent(binary_keys(wanted))], "refreshes first"
+    assert partition.missing_positions(alike).tolist() == [0, 1, 2]
+    FeatureStore(store.location).partition("clip").write("a" * 32, features([KEYS[2]]))
+    assert KEYS[2] not in [wanted[i] for i in partition.missing_positions(binary_keys(wanted))], "refreshes first"
 
 
-def test_a_shard_may_lack_rows(shelf):
+def test_a_shard_may_lack_rows(partition):
     """Images that cannot be read are left out, and planned again if asked for again; so are shards of nothing else."""
-    [shard] = shelf.plan(KEYS[:4], 4)
-    shelf.write(shard.id, features(KEYS[:3]))
-    assert shelf.missing(KEYS[:4]) == [KEYS[3]]
-    [again] = shelf.plan(KEYS[:4], 4)
-    assert again.keys == [KEYS[3]] and shelf.write(again.id, {}) == [] and not shelf.committed(again.id)
-    shelf.write(again.id, features(again.keys))
-    assert shelf.plan(KEYS[:4], 4) == [] and same(shelf, KEYS[:4])
+    [shard] = partition.plan(KEYS[:4], 4)
+    partition.write(shard.id, features(KEYS[:3]))
+    assert partition.missing(KEYS[:4]) == [KEYS[3]]
+    [again] = partition.plan(KEYS[:4], 4)
+    assert again.keys == [KEYS[3]] and partition.write(again.id, {}) == [] and not partition.committed(again.id)
+    partition.write(again.id, features(again.keys))
+    assert partition.plan(KEYS[:4], 4) == [] and same(partition, KEYS[:4])
 
 
 @pytest.mark.slow
-def test_a_million_keys_are_planned_fast(store, shelf):
+def test_a_million_keys_are_planned_fast(store, partition):
     million, rows = 1_000_000, 5000
     held = np.random.default_rng(0).bytes(32 * million)
     keys = [held[at : at + 32].hex() for at in range(0, len(held), 32)]
     for at in range(0, million, rows):
         chunk = keys[at : at + rows]
-        shard = shelf.shard_id(chunk)
+        shard = partition.shard_id(chunk)
         columns = [
             chunk,
             [f"{shard}-0.safetensors"] * rows,
@@ -309,7 +313,7 @@ def test_a_million_keys_are_planned_fast(store, shelf):
             ["float32"] * rows,
         ]
         table = pa.table([*columns, [7] * rows, range(rows), [0.0] * rows], schema=RECEIPT)
-        pq.write_table(table, Path(shelf.location) / "receipts" / f"{shard}.parquet")
+        pq.write_table(table, Path(partition.location) / "receipts" / f"{shard}.parquet")
     wanted = [*keys, *(key(number) for number in range(100_000))]
     random.Random(0).shuffle(wanted)
 
@@ -317,11 +321,11 @@ def test_a_million_keys_are_planned_fast(store, shelf):
         begin = time.perf_counter()
         return act(), time.perf_counter() - begin
 
-    from_receipts, reading = seconds(lambda: ExpertShelf(shelf.location))
+    from_receipts, reading = seconds(lambda: FeaturePartition(partition.location))
     plan, planning = seconds(lambda: from_receipts.plan(wanted, 50))
     assert sum(len(shard.keys) for shard in plan) == 100_000 and len(from_receipts) == million
     _, merging = seconds(from_receipts.snapshot)
-    from_index, mapping = seconds(lambda: ExpertShelf(shelf.location))
+    from_index, mapping = seconds(lambda: FeaturePartition(partition.location))
     again, searching = seconds(lambda: from_index.plan(wanted, 50))
     _, finding = seconds(lambda: [from_index.has(wanted[at : at + 8]) for at in range(0, 8000, 8)])
     print(
@@ -337,19 +341,23 @@ def test_a_million_keys_are_planned_fast(store, shelf):
 
 def test_pinned_fingerprints(store, tmp_path):
     one, two = (store.add_expert(describe(weights=weights)).fingerprint for weights in ("one", "two"))
-    fill(store.shelf("clip", one), KEYS[:3])
+    fill(store.partition("clip", one), KEYS[:3])
     assert store.fingerprints == {"clip": two}, "the one added last is what this object is about"
     unpinned = FeatureStore(store.location)
     assert unpinned.experts() == {"clip": sorted([one, two])}
-    for ask in (lambda: unpinned.fingerprints, lambda: unpinned.shelf("clip"), lambda: unpinned.missing(KEYS, "clip")):
+    for ask in (
+        lambda: unpinned.fingerprints,
+        lambda: unpinned.partition("clip"),
+        lambda: unpinned.missing(KEYS, "clip"),
+    ):
         with pytest.raises(StoreError, match=f"{min(one, two)}.*{max(one, two)}.*fingerprints=") as caught:
             ask()
         assert "\n" not in str(caught.value)
     assert unpinned.stat()["experts"]["clip"]["features"] == 3, "looking is possible without choosing"
     for mark, there in ((one, 3), (two, 0)):
         pinned = FeatureStore(store.location, fingerprints={"clip": mark})
-        assert pinned.fingerprints == {"clip": mark} and len(pinned.shelf("clip")) == there
-        assert len(pickle.loads(pickle.dumps(pinned)).shelf("clip")) == there
+        assert pinned.fingerprints == {"clip": mark} and len(pinned.partition("clip")) == there
+        assert len(pickle.loads(pickle.dumps(pinned)).partition("clip")) == there
     with pytest.raises(
         StoreError, match=f"holds clip features of weights .*{one}.*wanted {'0' * 16}: run `mova precompute`"
     ):
@@ -360,15 +368,15 @@ def test_pinned_fingerprints(store, tmp_path):
         store.location, fingerprints={"clip": one, "sam": "0" * 16}
     )  # nothing of sam: said when it is asked for
     with pytest.raises(StoreError, match=r"no features of sam \(it has clip\): run `mova precompute`"):
-        other.shelf("sam")
+        other.partition("sam")
 
 
-def test_new_weights_in_mid_run_change_nothing(store, shelf):
-    fill(shelf, KEYS[:2])
+def test_new_weights_in_mid_run_change_nothing(store, partition):
+    fill(partition, KEYS[:2])
     reader = FeatureStore(store.location)
     assert reader.missing(KEYS[:2], "clip") == []
     FeatureStore(store.location).add_expert(describe(weights="two"))
-    assert reader.fingerprints == {"clip": shelf.fingerprint}
+    assert reader.fingerprints == {"clip": partition.fingerprint}
 
 
 def test_what_is_no_store(tmp_path, store):
@@ -392,8 +400,8 @@ def test_what_is_no_store(tmp_path, store):
         FeatureStore(store.location)
 
 
-def test_a_wrong_description_is_an_error(store, shelf):
-    (Path(shelf.location) / "expert.json").write_text(json.dumps(describe(weights="two")))
+def test_a_wrong_description_is_an_error(store, partition):
+    (Path(partition.location) / "expert.json").write_text(json.dumps(describe(weights="two")))
     with pytest.raises(StoreError, match=r"expert\.json"):
         FeatureStore(store.location).add_expert(describe())
     assert [found["shard"] for found in store.verify()] == ["expert.json"]
@@ -421,21 +429,21 @@ def test_fetch(store):
     again = pickle.loads(pickle.dumps(caught.value))
     assert str(again) == str(caught.value) and again.missing == caught.value.missing
     with pytest.raises(MissingFeatures):
-        store.shelf("clip").read([KEYS[9]])
+        store.partition("clip").read([KEYS[9]])
 
 
-def test_newer_receipts_are_seen(store, shelf):
-    reader = FeatureStore(store.location).shelf("clip")
-    fill(shelf, KEYS[:4])
+def test_newer_receipts_are_seen(store, partition):
+    reader = FeatureStore(store.location).partition("clip")
+    fill(partition, KEYS[:4])
     assert len(reader) == 0 and not reader.has(KEYS[:4]).any()
     assert same(reader, KEYS[:4]), "what is not known is looked for once more"
-    fill(shelf, KEYS[4:8])
+    fill(partition, KEYS[4:8])
     assert reader.has(KEYS[:8]).tolist() == [True] * 4 + [False] * 4
     reader.refresh()
     assert reader.has(KEYS[:8]).all() and len(reader) == 8
 
 
-class Rows(torch.utils.data.Dataset):
+class ReceiptIndex(torch.utils.data.Dataset):
     def __init__(self, store):
         self.store = store
 
@@ -447,26 +455,32 @@ class Rows(torch.utils.data.Dataset):
         return self.store.fetch([image, image], [["clip"], []])[0]["clip"].tokens.clone()
 
 
-def test_data_loader_workers(store, shelf):
+def test_data_loader_workers(store, partition):
     """Forked workers get reading threads of their own, spawned ones a store that opens itself again."""
     big = features(KEYS, grid=(64, 64), channels=128)  # 2 MiB a row: the reading threads take part
-    shelf.write("a" * 32, big)
-    for opened in (shelf, pickle.loads(pickle.dumps(shelf)), pickle.loads(pickle.dumps(store)).shelf("clip")):
+    partition.write("a" * 32, big)
+    for opened in (
+        partition,
+        pickle.loads(pickle.dumps(partition)),
+        pickle.loads(pickle.dumps(store)).partition("clip"),
+    ):
         assert all(torch.equal(got.tokens, big[name].tokens) for name, got in zip(KEYS, opened.read(KEYS), strict=True))
-    loader = torch.utils.data.DataLoader(Rows(store), batch_size=4, num_workers=2, multiprocessing_context="fork")
+    loader = torch.utils.data.DataLoader(
+        ReceiptIndex(store), batch_size=4, num_workers=2, multiprocessing_context="fork"
+    )
     assert all(torch.equal(row, big[name].tokens) for row, name in zip(torch.cat(list(loader)), KEYS, strict=True))
 
 
-def test_threads_read_while_others_write(store, shelf):
-    fill(shelf, KEYS)
+def test_threads_read_while_others_write(store, partition):
+    fill(partition, KEYS)
     faults, stop = [], threading.Event()
 
     def read(seed):
         draw = random.Random(seed)
         try:
             while not stop.is_set():
-                assert same(shelf, draw.sample(KEYS, 5))
-                shelf.refresh()
+                assert same(partition, draw.sample(KEYS, 5))
+                partition.refresh()
         except BaseException as error:
             faults.append(error)
 
@@ -474,9 +488,9 @@ def test_threads_read_while_others_write(store, shelf):
     for thread in readers:
         thread.start()
     try:
-        other = FeatureStore(store.location).shelf("clip")
+        other = FeatureStore(store.location).partition("clip")
         for number in range(12):
-            fill(other if number % 2 else shelf, [key(f"{number} {at}") for at in range(3)])
+            fill(other if number % 2 else partition, [key(f"{number} {at}") for at in range(3)])
             if number % 3 == 0:
                 other.snapshot()
                 store.gc(0)
@@ -484,38 +498,38 @@ def test_threads_read_while_others_write(store, shelf):
         stop.set()
         for thread in readers:
             thread.join()
-    assert not faults and len(FeatureStore(store.location).shelf("clip")) == 20 + 36
+    assert not faults and len(FeatureStore(store.location).partition("clip")) == 20 + 36
 
 
 # Snapshots
 
 
-def test_snapshots(store, shelf):
-    assert shelf.snapshot() == 0
-    fill(shelf, KEYS[:8])
-    assert shelf.snapshot() == 1 and shelf.snapshot() == 1
-    fill(shelf, KEYS[8:16])
-    other = FeatureStore(store.location).shelf("clip")
+def test_snapshots(store, partition):
+    assert partition.snapshot() == 0
+    fill(partition, KEYS[:8])
+    assert partition.snapshot() == 1 and partition.snapshot() == 1
+    fill(partition, KEYS[8:16])
+    other = FeatureStore(store.location).partition("clip")
     assert len(other) == 16 and same(other, KEYS[:16])
-    assert other.snapshot() == 2 and shelf.snapshot() == 2
-    fill(shelf, KEYS[16:])
-    assert shelf.snapshot() == 3 and len(shelf) == 20 and same(shelf, KEYS)
-    newest = Path(shelf.location) / "index" / "3.arrow"
+    assert other.snapshot() == 2 and partition.snapshot() == 2
+    fill(partition, KEYS[16:])
+    assert partition.snapshot() == 3 and len(partition) == 20 and same(partition, KEYS)
+    newest = Path(partition.location) / "index" / "3.arrow"
     newest.write_bytes(newest.read_bytes()[:-100])  # cut: the older one serves, and the receipts since
-    assert same(FeatureStore(store.location).shelf("clip"), KEYS)
-    for path in (Path(shelf.location) / "index").iterdir():
+    assert same(FeatureStore(store.location).partition("clip"), KEYS)
+    for path in (Path(partition.location) / "index").iterdir():
         path.unlink()
-    assert same(FeatureStore(store.location).shelf("clip"), KEYS), "an index is no more than a saving"
-    assert FeatureStore(store.location).shelf("clip").snapshot() == 4
+    assert same(FeatureStore(store.location).partition("clip"), KEYS), "an index is no more than a saving"
+    assert FeatureStore(store.location).partition("clip").snapshot() == 4
 
 
-def test_overlapping_shards(store, shelf):
+def test_overlapping_shards(store, partition):
     """Two drivers that cut the work differently store a feature twice; it still counts once and reads the same."""
-    shelf.write(shelf.shard_id(KEYS[:4]), features(KEYS[:4]))
-    shelf.write(shelf.shard_id(KEYS[2:6]), features(KEYS[2:6]))
-    assert len(shelf) == 6 and same(shelf, KEYS[:6])
-    shelf.snapshot()
-    again = FeatureStore(store.location).shelf("clip")
+    partition.write(partition.shard_id(KEYS[:4]), features(KEYS[:4]))
+    partition.write(partition.shard_id(KEYS[2:6]), features(KEYS[2:6]))
+    assert len(partition) == 6 and same(partition, KEYS[:6])
+    partition.snapshot()
+    again = FeatureStore(store.location).partition("clip")
     assert len(again) == 6 and same(again, KEYS[:6]) and again.stat()["features"] == 6
     assert store.gc(0)["files"] == 0 and list(store.verify()) == []
 
@@ -523,24 +537,26 @@ def test_overlapping_shards(store, shelf):
 # Damage
 
 
-def test_a_flipped_byte_is_found(store, shelf):
-    fill(shelf, KEYS)
-    receipt = pq.read_table(next((Path(shelf.location) / "receipts").iterdir())).to_pylist()
+def test_a_flipped_byte_is_found(store, partition):
+    fill(partition, KEYS)
+    receipt = pq.read_table(next((Path(partition.location) / "receipts").iterdir())).to_pylist()
     row = receipt[2]
-    shard = Path(shelf.location) / "shards" / row["file"]
+    shard = Path(partition.location) / "shards" / row["file"]
     flip(shard, row["offset"] + 100)
     with pytest.raises(StoreError, match=f"{row['key']}.*{row['file']}.*run `mova store verify`") as caught:
-        shelf.read([row["key"]])
+        partition.read([row["key"]])
     assert "\n" not in str(caught.value)
-    assert not torch.equal(shelf.read([row["key"]], verify=False)[0].tokens, features([row["key"]])[row["key"]].tokens)
+    assert not torch.equal(
+        partition.read([row["key"]], verify=False)[0].tokens, features([row["key"]])[row["key"]].tokens
+    )
     checked: list[int] = []
     [found] = store.verify(checked.append)
     assert found == {
-        "expert": "clip", "fingerprint": shelf.fingerprint, "shard": f"shards/{row['file']}", "key": row["key"],
+        "expert": "clip", "fingerprint": partition.fingerprint, "shard": f"shards/{row['file']}", "key": row["key"],
         "reason": "its bytes have changed",
     }  # fmt: skip
     assert sum(checked) == 20
-    assert same(shelf, [name for name in KEYS if name != row["key"]])
+    assert same(partition, [name for name in KEYS if name != row["key"]])
     with open(shard, "r+b") as file:
         file.truncate(row["offset"] + 100)
     assert {found["reason"] for found in store.verify()} == {"the file ends before it"}
@@ -549,20 +565,20 @@ def test_a_flipped_byte_is_found(store, shelf):
 
 
 def test_a_hundred_flipped_bytes_are_found_and_made_anew(store):
-    """Of any files of three shelves, store.json and expert.json among them."""
+    """Of any files of three partitions, store.json and expert.json among them."""
     keys = [key(number) for number in range(150)]
     more = [key(f"more {number}") for number in range(20)]
     descriptions = [describe(), describe("sam", dtype="int8"), describe("clip", weights="two", dtype="bfloat16")]
     for description in descriptions:
-        shelf = store.add_expert(description)
-        fill(shelf, keys, rows_per_shard=5)
-        shelf.snapshot()
-        fill(shelf, [*keys, *more], rows_per_shard=5)
+        partition = store.add_expert(description)
+        fill(partition, keys, rows_per_shard=5)
+        partition.snapshot()
+        fill(partition, [*keys, *more], rows_per_shard=5)
     store.quarantine([{"image": "a.png", "sha256": None, "reason": "0 bytes", "expert": "clip"}])
     root = Path(store.location)
     draw = random.Random(0)
     targets = sorted(path for path in root.rglob("*") if path.is_file())
-    always = [root / "store.json", Path(shelf.location, "expert.json"), *(root / "quarantine").iterdir()]
+    always = [root / "store.json", Path(partition.location, "expert.json"), *(root / "quarantine").iterdir()]
     flipped = set()
     for path in [*always, *draw.sample([path for path in targets if path not in always], 97)]:
         flip(path, draw.randrange(path.stat().st_size), 1 << draw.randrange(8))
@@ -578,7 +594,7 @@ def test_a_hundred_flipped_bytes_are_found_and_made_anew(store):
     for folder, name in flipped:
         other = Path(folder).parent / pairs.get(Path(folder).name, "")
         assert {(folder, name), (str(other), name)} & named, (folder, name)
-    withdrawn = opened.forget(damaged)
+    withdrawn = opened.withdraw(damaged)
     lost = {found["key"] for found in damaged if found["key"]}
     assert 0 < withdrawn <= 3 * len(lost), "sound rows of damaged shards are kept"
     repaired = FeatureStore(root)
@@ -586,47 +602,49 @@ def test_a_hundred_flipped_bytes_are_found_and_made_anew(store):
         fill(repaired.add_expert(description), [*keys, *more], rows_per_shard=5)
     assert list(FeatureStore(root).verify()) == [] and repaired.gc(0)["files"] > 0
     assert list(FeatureStore(root).verify()) == []
-    one = repaired.shelf("clip", fingerprint(describe()))
+    one = repaired.partition("clip", fingerprint(describe()))
     assert same(one, [*keys, *more])
     for description in descriptions:
-        shelf = repaired.shelf(description["expert"], fingerprint(description))
-        assert len(shelf) == 170 and len(shelf.read(keys)) == 150
+        partition = repaired.partition(description["expert"], fingerprint(description))
+        assert len(partition) == 170 and len(partition.read(keys)) == 150
 
 
-def test_a_damaged_receipt_hides_only_its_rows(store, shelf, caplog):
-    fill(shelf, KEYS)
-    receipt = sorted((Path(shelf.location) / "receipts").iterdir())[0]
+def test_a_damaged_receipt_hides_only_its_rows(store, partition, caplog):
+    fill(partition, KEYS)
+    receipt = sorted((Path(partition.location) / "receipts").iterdir())[0]
     rows = pq.read_table(receipt).to_pylist()
     receipt.write_bytes(receipt.read_bytes()[:50])
     again = FeatureStore(store.location)
     assert sorted(again.missing(KEYS, "clip")) == sorted(row["key"] for row in rows)
     assert receipt.name in caplog.text
     with pytest.raises(StoreError, match="verify"):
-        again.shelf("clip").write(receipt.stem, features([row["key"] for row in rows]))
+        again.partition("clip").write(receipt.stem, features([row["key"] for row in rows]))
     again.gc(0)
-    assert (Path(shelf.location) / "shards" / rows[0]["file"]).exists(), "the damaged receipt may name it"
-    assert again.forget(again.verify()) == 0
-    assert same(again.shelf("clip"), KEYS) and list(again.verify()) == [], "the header of the shard told of its rows"
-    assert again.shelf("clip").stat()["features"] == 20
+    assert (Path(partition.location) / "shards" / rows[0]["file"]).exists(), "the damaged receipt may name it"
+    assert again.withdraw(again.verify()) == 0
+    assert same(again.partition("clip"), KEYS) and list(again.verify()) == [], (
+        "the header of the shard told of its rows"
+    )
+    assert again.partition("clip").stat()["features"] == 20
 
 
-def test_sound_rows_of_a_damaged_shard_are_kept(store, shelf):
+def test_sound_rows_of_a_damaged_shard_are_kept(store, partition):
     """A header, a row and a gap are damaged: two features have to be made anew."""
-    fill(shelf, KEYS)
-    shelf.snapshot()
-    reader = FeatureStore(store.location).shelf("clip")
-    receipts = [pq.read_table(path).to_pylist() for path in Path(shelf.location, "receipts").iterdir()]
+    fill(partition, KEYS)
+    partition.snapshot()
+    reader = FeatureStore(store.location).partition("clip")
+    receipts = [pq.read_table(path).to_pylist() for path in Path(partition.location, "receipts").iterdir()]
     rows = [rows[2] for rows in receipts if len(rows) == 6]
     for row, at in zip(rows, (50, rows[1]["offset"] + 10, rows[2]["offset"] + row_end(rows[2])), strict=True):
-        flip(Path(shelf.location, "shards", row["file"]), at)
+        flip(Path(partition.location, "shards", row["file"]), at)
     damaged = list(store.verify())
-    assert len(damaged) == 3 and store.forget(damaged) == 2, "of the gap the row before it is not trusted"
-    assert shelf.missing(KEYS) == sorted((rows[1]["key"], rows[2]["key"]), key=KEYS.index)
+    assert len(damaged) == 3 and store.withdraw(damaged) == 2, "of the gap the row before it is not trusted"
+    assert partition.missing(KEYS) == sorted((rows[1]["key"], rows[2]["key"]), key=KEYS.index)
     assert store.gc(0)["files"] == 3 + 1, "the damaged shards; of the snapshots the older index"
     kept = [name for name in KEYS if name in set(KEYS) - {rows[1]["key"], rows[2]["key"]}]
-    assert same(shelf, kept) and same(reader, kept), "also for who has not looked since"
-    fill(shelf, KEYS)
-    assert same(shelf, KEYS) and list(store.verify()) == [] and store.gc(0)["files"] <= 2
+    assert same(partition, kept) and same(reader, kept), "also for who has not looked since"
+    fill(partition, KEYS)
+    assert same(partition, KEYS) and list(store.verify()) == [] and store.gc(0)["files"] <= 2
 
 
 def row_end(row):
@@ -665,9 +683,9 @@ def act_crash_at_every_step(folder):
 
             for name in calls:
                 setattr(os, name, dying(getattr(os, name)))
-            shelf = FeatureStore(store.location).shelf("clip")
-            fill(shelf, KEYS[:12])
-            shelf.snapshot()
+            partition = FeatureStore(store.location).partition("clip")
+            fill(partition, KEYS[:12])
+            partition.snapshot()
             store.quarantine([{"image": "a", "sha256": None, "reason": "b", "expert": "clip"}])
             store.add_expert(describe("sam"))
             os._exit(0)
@@ -685,7 +703,7 @@ def act_crash_at_bytes(folder):
         if (child := os.fork()) == 0:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-            fill(FeatureStore(store.location).shelf("clip"), KEYS[:12])
+            fill(FeatureStore(store.location).partition("clip"), KEYS[:12])
             os._exit(0)
         status = os.waitpid(child, 0)[1]
         assert os.WIFSIGNALED(status) == (size < 28672), (size, status)
@@ -698,10 +716,10 @@ def act_crash_at_any_moment(folder):
         store = FeatureStore(folder / str(number), create=True)
         fill(store.add_expert(describe()), KEYS[:6])
         if (child := os.fork()) == 0:
-            shelf = FeatureStore(store.location).shelf("clip")
+            partition = FeatureStore(store.location).partition("clip")
             big = features([KEYS[6]], grid=(256, 256), channels=8)[KEYS[6]]
             for at in range(1000):
-                shelf.write(shelf.shard_id([key(f"big {at}")]), {key(f"big {at}"): big})
+                partition.write(partition.shard_id([key(f"big {at}")]), {key(f"big {at}"): big})
             os._exit(0)
         time.sleep(draw.uniform(0.005, 0.25))
         os.kill(child, signal.SIGKILL)
@@ -719,29 +737,31 @@ def test_a_crash_loses_nothing_and_harms_nothing(tmp_path, act):
     left = set()
     for path in stores:
         store = FeatureStore(path)
-        shelf = store.shelf("clip")
-        assert same(shelf, KEYS[:6])
-        left |= {sum(path.is_file() for path in Path(shelf.location).rglob("*"))}
+        partition = store.partition("clip")
+        assert same(partition, KEYS[:6])
+        left |= {sum(path.is_file() for path in Path(partition.location).rglob("*"))}
         if act != "crash_at_any_moment":
-            assert len(shelf) % 6 == 0, "all of a shard or nothing of it"
-        fill(shelf, KEYS)
-        shelf.snapshot()
-        assert same(FeatureStore(path).shelf("clip"), KEYS) and list(store.verify()) == []
+            assert len(partition) % 6 == 0, "all of a shard or nothing of it"
+        fill(partition, KEYS)
+        partition.snapshot()
+        assert same(FeatureStore(path).partition("clip"), KEYS) and list(store.verify()) == []
         removed = store.gc(0)
         assert not list(path.rglob(".*")) and store.gc(0) == {"files": 0, "bytes": 0}, removed
-        assert len(os.listdir(Path(shelf.location) / "shards")) == len(os.listdir(Path(shelf.location) / "receipts"))
-        assert same(FeatureStore(path).shelf("clip"), KEYS)
+        assert len(os.listdir(Path(partition.location) / "shards")) == len(
+            os.listdir(Path(partition.location) / "receipts")
+        )
+        assert same(FeatureStore(path).partition("clip"), KEYS)
     assert len(left) > 1, "the crashes came at different moments"
 
 
 def act_race(folder):
     """Two processes write the same shards at once."""
     store = FeatureStore(folder / "store", create=True)
-    shelf = store.add_expert(describe())
-    plan = shelf.plan([key(number) for number in range(120)], 2)
+    partition = store.add_expert(describe())
+    plan = partition.plan([key(number) for number in range(120)], 2)
     for number in range(2):
         if os.fork() == 0:
-            mine = FeatureStore(store.location).shelf("clip")
+            mine = FeatureStore(store.location).partition("clip")
             (folder / f"ready {number}").touch()
             while not all((folder / f"ready {other}").exists() for other in range(2)):
                 time.sleep(0.001)
@@ -757,11 +777,11 @@ def test_two_processes_write_the_same_shards(tmp_path):
     first, second = (json.loads((tmp_path / f"rows {number}.json").read_text()) for number in range(2))
     assert first == second, "both are told of the winner's rows"
     store = FeatureStore(tmp_path / "store")
-    shelf = store.shelf("clip")
+    partition = store.partition("clip")
     named = {row["file"] for rows in first for row in rows}
-    assert set(os.listdir(Path(shelf.location) / "shards")) == named and len(named) == 60
-    assert len(os.listdir(Path(shelf.location) / "receipts")) == 60
-    assert same(shelf, [key(number) for number in range(120)]) and list(store.verify()) == []
+    assert set(os.listdir(Path(partition.location) / "shards")) == named and len(named) == 60
+    assert len(os.listdir(Path(partition.location) / "receipts")) == 60
+    assert same(partition, [key(number) for number in range(120)]) and list(store.verify()) == []
     assert not list(Path(store.location).rglob(".*.tmp"))
 
 
@@ -781,7 +801,7 @@ def test_many_make_the_same_store_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("answer", [KeyboardInterrupt, FileExistsError, OSError])
-def test_a_commit_that_was_made_but_not_heard_of_is_kept(shelf, monkeypatch, answer):
+def test_a_commit_that_was_made_but_not_heard_of_is_kept(partition, monkeypatch, answer):
     """An interrupt right after the link, or a network file system that lost the reply and asked again."""
     link = os.link
 
@@ -789,33 +809,37 @@ def test_a_commit_that_was_made_but_not_heard_of_is_kept(shelf, monkeypatch, ans
         link(*args)
         raise answer
 
-    [shard] = shelf.plan(KEYS[:4], 4)
+    [shard] = partition.plan(KEYS[:4], 4)
     monkeypatch.setattr(os, "link", unheard)
     try:
-        shelf.write(shard.id, features(shard.keys))
+        partition.write(shard.id, features(shard.keys))
     except (KeyboardInterrupt, StoreError):
         assert answer is not FileExistsError
     monkeypatch.undo()
-    assert same(shelf, KEYS[:4]) and shelf.plan(KEYS[:4], 4) == [] and not list(Path(shelf.location).rglob(".*"))
+    assert (
+        same(partition, KEYS[:4])
+        and partition.plan(KEYS[:4], 4) == []
+        and not list(Path(partition.location).rglob(".*"))
+    )
 
 
 def act_fill_the_disk(folder):
     """Writes until the disk is full, then says what happened; the error must leave everything as it was."""
     store = FeatureStore(folder / "store", create=True)
-    shelf = store.add_expert(describe())
+    partition = store.add_expert(describe())
     written, error = 0, None
     while error is None:
         keys = [key(written * 4 + at) for at in range(4)]
         before = files(store.location)
         try:
-            shelf.write(shelf.shard_id(keys), features(keys, grid=(40, 40)))
+            partition.write(partition.shard_id(keys), features(keys, grid=(40, 40)))
             written += 1
         except StoreError as caught:
             error = caught
     assert files(store.location) == before and not list(Path(store.location).rglob(".*.tmp"))
     assert isinstance(error.__cause__, OSError)
     try:  # a smaller thing may still fit, or not; either is said
-        shelf.snapshot()
+        partition.snapshot()
         store.quarantine([{"image": "a" * 100_000, "sha256": None, "reason": "b", "expert": "clip"}])
     except StoreError:
         pass
@@ -823,7 +847,7 @@ def act_fill_the_disk(folder):
     stored = [key(number) for number in range(written * 4)]
     again = FeatureStore(store.location)
     wanted = features(stored, grid=(40, 40))
-    read = again.shelf("clip").read(stored)
+    read = again.partition("clip").read(stored)
     assert all(torch.equal(got.tokens, wanted[name].tokens) for name, got in zip(stored, read, strict=True))
     assert list(again.verify()) == [] and written > 0
     print(json.dumps({"errno": error.__cause__.errno, "said": str(error), "written": written}))
@@ -848,7 +872,7 @@ def test_a_full_disk(tmp_path):
 # Keeping
 
 
-def test_quarantine(store, shelf):
+def test_quarantine(store, partition):
     store.quarantine([])
     store.quarantine(
         [
@@ -871,21 +895,21 @@ def test_quarantine(store, shelf):
     assert store.quarantined() == []
 
 
-def test_gc_respects_the_grace(store, shelf):
-    fill(shelf, KEYS)
-    shelf.snapshot()
-    fill(shelf, [*KEYS, key("more")])
-    shelf.snapshot()
-    orphan = Path(shelf.location) / "shards" / f"{'0' * 32}-0123456789ab.safetensors"
+def test_gc_respects_the_grace(store, partition):
+    fill(partition, KEYS)
+    partition.snapshot()
+    fill(partition, [*KEYS, key("more")])
+    partition.snapshot()
+    orphan = Path(partition.location) / "shards" / f"{'0' * 32}-0123456789ab.safetensors"
     temporary = [
         folder / f".{name}-0123456789ab.tmp"
         for folder, name in [
-            (Path(store.location), "store.json"), (Path(store.location) / "quarantine", "x.parquet"), (Path(shelf.location), "expert.json"),
-            (Path(shelf.location) / "shards", "x"), (Path(shelf.location) / "receipts", "x"), (Path(shelf.location) / "index", "x"),
-            (Path(shelf.location) / "snapshots", "x"),
+            (Path(store.location), "store.json"), (Path(store.location) / "quarantine", "x.parquet"), (Path(partition.location), "expert.json"),
+            (Path(partition.location) / "shards", "x"), (Path(partition.location) / "receipts", "x"), (Path(partition.location) / "index", "x"),
+            (Path(partition.location) / "snapshots", "x"),
         ]
     ]  # fmt: skip
-    superseded = [Path(shelf.location) / "index" / "1.arrow", Path(shelf.location) / "snapshots" / "1.json"]
+    superseded = [Path(partition.location) / "index" / "1.arrow", Path(partition.location) / "snapshots" / "1.json"]
     (Path(store.location) / "quarantine").mkdir(exist_ok=True)
     for path in (orphan, *temporary):
         path.write_bytes(b"12345")
@@ -897,26 +921,26 @@ def test_gc_respects_the_grace(store, shelf):
     freed = sum(path.stat().st_size for path in (*temporary[3:], *superseded))
     assert store.gc(0) == {"files": 6, "bytes": freed}
     assert files(store.location) == kept and not list(Path(store.location).rglob(".*"))
-    assert same(FeatureStore(store.location).shelf("clip"), [*KEYS, key("more")])
+    assert same(FeatureStore(store.location).partition("clip"), [*KEYS, key("more")])
 
 
-def test_a_copied_store_without_its_empty_folders(store, shelf):
-    fill(shelf, KEYS[:4])
+def test_a_copied_store_without_its_empty_folders(store, partition):
+    fill(partition, KEYS[:4])
     for name in ("index", "snapshots"):
-        (Path(shelf.location) / name).rmdir()
+        (Path(partition.location) / name).rmdir()
     Path(store.add_expert(describe("sam")).location, "receipts").rmdir()
     again = FeatureStore(store.location)
-    fill(again.shelf("sam"), KEYS)
-    assert same(again.shelf("sam"), KEYS)
-    assert same(again.shelf("clip"), KEYS[:4]) and list(again.verify()) == [] and again.gc(0)["files"] == 0
+    fill(again.partition("sam"), KEYS)
+    assert same(again.partition("sam"), KEYS)
+    assert same(again.partition("clip"), KEYS[:4]) and list(again.verify()) == [] and again.gc(0)["files"] == 0
     fill(again.add_expert(describe()), KEYS)
-    assert again.shelf("clip").snapshot() == 1
+    assert again.partition("clip").snapshot() == 1
 
 
-def test_looking_is_quick(store, shelf):
-    fill(shelf, KEYS)
-    shelf.snapshot()
-    fill(shelf, [key("more")])
+def test_looking_is_quick(store, partition):
+    fill(partition, KEYS)
+    partition.snapshot()
+    fill(partition, [key("more")])
     code = (
         "import sys; from mova_core.features import FeatureStore; store = FeatureStore(sys.argv[1]);"
         "assert store.stat()['experts']['clip']['features'] == 21; store.gc(0); store.fingerprints;"

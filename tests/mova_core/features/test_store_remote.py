@@ -13,10 +13,10 @@ import pytest
 import torch
 import werkzeug.serving
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from tests.mova_core.features.test_store import KEYS, describe, features, fill, key, same
 
 from mova_core.features import FeatureStore, StoreError
-from mova_core.features.storage.base import Bucket
-from tests.mova_core.test_store import KEYS, describe, features, fill, key, same
+from mova_core.features.storage.base import ObjectStorage
 
 
 class Server:
@@ -83,27 +83,27 @@ def server(running, monkeypatch, tmp_path):
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # it keeps the endpoint of who asked first
     running.failing, running.forgets_conditions = 0.0, False
     bucket = f"bucket-{running.draw.randrange(10**9)}"
-    Bucket(f"s3://{bucket}")._fs.mkdir(bucket)
+    ObjectStorage(f"s3://{bucket}")._fs.mkdir(bucket)
     running.url = f"s3://{bucket}/stores/one"
     return running
 
 
 def objects(store):
     """Every object of a store, relative."""
-    place = store.place
+    place = store.storage
     return {path.removeprefix(place._at("") + "/") for path in place._fs.find(place._at(""))}
 
 
 def test_requests(server):
     """A row takes at most one request, rows side by side share one, and none is asked for its size first."""
-    shelf = FeatureStore(server.url, create=True).add_expert(describe())
+    partition = FeatureStore(server.url, create=True).add_expert(describe())
     server.asked.clear()
-    fill(shelf, KEYS[:6])
+    fill(partition, KEYS[:6])
     [put] = [path for method, path, _ in server.asked if method == "PUT" and "/shards/" in path]
     assert [method for method, *_ in server.asked if method == "PUT"] == ["PUT"] * 2, "shard and receipt"
     big = features(KEYS[6:12], grid=(200, 200), channels=64)  # 10 MiB a row: more than what is read at once
-    shelf.write("a" * 32, big)
-    reader = FeatureStore(server.url).shelf("clip")
+    partition.write("a" * 32, big)
+    reader = FeatureStore(server.url).partition("clip")
     server.asked.clear()
     assert same(reader, KEYS[:6])
     size = 5 * 4096 + 15 * 7 * 4
@@ -116,18 +116,18 @@ def test_requests(server):
 def test_snapshots_are_kept_here(server, tmp_path):
     store = FeatureStore(server.url, create=True)
     fill(store.add_expert(describe()), KEYS[:12])
-    assert store.shelf("clip").snapshot() == 1
-    fill(store.shelf("clip"), KEYS)
+    assert store.partition("clip").snapshot() == 1
+    fill(store.partition("clip"), KEYS)
     again = FeatureStore(server.url)
     server.asked.clear()
-    assert same(pickle.loads(pickle.dumps(again)).shelf("clip"), KEYS)
+    assert same(pickle.loads(pickle.dumps(again)).partition("clip"), KEYS)
     assert not any("/index/" in path for _, path, _ in server.asked), "the copy here serves"
     assert sum("/receipts/" in path for _, path, _ in server.asked) == 2, "of the newer ones only"
-    assert store.shelf("clip").snapshot() == 2
+    assert store.partition("clip").snapshot() == 2
     [kept] = (tmp_path / "cache").rglob("*-*")
-    assert kept.stat().st_size and same(FeatureStore(server.url).shelf("clip"), KEYS)
+    assert kept.stat().st_size and same(FeatureStore(server.url).partition("clip"), KEYS)
     assert store.gc(-60)["files"] == 2, "the superseded index and its snapshot"
-    assert same(FeatureStore(server.url).shelf("clip"), KEYS)
+    assert same(FeatureStore(server.url).partition("clip"), KEYS)
 
 
 def test_a_server_that_fails(server, monkeypatch):
@@ -138,15 +138,15 @@ def test_a_server_that_fails(server, monkeypatch):
     keys = [key(number) for number in range(60)]
 
     def write(_):
-        shelf = FeatureStore(server.url, create=True).add_expert(describe())
-        fill(shelf, keys, rows_per_shard=4)
+        partition = FeatureStore(server.url, create=True).add_expert(describe())
+        fill(partition, keys, rows_per_shard=4)
 
     with ThreadPoolExecutor(2) as writers:  # of the same work
         list(writers.map(write, range(2)))
     store = FeatureStore(server.url)
-    shelf = store.shelf("clip")
-    assert shelf.snapshot() == 1 and same(shelf, keys)
-    fill(shelf, [*keys, *KEYS], rows_per_shard=4)
+    partition = store.partition("clip")
+    assert partition.snapshot() == 1 and same(partition, keys)
+    fill(partition, [*keys, *KEYS], rows_per_shard=4)
     store.quarantine([{"image": "a.png", "sha256": None, "reason": "0 bytes", "expert": "clip"}])
     assert FeatureStore(server.url).quarantined()[0]["image"] == "a.png"
     assert list(store.verify()) == []
@@ -155,33 +155,33 @@ def test_a_server_that_fails(server, monkeypatch):
     receipts = {name for name in left if "/receipts/" in name}
     assert len(receipts) == 15 and len({name for name in left if "/shards/" in name}) == 15, "every shard once"
     again = FeatureStore(server.url)
-    assert len(again.shelf("clip")) == 60 and same(again.shelf("clip"), keys) and list(again.verify()) == []
+    assert len(again.partition("clip")) == 60 and same(again.partition("clip"), keys) and list(again.verify()) == []
     assert server.failed > 4
 
 
 def test_damage_in_a_bucket(server):
     store = FeatureStore(server.url, create=True)
-    shelf = store.add_expert(describe())
-    fill(shelf, KEYS)
-    [name, *_] = shelf.place.names("shards")
-    whole = bytearray(shelf.place.read(f"shards/{name}"))
+    partition = store.add_expert(describe())
+    fill(partition, KEYS)
+    [name, *_] = partition.storage.list_files("shards")
+    whole = bytearray(partition.storage.read(f"shards/{name}"))
     whole[4100] ^= 1
-    shelf.place.put(f"shards/{name}", [whole])
+    partition.storage.put(f"shards/{name}", [whole])
     damaged = list(store.verify())
     assert [found["shard"] for found in damaged] == [f"shards/{name}"]
     with pytest.raises(StoreError, match="verify"):
-        shelf.read([damaged[0]["key"]])
-    assert store.forget(damaged) == 1
+        partition.read([damaged[0]["key"]])
+    assert store.withdraw(damaged) == 1
     assert FeatureStore(server.url).missing(KEYS, "clip") == [damaged[0]["key"]]
-    fill(FeatureStore(server.url).shelf("clip"), KEYS)
-    assert list(store.verify()) == [] and same(FeatureStore(server.url).shelf("clip"), KEYS)
+    fill(FeatureStore(server.url).partition("clip"), KEYS)
+    assert list(store.verify()) == [] and same(FeatureStore(server.url).partition("clip"), KEYS)
 
 
 def test_a_server_that_overwrites_is_refused(server):
     server.forgets_conditions = True
     with pytest.raises(StoreError, match="If-None-Match"):
         FeatureStore(server.url, create=True)
-    assert Bucket(server.url).names("") == []
+    assert ObjectStorage(server.url).list_files("") == []
 
 
 def test_what_is_said(server, monkeypatch):
@@ -201,8 +201,8 @@ def test_in_memory_and_in_forked_workers(server):
     for url in ("memory://place/store", server.url):
         store = FeatureStore(url, create=True)
         fill(store.add_expert(describe()), KEYS)
-        store.shelf("clip").snapshot()
-        assert same(FeatureStore(url).shelf("clip"), KEYS) and list(store.verify()) == []
+        store.partition("clip").snapshot()
+        assert same(FeatureStore(url).partition("clip"), KEYS) and list(store.verify()) == []
         loader = torch.utils.data.DataLoader(Sums(store), batch_size=4, num_workers=1, multiprocessing_context="fork")
         assert torch.cat(list(loader)).tolist() == [row.tokens.sum() for row in features(KEYS).values()]
     assert store.gc(-60)["files"] == 0 and store.stat()["experts"]["clip"]["features"] == 20
@@ -216,4 +216,4 @@ class Sums(torch.utils.data.Dataset):
         return len(KEYS)
 
     def __getitem__(self, at):
-        return self.store.shelf("clip").read([KEYS[at]])[0].tokens.sum()
+        return self.store.partition("clip").read([KEYS[at]])[0].tokens.sum()

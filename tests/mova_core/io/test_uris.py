@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from mova_core.io import uris
 from mova_core.images import ImageError, ImageRef, ImageUnavailable, read_image
-from mova_core.io.uris import Cell, Member, absolute, is_url, joined, parent, parse
+from mova_core.io import uris
 from mova_core.io.node_cache import NodeCache
+from mova_core.io.uris import Cell, Member, absolute, is_url, joined, parent, parse
 
 
 def encoded(seed: int, side: int = 20) -> bytes:

@@ -14,8 +14,8 @@ from mova_core.config import MoVAConfig
 from mova_core.data import DataError
 from mova_core.experts import EXPERTS, expert_card
 from mova_core.experts.cost import Measured, Profile, count_flops, device_kind, shapes_of, write_profiles
-from pipelines.invalid_records import read_rows, tell_skipped
 from pipelines.cli.main import _costs, app
+from pipelines.invalid_records import read_rows, report_skipped
 from pipelines.precompute.listing import find_images
 
 
@@ -108,5 +108,5 @@ def test_bad_rows_end_it_or_are_left_out_and_told(tmp_path, capsys):
         with pytest.raises(DataError, match="line 1: it has 2 pictures"):
             read_rows(path, None, how, check=lambda sample: sample.image)
     assert len(read_rows(path)[0]) == 1
-    tell_skipped([])
+    report_skipped([])
     assert capsys.readouterr().err == ""

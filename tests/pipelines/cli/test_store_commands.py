@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.mova_core.features.test_store import KEYS, describe, features, files, fill, flip, key, same
 from typer.testing import CliRunner
 
 from mova_core.features import FeatureStore
 from pipelines.cli.main import app
-from tests.mova_core.test_store import KEYS, describe, features, files, fill, flip, key, same
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def test_stat(store):
 
 def test_verify(store):
     assert mova("verify", store.location)["damaged"] == []
-    shelf = store.shelf("clip")
-    [name, *_] = sorted(path.name for path in Path(shelf.location, "shards").iterdir())
-    flip(Path(shelf.location, "shards", name), 4100)
+    partition = store.partition("clip")
+    [name, *_] = sorted(path.name for path in Path(partition.location, "shards").iterdir())
+    flip(Path(partition.location, "shards", name), 4100)
     before = files(store.location)
     for _ in range(2):
         looked = mova("verify", store.location, "--keep", code=1)
@@ -57,7 +57,7 @@ def test_verify(store):
 
 
 def test_gc(store):
-    left = Path(store.shelf("clip").location, "shards", f"{'0' * 32}-0123456789ab.safetensors")
+    left = Path(store.partition("clip").location, "shards", f"{'0' * 32}-0123456789ab.safetensors")
     left.write_bytes(b"12345")
     assert mova("gc", store.location) == {"files": 0, "bytes": 0}
     os.utime(left, (time.time() - 600,) * 2)
@@ -76,16 +76,18 @@ def test_diff_and_export(store, tmp_path):
     clip, sam = mova("diff", store.location, other)
     assert [clip[name] for name in ("same", "only_here", "only_there", "differ")] == [4, 16, 0, 0] and sam["same"] == 4
     copied = FeatureStore(other)
-    assert same(copied.shelf("clip"), KEYS[:4]) and copied.stat()["experts"]["sam"]["features"] == 4
-    assert copied.shelf("sam").stat()["max_loss"] == pytest.approx(store.shelf("sam").stat()["max_loss"], rel=0.5)
+    assert same(copied.partition("clip"), KEYS[:4]) and copied.stat()["experts"]["sam"]["features"] == 4
+    assert copied.partition("sam").stat()["max_loss"] == pytest.approx(
+        store.partition("sam").stat()["max_loss"], rel=0.5
+    )
 
     changed = {name: row for name, row in features([KEYS[5]], grid=(2, 2)).items()}  # as other code would make it
-    copied.shelf("clip").write("a" * 32, changed)
-    copied.shelf("clip").write("b" * 32, features([key("there")]))
+    copied.partition("clip").write("a" * 32, changed)
+    copied.partition("clip").write("b" * 32, features([key("there")]))
     clip, _ = mova("diff", store.location, other, "--keys")
     assert (clip["differ"], clip["only_there"], clip["same"]) == ([KEYS[5]], [key("there")], 4)
     assert mova("export", store.location, "memory://exported/store", "--experts", "sam") == {"sam": 8}
-    assert FeatureStore("memory://exported/store").experts() == {"sam": [store.shelf("sam").fingerprint]}
+    assert FeatureStore("memory://exported/store").experts() == {"sam": [store.partition("sam").fingerprint]}
     assert list(FeatureStore("memory://exported/store").verify()) == []
     refused = CliRunner().invoke(app, ["store", "export", store.location, str(other), "--experts", "dinov2"])
     assert "no features of dinov2 (it has clip, sam)" in str(refused.exception)

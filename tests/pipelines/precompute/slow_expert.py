@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from mova_core.experts import Features, expert_class, register
-from mova_core.images import Compat, ImageSource, load_image
+from mova_core.images import ImageSource, PreprocessingMode, load_image
 
 SECONDS = 0.08
 BiomedClip = expert_class("biomedclip")
@@ -17,7 +17,7 @@ BiomedClip = expert_class("biomedclip")
 class Slow(BiomedClip):  # type: ignore[valid-type, misc]
     card = dataclasses.replace(BiomedClip.card, name="slow")
 
-    def preprocess(self, images: Sequence[ImageSource], compat: Compat = "fixed") -> dict[str, Tensor]:
+    def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
         if any(load_image(image).width == 13 for image in images):
             raise ValueError("13 is no width")
         return super().preprocess(images, compat)

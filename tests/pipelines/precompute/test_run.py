@@ -14,8 +14,8 @@ from mova_core.experts import load_expert
 from mova_core.features import FeatureStore, StoreError
 from mova_core.images import ImageRef
 from pipelines.cli.main import main
-from pipelines.precompute.run import PrecomputeError, precompute
 from pipelines.precompute.listing import find_images, image_table
+from pipelines.precompute.run import PrecomputeError, precompute
 
 TWO = ("biomedclip", "sam")
 
@@ -94,11 +94,11 @@ def test_new_weights_never_read_old_features(ray_cluster, folder, tmp_path):
 def test_what_fails_in_an_actor_is_told_in_its_own_words(ray_cluster, folder, tmp_path):
     """The store's folder for one expert is replaced by a file while the run is on its way: the message survives Ray."""
     store = FeatureStore(tmp_path / "store", create=True)
-    shelf = store.add_expert(load_expert("sam", size="mini").describe())
+    partition = store.add_expert(load_expert("sam", size="mini").describe())
     receipts = next(path for path in (tmp_path / "store" / "sam").rglob("receipts"))
     shutil.rmtree(receipts)
     receipts.write_text("in the way")
-    del shelf
+    del partition
     with pytest.raises((PrecomputeError, StoreError)) as error:
         precompute(find_images(folder), tmp_path / "store", experts=("sam",), size="mini", progress=False)
     assert "UDF" not in str(error.value) and str(tmp_path / "store") in str(error.value)

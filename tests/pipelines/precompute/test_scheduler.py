@@ -15,10 +15,10 @@ from cluster.placement import PlanError, PoolSpec
 from mova_core.experts import load_expert
 from mova_core.features import FeatureStore
 from pipelines.precompute import status_actor
-from pipelines.precompute.scheduler import Work, divide
-from pipelines.precompute.run import precompute, preview
-from pipelines.precompute.progress import SAMPLES, ExpertLog, RunLog, Sample
 from pipelines.precompute.listing import image_table
+from pipelines.precompute.progress import SAMPLES, ExpertLog, RunLog, Sample
+from pipelines.precompute.run import precompute, preview
+from pipelines.precompute.scheduler import ExpertWorkload, divide
 
 KEYS = np.random.default_rng(0).bytes(32 * 100)
 
@@ -32,15 +32,15 @@ def pictures(folder, count: int, width: int = 16) -> list[str]:
     return [str(path) for path in paths]
 
 
-def work(tmp_path, rows: int) -> Work:
+def work(tmp_path, rows: int) -> ExpertWorkload:
     images = pa.table(
         {
             "key": pa.array([KEYS[at : at + 32] for at in range(0, len(KEYS), 32)], pa.binary(32)),
             "image": pa.array([f"{number}.png" for number in range(100)], pa.large_string()),
         }
     )
-    shelf = FeatureStore(tmp_path / "store", create=True).add_expert(load_expert("sam", size="mini").describe())
-    return Work(expert="sam", shelf=shelf, images=images, rows=rows, feature_bytes=1, arguments={})
+    partition = FeatureStore(tmp_path / "store", create=True).add_expert(load_expert("sam", size="mini").describe())
+    return ExpertWorkload(expert="sam", partition=partition, images=images, rows=rows, feature_bytes=1, arguments={})
 
 
 def test_work_is_what_is_absent_cut_into_shards(tmp_path):
@@ -51,9 +51,9 @@ def test_work_is_what_is_absent_cut_into_shards(tmp_path):
     assert [image for images in shards["images"].to_pylist() for image in images] == [
         f"{number}.png" for number in range(100)
     ]
-    assert todo.shelf is not None
+    assert todo.partition is not None
     hexed = [key.hex() for key in shards["keys"][1].as_py()]
-    assert shards["shard"][1].as_py() == todo.shelf.shard_id(hexed)
+    assert shards["shard"][1].as_py() == todo.partition.shard_id(hexed)
     assert todo.look(dict.fromkeys(hexed)) == 84
     assert todo.shards()["shard"].to_pylist()[0] == shards["shard"][0].as_py(), "whole shards keep their names"
     assert not set(hexed) & {key.hex() for keys in todo.shards()["keys"].to_pylist() for key in keys}
@@ -194,7 +194,7 @@ def test_each_expert_gets_the_pictures_named_for_it_and_stores_them_its_way(slow
     assert sorted(row["path"] for row in first.quarantined) == bad
     assert all("slow" in row["reason"] and "13 is no width" in row["reason"] for row in first.quarantined)
     store = FeatureStore(tmp_path / "store")
-    dtypes = {name: store.shelf(name).description["dtype"] for name in run["experts"]}
+    dtypes = {name: store.partition(name).description["dtype"] for name in run["experts"]}
     assert dtypes == {"slow": "bfloat16", "biomedclip": "int8"}
     assert [row["expert"] for row in store.quarantined()] == ["slow"] * 2
     assert preview(images, tmp_path / "store", **run)["slow"]["to_compute"] == 0

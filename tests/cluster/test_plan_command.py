@@ -11,7 +11,7 @@ from mova_core.experts import expert_card
 from mova_core.experts.cost import write_profiles
 from pipelines.cli.main import app
 
-DOCS = Path(__file__).parents[3] / "docs" / "placement.md"
+DOCS = Path(__file__).parents[2] / "docs" / "placement.md"
 
 
 @pytest.mark.parametrize("chance", [5], indirect=True)
