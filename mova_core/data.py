@@ -1,10 +1,9 @@
-"""Samples: questions on pictures in LLaVA's format, read with every broken record named by its line; the routing samples made
-of them, and the order in which batches take them.
+"""Samples: questions on pictures in LLaVA's format, read with every broken record named by its line; and the order in which
+batches take them.
 """
 
 import json
-import random
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,42 +11,9 @@ from typing import Any, Literal
 from mova_core.experts import EXPERTS
 from mova_core.images import ImageError, ImageRef
 from mova_core.io.uris import absolute, joined, parent, read_file
-from mova_core.routing import build_routing_prompt, build_routing_reply, shuffle_pool
 
 IMAGE_MARK = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-# Each expert's card in other words, good sides and bad, so that a router learns to read and not to know by heart.
-REWRITTEN = {
-    "dinov2": (
-        "Sees where things are in photographs and how they look up close; it cannot read and knows no charts.",
-        "A detailed eye for everyday scenes: shapes, parts, counts and positions, but not for text.",
-    ),
-    "vary": (
-        "Reads dense printed pages and screenshots line by line; of little use on ordinary photographs.",
-        "Made for documents full of text; give it a natural scene and it sees next to nothing.",
-    ),
-    "codetr": (
-        "Finds the objects of a scene and says precisely where each one is; it does not read text.",
-        "Strong at detecting, counting and locating things in photographs, weak on documents and diagrams.",
-    ),
-    "pix2struct": (
-        "Reads words in pictures of every kind, from web pages to signs and forms, even in odd layouts.",
-        "Understands how text and layout belong together in a page; it sees little in scenes without words.",
-    ),
-    "deplot": (
-        "Turns plots back into their numbers: bars, lines, axes and legends; it is no help with photographs.",
-        "Knows charts and their values very well and hardly anything else.",
-    ),
-    "biomedclip": (
-        "Trained on medical pictures such as X-rays, CT scans and slides; unfit for everyday scenes.",
-        "Relates biomedical images to clinical words; choose it for medicine and for nothing else.",
-    ),
-    "sam": (
-        "Outlines every region of a picture sharply, whatever it shows, but does not know what it is called.",
-        "Excellent at borders and masks of things, even unknown ones; it neither reads nor names.",
-    ),
-}
 
 
 class DataError(ValueError):
@@ -213,35 +179,6 @@ def write_records(path: str | Path, records: list[dict[str, Any]]) -> None:
     body = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     draft.write_text(f"[\n{body}\n]\n", encoding="utf-8")
     draft.replace(path)
-
-
-def routing_turns(
-    question: str,
-    routing: Collection[str],
-    pool: Sequence[Mapping[str, Any]],
-    rng: random.Random | None = None,
-    rewritten: Mapping[str, Sequence[str]] | None = None,
-) -> tuple[tuple[str, str], tuple[str, str]]:
-    """The routing sample of a labelled question: the pool and the question in, the labelled letters out.
-
-    With `rng` the pool is augmented as in section 3.3 of the paper: shuffled, cut to at least two experts among which are
-    all labelled ones, and each expert described by its card or, by chance, in other words.
-
-    Args:
-        routing: labelled experts.
-        pool: mappings with name and description in routing order, as `MoVAConfig.pool`.
-        rng: the source of chance; None leaves the pool as it is.
-        rewritten: other descriptions by expert, `REWRITTEN` or your own; None takes the cards alone.
-    """
-    cards = [expert["description"] for expert in pool]
-    mask = [expert["name"] in routing for expert in pool]
-    if rng is not None:
-        if rewritten is not None:
-            named = zip(cards, (expert["name"] for expert in pool), strict=True)
-            cards = [rng.choice([card, *rewritten.get(name, ())]) for card, name in named]
-        keep = rng.randint(min(len(cards), max(2, sum(mask))), len(cards))
-        cards, mask = shuffle_pool(cards, mask, rng, keep)
-    return ("user", build_routing_prompt(question, cards)), ("assistant", build_routing_reply(mask))
 
 
 def length_groups(lengths: Sequence[int], batch_size: int, world_size: int, generator: Any = None) -> list[int]:

@@ -4,7 +4,6 @@ The prompt is the published one (paper Table 2); letters exist only in here, eve
 over the pool in its declared order.
 """
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 
@@ -82,15 +81,3 @@ def label_experts(loss_without: float, losses: Mapping[str, float], max_experts:
     """Routing label of one sample: experts whose LM loss is below the loss without any, lowest first (paper section 3.3)."""
     useful = sorted((loss, name) for name, loss in losses.items() if loss < loss_without)
     return [name for _, name in useful[:max_experts]]
-
-
-def shuffle_pool(
-    cards: Sequence[str], mask: Sequence[bool], rng: random.Random, keep: int | None = None
-) -> tuple[list[str], list[bool]]:
-    """Model-pool augmentation (paper section 3.3): the pool in random order, cut to `keep` experts, the labelled ones kept first.
-
-    Returns descriptions and mask in the new order, so letters never stand for the same expert twice.
-    """
-    order = sorted(range(len(cards)), key=lambda index: (not mask[index], rng.random()))[: keep or len(cards)]
-    rng.shuffle(order)
-    return [cards[index] for index in order], [bool(mask[index]) for index in order]

@@ -25,10 +25,11 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mova_core.config import MoVAConfig
-from mova_core.data import REWRITTEN, DataError, Sample, routing_turns, usable_samples
+from mova_core.data import DataError, Sample, usable_samples
 from mova_core.features import FeatureStore
 from mova_core.model import MoVAForConditionalGeneration, stack_features
 from mova_core.processing import MoVAProcessor
+from mova_core.routing import REWRITTEN, routing_turns
 from pipelines.invalid_records import BadRows, read_rows, report_skipped
 from pipelines.progress_bar import follow_progress, write_progress
 

@@ -7,9 +7,7 @@ from mova_core.routing import (
     build_routing_reply,
     label_experts,
     parse_routing,
-    pool_descriptions,
     read_reply,
-    shuffle_pool,
 )
 
 
@@ -71,16 +69,3 @@ def test_label_is_the_papers_criterion():
     losses = {"dinov2": 0.9, "vary": 1.0, "codetr": 0.2, "sam": 0.5, "deplot": 0.7}
     assert label_experts(1.0, losses) == ["codetr", "sam", "deplot"], "below the loss without, lowest first, at most 3"
     assert label_experts(0.1, losses) == []
-
-
-def test_shuffled_pool_keeps_the_labelled_experts():
-    cards = pool_descriptions()
-    mask = [name in (2, 5) for name in range(7)]
-    wanted = {cards[2], cards[5]}
-    orders = set()
-    for seed in range(20):
-        shuffled, new_mask = shuffle_pool(cards, mask, random.Random(seed), keep=4)
-        assert len(shuffled) == 4
-        assert {card for card, chosen in zip(shuffled, new_mask, strict=True) if chosen} == wanted
-        orders.add(tuple(shuffled))
-    assert len(orders) > 10
