@@ -26,6 +26,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+
 from tests.mova_core.features.test_store_remote import Server
 
 ROOT = Path(__file__).parents[2]

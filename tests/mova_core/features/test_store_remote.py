@@ -13,10 +13,10 @@ import pytest
 import torch
 import werkzeug.serving
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from tests.mova_core.features.test_store import KEYS, describe, features, fill, key, same
 
 from mova_core.features import FeatureStore, StoreError
 from mova_core.features.storage.base import ObjectStorage
+from tests.mova_core.features.test_store import KEYS, describe, features, fill, key, same
 
 
 class Server:

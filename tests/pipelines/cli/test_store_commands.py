@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.mova_core.features.test_store import KEYS, describe, features, files, fill, flip, key, same
 from typer.testing import CliRunner
 
 from mova_core.features import FeatureStore
 from pipelines.cli.main import app
+from tests.mova_core.features.test_store import KEYS, describe, features, files, fill, flip, key, same
 
 
 @pytest.fixture
