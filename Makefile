@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all the set-up on a machine with only Python 3.11 and make.
+# `make demo` and `make test` do all the set-up on a Linux machine with only Python 3.11 and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO ?= .demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo check test lint docs bench gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,17 +22,27 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## the whole path on real pictures: precompute, train, route, answer, report.html
 	$(BIN)/mova demo --folder $(DEMO)
 
-test: $(STAMP)  ## all tests but those that need a GPU
-	$(BIN)/python -m pytest -m "not gpu"
+check: $(STAMP)  ## the tests that need no Ray, on two processes (under two minutes)
+	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" --numprocesses 2
 
-lint: $(STAMP)  ## ruff and mypy on the whole tree
+test: check  ## all tests but those that need a GPU
+	$(BIN)/python -m pytest -m "(ray or slow) and not gpu"
+
+lint: $(STAMP)  ## ruff and mypy on the whole tree, and the documents build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+docs: $(STAMP)  ## the documents with their API reference, as a site in .site
+	$(BIN)/mkdocs build --quiet --strict
 
 bench: $(STAMP)  ## the benchmarks, ratios side by side
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in adapter experts model placement precompute store; do echo "== benchmarks/$$script.py"; $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+gpu:  ## the GPU tests and benchmarks, in parts of under nine minutes; uses PYTHON, which needs torch and no Ray
+	$(PYTHON) benchmarks/gpu.py
 
 clean:  ## remove what was built here, the virtual environment too
-	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) .site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
