@@ -35,7 +35,7 @@ lint: $(STAMP)  ## ruff and mypy on the whole tree, and the documents build
 	$(MAKE) --no-print-directory docs
 
 docs: $(STAMP)  ## the documents with their API reference, as a site in .site
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(STAMP)  ## the benchmarks, ratios side by side
 	@for script in adapter experts model placement precompute store; do echo "== benchmarks/$$script.py"; $(BIN)/python benchmarks/$$script.py || exit 1; done
