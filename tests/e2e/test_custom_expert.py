@@ -24,7 +24,7 @@ from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, load_exp
 from mova_core.experts.base import Features
 from mova_core.features import FeatureStore
 from mova_core.images import ImageRef
-from pipelines.cli.main import _import
+from pipelines.cli.options import import_modules
 
 ROOT = Path(__file__).parents[2]
 BERT = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -89,9 +89,9 @@ def test_a_module_that_is_not_there(place, monkeypatch):
     monkeypatch.chdir(place)
     (place / "lacking.py").write_text("import siglip_exper")
     with pytest.raises(typer.BadParameter, match=r"--import siglip_exper: no such module in .*custom"):
-        _import(["siglip_exper"])
+        import_modules(["siglip_exper"])
     with pytest.raises(ModuleNotFoundError, match="No module named 'siglip_exper'"):
-        _import(["lacking"])
+        import_modules(["lacking"])
 
 
 @pytest.mark.ray

@@ -14,7 +14,8 @@ from mova_core.config import MoVAConfig
 from mova_core.data import DataError
 from mova_core.experts import EXPERTS, expert_card
 from mova_core.experts.cost import Measured, Profile, count_flops, device_kind, shapes_of, write_profiles
-from pipelines.cli.main import _costs, app
+from pipelines.cli.ask import _costs
+from pipelines.cli.main import app
 from pipelines.invalid_records import read_rows, report_skipped
 from pipelines.precompute.listing import find_images
 
