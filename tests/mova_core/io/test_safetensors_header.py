@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from mova_core.io.safetensors_header import MAX_HEADER_BYTES, TensorSpec, build_header, parse_header, read_header
 
 
-def header_of(path):
-    content = path.read_bytes()
+def header_of(content):
     return read_header(lambda offset, size: content[offset : offset + size])
 
 
@@ -31,7 +30,7 @@ def test_the_library_reads_a_file_that_was_streamed(tmp_path):
         with safe_open(path, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
             assert all(torch.equal(opened.get_tensor(name), tensor) for name, tensor in tensors.items())
-        parsed = header_of(path)
+        parsed = header_of(path.read_bytes())
         assert parsed.size == len(header) and parsed.metadata == {"format": "pt"}
         assert list(parsed.tensors) == list(tensors)
         assert [entry.start for entry in parsed.tensors.values()] == [len(header), len(header) + 30, len(header) + 46]
@@ -41,7 +40,7 @@ def test_a_file_of_the_library_is_parsed(tmp_path):
     tensors = {"a": torch.arange(6).reshape(2, 3), "b": torch.randn(5, dtype=torch.float16)}
     path = tmp_path / "plain.safetensors"
     save_file(tensors, path)
-    parsed, content = header_of(path), path.read_bytes()
+    parsed, content = header_of(path.read_bytes()), path.read_bytes()
     assert parsed.metadata == {} and {name: entry.dtype for name, entry in parsed.tensors.items()} == {
         "a": "I64",
         "b": "F16",
@@ -70,4 +69,4 @@ def test_a_header_that_is_cut_off_or_absurdly_long_is_a_value_error():
     assert json.loads(whole[8:])["a"]["data_offsets"] == [0, 3]
     for content in (b"", whole[:5], whole[:20], (MAX_HEADER_BYTES + 1).to_bytes(8, "little") + whole):
         with pytest.raises(ValueError, match="header"):
-            read_header(lambda offset, size, content=content: content[offset : offset + size])
+            header_of(content)
