@@ -17,7 +17,8 @@ from dataclasses import replace
 from itertools import cycle, islice
 
 from cluster.nodes import GIB, NodeType, PlanError, accelerator_of
-from cluster.placement import CONTEXT, SHARES, PoolSpec, plan_placement
+from cluster.placement import CONTEXT, SHARES, plan_placement
+from cluster.pools import PoolSpec
 from cluster.simulator import simulate
 from mova_core.experts import EXPERTS, expert_card
 from mova_core.experts.cost import Measured, Profile, read_profiles

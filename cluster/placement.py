@@ -10,18 +10,17 @@
 - An actor on CPUs holds as many as its profile had threads. Any CPU counts as the slowest one that was profiled.
 """
 
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import ceil, gcd
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cluster.nodes import GIB, NodeType, PlanError, accelerator_of, read_yaml
+from cluster.nodes import GIB, NodeType, PlanError, accelerator_of
+from cluster.packing import seat
+from cluster.pools import ROUNDING, PoolSpec
 
 if TYPE_CHECKING:
     from mova_core.experts.cost import Profile
@@ -35,210 +34,6 @@ SPARE = 0.01  # of the rate, given up for fewer pools and actors; of these the s
 POOL_COST = 4.0  # actors that one pool less is worth
 TAIL = 0.05  # of the run: where one shard takes longer than that, the last shards would be waited for
 IN_TURN_GAIN = 1.05  # experts one after the other must be faster by this: each start costs what the program cannot see
-ROUNDING = 1e-6  # ten times 0.1 GPU is one GPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolSpec:
-    """Size and place of one expert's pool of actors. CPUs and GPUs are per actor and may be fractions."""
-
-    expert: str
-    min_size: int = 1
-    max_size: int = 1
-    cpu: float | None = None  # default: 1 without a GPU; a quarter beside one, so that reading tasks find a core
-    gpu: float = 0.0
-    accelerator: str | None = None  # Ray's accelerator-type label, e.g. "A100"
-    batch: int | None = None  # most pictures per forward pass; None: from a profile, else measured by each actor
-    memory: int = 0  # bytes of the node's memory that one actor without a GPU takes; 0: not known
-    rate: float | None = None  # images/s of all its actors, as predicted: an expert's shards are divided by it
-
-    @property
-    def cpus(self) -> float:
-        """CPUs one actor holds."""
-        return self.cpu if self.cpu is not None else (0.25 if self.gpu else 1.0)
-
-    @property
-    def holds(self) -> dict[str, float]:
-        """What one actor holds: CPUs, GPUs and bytes of the node's memory."""
-        return {"cpu": self.cpus, "gpu": self.gpu, "memory": self.memory}
-
-    def __str__(self) -> str:
-        """What `parse` reads, without the rate."""
-        size = f"{self.min_size}" if self.min_size == self.max_size else f"{self.min_size}..{self.max_size}"
-        parts = {"gpu": self.gpu or None, "cpu": self.cpu, "accelerator": self.accelerator, "batch": self.batch}
-        options = [
-            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in parts.items()
-            if value
-        ]
-        return ",".join([f"{self.expert}={size}", *options])
-
-    @classmethod
-    def parse(cls, text: str) -> "PoolSpec":
-        """Reads `sam=1..4,gpu=0.5,cpu=1,accelerator=A100,batch=8` (after the size every part is optional).
-
-        Raises:
-            PlanError: the text is not of that form.
-        """
-        head, *options = text.split(",")
-        name, _, size = (part.strip() for part in head.partition("="))
-        pairs = [[part.strip() for part in option.partition("=")[::2]] for option in options]
-        return cls._of(f"--pool {text}", name, size, dict(pairs))
-
-    @classmethod
-    def _of(cls, where: str, name: str, size: str, options: Mapping[str, Any]) -> "PoolSpec":
-        sized = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", size)
-        if not sized or not re.fullmatch(r"[\w.:-]+", name):
-            raise PlanError(f"{where}: {FORM}")
-        low, high = int(sized[1]), int(sized[2] or sized[1])
-        if not 1 <= low <= high:
-            raise PlanError(f"{where}: the size must be at least 1 and MIN at most MAX, got {low}..{high}")
-        values: dict[str, Any] = {}
-        for key, value in options.items():
-            try:
-                values[key] = OPTIONS[key](value)
-            except (KeyError, ValueError, TypeError):
-                raise PlanError(f"{where}: {FORM}") from None
-            if key != "accelerator" and not values[key] >= (1 if key == "batch" else 0):
-                raise PlanError(f"{where}: {key} is too small")
-        return cls(expert=name, min_size=low, max_size=high, **values)
-
-
-FORM = "write NAME=SIZE or NAME=MIN..MAX, then gpu=, cpu=, accelerator=, batch=, rate= as needed"
-OPTIONS: Mapping[str, Callable[[Any], Any]] = {
-    "gpu": float,
-    "cpu": float,
-    "accelerator": str,
-    "batch": int,
-    "rate": float,
-}
-
-
-def read_pools(path: str | os.PathLike[str]) -> list[PoolSpec]:
-    """The pools of a YAML file: a list of `{expert: sam, size: 2..8, gpu: 0.5, accelerator: A100, batch: 16}`.
-
-    All but the expert may be left out. An expert may stand there several times, once per accelerator and share of one.
-
-    Raises:
-        PlanError: no such file, or not one of pools.
-    """
-    rows = read_yaml(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "expert" in row for row in rows):
-        raise PlanError(f"{path}: write a list of pools, each {{expert: NAME, size: MIN..MAX, gpu: ..., batch: ...}}")
-    return [
-        PoolSpec._of(
-            f"{path}, pool {number}",
-            str(row["expert"]),
-            str(row.get("size", 1)),
-            {key: value for key, value in row.items() if key not in ("expert", "size")},
-        )
-        for number, row in enumerate(rows, start=1)
-    ]
-
-
-def write_pools(path: str | os.PathLike[str], pools: Iterable[PoolSpec]) -> None:
-    """Writes pools as `read_pools` reads them."""
-    import yaml
-
-    rows = []
-    for pool in pools:
-        options = {key: value for key in OPTIONS if (value := getattr(pool, key))}
-        rows.append({"expert": pool.expert, "size": f"{pool.min_size}..{pool.max_size}", **options})
-    Path(path).write_text(yaml.safe_dump(rows, sort_keys=False, default_flow_style=None, width=120))
-
-
-def plan_pools(experts: Sequence[str], asked: Iterable[str | PoolSpec] = ()) -> dict[str, tuple[PoolSpec, ...]]:
-    """The pools of each expert, in the order of `experts`: those asked for, else one actor on a CPU.
-
-    An expert may have several, each on another accelerator or share of one.
-
-    Raises:
-        PlanError: a pool is malformed, given twice, or for an expert that is not computed.
-    """
-    pools: dict[str, list[PoolSpec]] = {name: [] for name in experts}
-    for spec in (PoolSpec.parse(pool) if isinstance(pool, str) else pool for pool in asked):
-        if spec.expert not in pools:
-            raise PlanError(f"--pool {spec.expert}: no such expert in this run ({', '.join(experts)})")
-        if any((one.accelerator, one.gpu) == (spec.accelerator, spec.gpu) for one in pools[spec.expert]):
-            raise PlanError(f"--pool {spec.expert} is given twice for {_device(spec)}: keep one")
-        pools[spec.expert].append(spec)
-    return {name: tuple(specs) or (PoolSpec(expert=name),) for name, specs in pools.items()}
-
-
-def _device(pool: PoolSpec) -> str:
-    """What one actor of a pool runs on, for people."""
-    return f"{pool.gpu:g} of a {pool.accelerator or 'GPU'}" if pool.gpu else pool.accelerator or "the CPU"
-
-
-def know_memory(
-    pools: Mapping[str, Sequence[PoolSpec]], profiles: "Iterable[Profile]"
-) -> dict[str, tuple[PoolSpec, ...]]:
-    """Pools without a GPU with the memory that their expert took on any such CPU, at the batch they will run.
-
-    Args:
-        profiles: of the size and dtype that the pools run.
-    """
-    on_cpus = [profile for profile in profiles if profile.device.startswith("cpu")]
-
-    def known(pool: PoolSpec) -> int:
-        measured = [one.at(pool.batch) if pool.batch else one.best() for one in on_cpus if one.expert == pool.expert]
-        return max((one.peak_bytes or 0 for one in measured), default=0)
-
-    return {
-        name: tuple(pool if pool.gpu else replace(pool, memory=known(pool)) for pool in specs)
-        for name, specs in pools.items()
-    }
-
-
-def fit_pools(
-    pools: Mapping[str, Sequence[PoolSpec]], resources: Mapping[str, float]
-) -> dict[str, tuple[PoolSpec, ...]]:
-    """Pools cut to what the cluster has, those of each expert able to run together with one CPU left for reading tasks.
-
-    Ray Data hangs without an error where its actors hold every CPU (ray#44687), so this is checked before a run. Pools
-    of different experts wait for each other where they do not fit side by side.
-
-    Args:
-        resources: as `ray.cluster_resources()` tells them.
-
-    Raises:
-        PlanError: the smallest allowed pools of an expert do not fit, or no node has their accelerator; says by how much.
-    """
-    return {name: _fit(name, specs, resources) for name, specs in pools.items()}
-
-
-def _fit(name: str, pools: Sequence[PoolSpec], resources: Mapping[str, float]) -> tuple[PoolSpec, ...]:
-    for pool in pools:
-        if pool.accelerator and f"accelerator_type:{pool.accelerator}" not in resources:
-            kinds = sorted(key.removeprefix("accelerator_type:") for key in resources if key.startswith("accelerator_"))
-            raise PlanError(
-                f"pool {name}: no node has a {pool.accelerator} (this cluster has {', '.join(kinds) or 'no GPU'})"
-            )
-    room = {"cpu": resources.get("CPU", 0.0) - 1, "gpu": resources.get("GPU", 0.0)}
-    room["memory"] = resources.get("memory", float("inf"))
-    have = f"{room['cpu'] + 1:g} CPUs and {room['gpu']:g} GPUs"
-    actors = sum(pool.min_size for pool in pools)
-    need = {kind: sum(pool.min_size * share for pool in pools if (share := pool.holds[kind])) for kind in room}
-    if need["memory"] > room["memory"]:
-        raise PlanError(
-            f"pool {name}: {actors} actors take {need['memory'] / 2**30:.1f} GiB as profiled, but the "
-            f"cluster has {room['memory'] / 2**30:.1f} GiB: lower the size or batch= of --pool {name}, or add a node"
-        )
-    if any(need[kind] > room[kind] + ROUNDING for kind in ("cpu", "gpu")):
-        raise PlanError(
-            f"pool {name}: {actors} actors hold {need['cpu']:g} CPUs and {need['gpu']:g} GPUs and one CPU must stay free "
-            f"for reading tasks, but the cluster has {have}: lower the size, cpu= or gpu= of --pool {name}, or add a node"
-        )
-    room = {kind: room[kind] - need[kind] for kind in room}
-    fitted = []
-    for pool in pools:
-        more = pool.max_size - pool.min_size
-        for kind, share in pool.holds.items():
-            if share and more * share > room[kind] + ROUNDING:
-                more = int(room[kind] / share + ROUNDING)
-        room = {kind: room[kind] - more * share for kind, share in pool.holds.items()}
-        fitted.append(replace(pool, max_size=pool.min_size + more))
-    return tuple(fitted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -567,66 +362,6 @@ def _group_sizes(count: int) -> list[int]:
         sizes.append((count + 1) // 2)
         count -= sizes[-1]
     return sizes + [1] * count
-
-
-class FreeResources:
-    """What the machines have left while actors take seats on them, with one CPU of all kept free for reading tasks.
-
-    Machines count through `nodes` in their order.
-    """
-
-    def __init__(self, nodes: Sequence[NodeType]):
-        machines = [one for one in nodes for _ in range(one.count)]
-        self.kind = np.array([one.accelerator or "" for one in machines])
-        self.cpu = np.array([float(one.cpus) for one in machines])
-        self.memory = np.array([float(one.memory) for one in machines])
-        self.gpu = np.full((len(machines), max((one.gpus for one in machines), default=0)), -1.0)
-        for machine, one in enumerate(machines):
-            self.gpu[machine, : one.gpus] = 1.0
-        self.up = np.ones(len(machines), dtype=bool)
-        self.spare = self.cpu.sum() - 1  # CPUs
-        self.all = {"cpu": self.cpu.sum() or 1.0, "memory": self.memory.sum() or 1.0}
-
-    def take(self, pool: PoolSpec) -> tuple[int, int] | None:
-        """A seat for one actor: machine and GPU (-1 without one); None where there is no room."""
-        if self.spare < pool.cpus - ROUNDING:
-            return None
-        room = self.up & (self.cpu >= pool.cpus - ROUNDING) & (self.memory >= pool.memory)
-        if pool.gpu:
-            room &= (self.gpu >= pool.gpu - ROUNDING).any(axis=1)
-        if pool.accelerator:
-            room &= self.kind == pool.accelerator
-        if not room.any():
-            return None
-        # The machine with most left of what the actor takes most of: else small shares take all the CPUs of one.
-        left = self.cpu * (pool.cpus / self.all["cpu"]) + self.memory * (pool.memory / self.all["memory"])
-        machine, gpu = int(np.where(room, left, -1).argmax()), -1
-        if pool.gpu:  # the fullest that has room
-            free = self.gpu[machine]
-            gpu = int(np.where(free >= pool.gpu - ROUNDING, -free, -2).argmax())
-        self._move(pool, machine, gpu, -1)
-        return machine, gpu
-
-    def give(self, pool: PoolSpec, machine: int, gpu: int) -> None:
-        """Takes back the seat of an actor."""
-        self._move(pool, machine, gpu, 1)
-
-    def _move(self, pool: PoolSpec, machine: int, gpu: int, sign: int) -> None:
-        self.cpu[machine] += sign * pool.cpus
-        self.memory[machine] += sign * pool.memory
-        self.spare += sign * pool.cpus
-        if gpu >= 0:
-            self.gpu[machine, gpu] += sign * pool.gpu
-
-
-def seat(pools: Sequence[PoolSpec], nodes: Sequence[NodeType]) -> list[list[tuple[int, int]]]:
-    """For each pool the machine and GPU of as many of its `max_size` actors as there is room for, larger shares first."""
-    room = FreeResources(nodes)
-    seats: list[list[tuple[int, int]]] = [[] for _ in pools]
-    for index in sorted(range(len(pools)), key=lambda i: (-pools[i].gpu, -pools[i].memory, -pools[i].cpus)):
-        while len(seats[index]) < pools[index].max_size and (taken := room.take(pools[index])):
-            seats[index].append(taken)
-    return seats
 
 
 def duration(seconds: float) -> str:

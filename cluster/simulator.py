@@ -15,7 +15,9 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cluster.nodes import NodeType, PlanError, accelerator_of
-from cluster.placement import DECODERS, FreeResources, PoolSpec, duration
+from cluster.packing import FreeResources
+from cluster.placement import DECODERS, duration
+from cluster.pools import PoolSpec
 
 if TYPE_CHECKING:
     from mova_core.experts.cost import Profile

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from actors.expert_server import ExpertServer
-from cluster.placement import PoolSpec, fit_pools
+from cluster.pools import PoolSpec, fit_pools
 from mova_core.experts import expert_module
 from mova_core.experts.cost import Profile, write_profiles
 from pipelines.progress_bar import progress_bar

@@ -67,7 +67,8 @@ def plan(
         import torch
 
         from cluster.nodes import PlanError, read_cluster, running_nodes
-        from cluster.placement import plan_placement, write_pools
+        from cluster.placement import plan_placement
+        from cluster.pools import write_pools
         from cluster.session import ray_session
         from cluster.simulator import simulate as run
         from mova_core.experts import expert_card

@@ -103,7 +103,8 @@ def precompute(
 ) -> None:
     """Compute the experts' features of pictures into a store; what is there already is not computed again."""
     with results_only():
-        from cluster.placement import PlanError, plan_pools, read_pools
+        from cluster.nodes import PlanError
+        from cluster.pools import plan_pools, read_pools
         from cluster.session import ray_session
         from mova_core.experts.cost import read_profiles
         from pipelines.precompute.listing import find_images
@@ -240,7 +241,8 @@ def precompute_resize(
 ) -> None:
     """Give an expert of a run under way more actors or fewer; nothing computed is lost, and nothing is computed again."""
     with results_only():
-        from cluster.placement import PlanError, PoolSpec
+        from cluster.nodes import PlanError
+        from cluster.pools import PoolSpec
         from cluster.session import ray_session
         from pipelines.precompute.status_actor import resize
 

@@ -46,7 +46,7 @@ def profile(
     with results_only():
         from dataclasses import asdict
 
-        from cluster.placement import PoolSpec
+        from cluster.pools import PoolSpec
         from cluster.session import ray_session
         from pipelines.profile import profile as run
 

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from cluster.nodes import running_nodes
-from cluster.placement import PlanError, PoolSpec, fit_pools, know_memory, plan_placement, plan_pools
+from cluster.nodes import PlanError, running_nodes
+from cluster.placement import plan_placement
+from cluster.pools import PoolSpec, fit_pools, know_memory, plan_pools
 from mova_core.experts import EXPERTS, expert_card, expert_module, fingerprint, load_expert
 from mova_core.experts.cost import Profile
 from mova_core.features import FeatureStore, StoreError

@@ -17,7 +17,8 @@ import ray
 from ray._private.state import available_resources_per_node  # what Ray tells of single nodes
 
 from actors.expert_server import ExpertServer
-from cluster.placement import ROUNDING, PlanError, PoolSpec
+from cluster.nodes import PlanError
+from cluster.pools import ROUNDING, PoolSpec
 from mova_core.features import FeaturePartition, StoreError
 from pipelines.errors import root_cause
 from pipelines.precompute.progress import ExpertLog, RunLog

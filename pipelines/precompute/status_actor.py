@@ -9,7 +9,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.placement import PlanError, PoolSpec, fit_pools
+from cluster.nodes import PlanError
+from cluster.pools import PoolSpec, fit_pools
 
 NAMESPACE = "mova"
 PREFIX = "precompute:"

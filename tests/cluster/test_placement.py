@@ -4,8 +4,10 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.nodes import GIB, NodeType
-from cluster.placement import SPARE, PlanError, PoolSpec, _ways, plan_placement, plan_pools, seat
+from cluster.nodes import GIB, NodeType, PlanError
+from cluster.packing import seat
+from cluster.placement import SPARE, _ways, plan_placement
+from cluster.pools import PoolSpec, plan_pools
 from mova_core.experts.cost import Measured, Profile
 
 PIXELS = 60.0  # pictures/s that one core decodes

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.placement import read_pools
+from cluster.pools import read_pools
 from mova_core.experts import expert_card
 from mova_core.experts.cost import write_profiles
 from pipelines.cli.main import app

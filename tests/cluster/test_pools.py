@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.placement import PlanError, PoolSpec, fit_pools, know_memory, plan_pools, read_pools
+from cluster.nodes import PlanError
+from cluster.pools import PoolSpec, fit_pools, know_memory, plan_pools, read_pools
 from mova_core.experts.cost import Measured, Profile
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from cluster.nodes import GIB, NodeType, PlanError
-from cluster.placement import PoolSpec, plan_placement
+from cluster.placement import plan_placement
+from cluster.pools import PoolSpec
 from cluster.simulator import simulate
 from mova_core.experts.cost import Measured, Profile
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster.placement import PlanError, PoolSpec
+from cluster.nodes import PlanError
+from cluster.pools import PoolSpec
 from mova_core.experts.cost import ProfileError, read_profiles
 from mova_core.features import FeatureStore
 from pipelines.precompute.listing import image_table

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from cluster.placement import PlanError
+from cluster.nodes import PlanError
 from mova_core.experts import load_expert
 from mova_core.features import FeatureStore, StoreError
 from mova_core.images import ImageRef

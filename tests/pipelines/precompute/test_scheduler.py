@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from cluster.placement import PlanError, PoolSpec
+from cluster.nodes import PlanError
+from cluster.pools import PoolSpec
 from mova_core.experts import load_expert
 from mova_core.features import FeatureStore
 from pipelines.precompute import status_actor
