@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from mova_core.experts import EXPERTS
 from mova_core.images import ImageError, ImageRef
-from mova_core.io.uris import absolute, joined, parent, read_file
+from mova_core.io.filesystem import read_file
+from mova_core.io.uris import absolute, joined, parent
 
 IMAGE_MARK = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}

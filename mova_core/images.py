@@ -22,6 +22,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from mova_core.io import uris
+from mova_core.io.filesystem import ReadError
+from mova_core.io.read import read_bytes
 
 if TYPE_CHECKING:  # reading pictures must not cost the seconds that torch takes to start
     from torch import Tensor
@@ -184,8 +186,8 @@ def read_image(locator: str, newer_than: float = 0.0) -> bytes:
         ImageUnavailable: they cannot be had.
     """
     try:
-        return uris.read(locator, newer_than)
-    except uris.ReadError as error:
+        return read_bytes(locator, newer_than)
+    except ReadError as error:
         raise ImageUnavailable(f"{locator}: {error}") from error
 
 

@@ -1,20 +1,21 @@
 """What was fetched from elsewhere, kept once per machine for all its processes.
 
-MOVA_CACHE       folder; default mova-<user id> in the temporary folder
+MOVA_CACHE       see `mova_core.io.cache`
 MOVA_CACHE_GB    most of it, in GB (1e9 bytes); what was used longest ago goes first; default 10, 0 keeps nothing
 """
 
 import contextlib
 import hashlib
 import os
-import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 from filelock import FileLock
+
+from mova_core.io.atomic import atomic_path
+from mova_core.io.cache import cache_folder
 
 ABANDONED_S = 3600.0  # a temporary file older than this has lost its writer
 
@@ -35,8 +36,7 @@ class NodeCache:
     @classmethod
     def of_this_node(cls) -> "NodeCache":
         """The one that the environment asks for."""
-        folder = os.environ.get("MOVA_CACHE") or os.path.join(tempfile.gettempdir(), f"mova-{os.getuid()}")
-        return cls(folder, int(float(os.environ.get("MOVA_CACHE_GB") or 10) * 1e9))
+        return cls(cache_folder("fetched"), int(float(os.environ.get("MOVA_CACHE_GB") or 10) * 1e9))
 
     def get(self, name: str, make: Callable[[], bytes], newer_than: float = 0.0) -> pa.Buffer:
         """What `make` gave for this name, in this process or another one; memory-mapped where it was kept.
@@ -66,13 +66,8 @@ class NodeCache:
     def _keep(self, path: Path, content: bytes) -> None:
         if not 0 < len(content) <= self.limit // 4:
             return
-        draft = path.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            draft.write_bytes(content)
-            draft.replace(path)
-        except OSError:
-            draft.unlink(missing_ok=True)
-            raise
+        with atomic_path(path, durable=False) as temporary:
+            temporary.write_bytes(content)
         used = self.folder / "used"
         with FileLock(self.folder / "locks" / "used"):
             try:

@@ -35,7 +35,7 @@ Source = Annotated[
         help="Where the pictures are; a path or a URL (s3://, gs://, https://, ...): a folder of pictures at any depth, of "
         "Parquet files or of webdataset tars; such files by name, glob (data/*.parquet, quoted) or range "
         "(train-{000..099}.tar); or LLaVA JSON/JSONL that names them. What is far away is fetched once per node, into "
-        "$MOVA_CACHE (default: mova-<user id> in the temporary folder), of which $MOVA_CACHE_GB (default 10) are kept."
+        "$MOVA_CACHE (default: ~/.cache/mova), of which $MOVA_CACHE_GB (default 10) are kept."
     ),
 ]
 ModelPath = Annotated[Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False)]

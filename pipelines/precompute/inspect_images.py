@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 from mova_core.features.codec import named_by
 from mova_core.images import ImageError, load_image, read_image
 from mova_core.io import uris
+from mova_core.io.filesystem import ReadError
+from mova_core.io.read import file_version
 from pipelines.progress_bar import progress_bar
 
 if TYPE_CHECKING:  # workers load this file
@@ -121,14 +123,14 @@ def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
             place = uris.parse(image)
             file = place if isinstance(place, str) else place.file
             if file not in versions:
-                versions[file] = uris.version(file)
+                versions[file] = file_version(file)
             if (version := versions[file]) is not None and version == row["version"]:
                 return version, row["key"], row["error"], False
             data = read_image(image, newer_than)
             key = hashlib.sha256(data).digest()
             with one_decodes:
                 load_image(data)
-        except uris.ReadError as error:
+        except ReadError as error:
             return None, None, str(error), False
         except ImageError as error:
             reason = str(error).removeprefix(f"{image}: ")  # it stands beside it

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from mova_core.data import DataError, iterate_samples
-from mova_core.io.uris import Cell, Member, ReadError, absolute, filesystem, is_url, joined, parent, with_retries
+from mova_core.io.filesystem import ReadError, open_filesystem, with_retries
+from mova_core.io.uris import Cell, Member, absolute, is_url, joined, parent
 from pipelines.invalid_records import BadRows, report_skipped
 from pipelines.progress_bar import progress_bar
 
@@ -154,7 +155,7 @@ def _of_records(source: str, images: str | Path | None, refuse: Refuse, routed_o
 
 def _files(source: str, limit: int | None, refuse: Refuse) -> tuple[str, pa.ChunkedArray] | None:
     """The kind of a source's files and their locators; None for a file that is not one of our kinds: records, then."""
-    system, path = filesystem(source)
+    system, path = open_filesystem(source)
     by_name = _kind(path) is not None or path.endswith((".json", ".jsonl"))
     if not (by_name and is_url(source)) and system.isdir(path):  # HTTP would read a file to find that it lists nothing
         kinds: dict[str, list[pa.Array]] = {}
@@ -372,7 +373,7 @@ def _only_names(parquet: pq.ParquetFile, name: str) -> bool:
 def _opened(file: str, block_size: int | None = None) -> Any:
     if not is_url(file):
         return open(file, "rb")
-    system, path = filesystem(file)
+    system, path = open_filesystem(file)
     return with_retries(lambda: system.open(path, "rb", block_size=block_size))
 
 

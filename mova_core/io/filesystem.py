@@ -1,0 +1,172 @@
+"""Files of any filesystem that fsspec knows: opening, time limits, retries, and errors that say what is wrong.
+
+The only module that decides which errors are worth another attempt: reading of images, listing of data and the feature
+store on an object store all use `with_retries`.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import fsspec
+import tenacity
+from fsspec.core import url_to_fs
+
+from mova_core.io.uris import is_url, scheme
+
+ATTEMPTS = 5
+# Waits of about 0.2, 0.6, 1.8 and 5.4 s: together longer than a server takes to restart. The random part keeps the actors
+# of a cluster from asking a server again all at once.
+WAIT: tenacity.wait.wait_base = tenacity.wait_exponential_jitter(initial=0.2, exp_base=3, jitter=0.5)
+CONNECT_TIMEOUT_S = 15  # until an HTTP server accepts the connection
+READ_TIMEOUT_S = 60  # longest pause of an HTTP server within its answer
+
+# Packages to install for a URL scheme, as extras of the distribution mova-ray.
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_FINAL_ERRORS = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    NotImplementedError,
+)
+# Limits of this machine, which another attempt meets again.
+_FINAL_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
+_NETWORK_PACKAGES = ("aiohttp", "botocore", "gcsfs")  # their errors are no OSErrors
+_HTTP_TRANSIENT = (408, 425, 429)  # request timeout, too early, too many requests; and all of 500 and above
+
+T = TypeVar("T")
+
+
+class ReadError(OSError):
+    """A file, folder or object cannot be accessed now: the storage, the network or the rights are at fault, not the content.
+
+    `strerror` holds the reason in one line without the path or URL, which the caller knows; `errno` holds the error
+    number of the filesystem, EIO where the filesystem names none.
+    """
+
+    def __str__(self) -> str:
+        return f"cannot be read ({self.strerror})"
+
+
+class NotFoundError(ReadError, FileNotFoundError):
+    """No file, folder or object of this name exists."""
+
+
+class AccessDeniedError(ReadError, PermissionError):
+    """Credentials are missing or wrong, or do not grant this access."""
+
+
+def open_filesystem(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The filesystem of a path or URL, and the path in that filesystem.
+
+    Args:
+        options: for the constructor of the filesystem.
+
+    Raises:
+        ReadError: fsspec knows no filesystem for the URL, or its package is not installed.
+    """
+    if scheme(url) in ("http", "https"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
+        options = {"client_kwargs": {"timeout": timeout}, **options}
+    try:
+        return url_to_fs(url, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme(url))
+        install = f": pip install 'mova-ray[{extra}]'" if extra else ""
+        raise ReadError(errno.ENOPKG, f"{message(error)}{install}") from error
+    except ValueError as error:
+        raise ReadError(errno.EPROTONOSUPPORT, message(error)) from error
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """A whole local or remote file of any size, fetched anew on every call.
+
+    Raises:
+        OSError: the file cannot be read; FileNotFoundError: no such file.
+    """
+    if not is_url(path):
+        with open(path, "rb") as file:
+            return file.read()
+    filesystem, inner_path = open_filesystem(os.fspath(path))
+    return with_retries(lambda: filesystem.cat_file(inner_path))
+
+
+def with_retries(call: Callable[[], T]) -> T:
+    """Calls `call`, up to `ATTEMPTS` times while its error is one that passes (see `is_transient`).
+
+    Raises:
+        ReadError: the last attempt failed, or an error that does not pass; NotFoundError or AccessDeniedError where the
+            filesystem says so. `__cause__` is the filesystem's own error.
+    """
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=WAIT,
+        retry=tenacity.retry_if_exception(is_transient),
+        reraise=True,
+    )
+    try:
+        return retrying(call)
+    except ReadError:
+        raise
+    except Exception as error:
+        raise as_read_error(error) from error
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether another attempt a moment later may succeed."""
+    error = _real_cause(error)
+    if isinstance(error, ReadError) or _lacks_credentials(error):
+        return False
+    if (status := _http_status(error)) is not None:
+        return status >= 500 or status in _HTTP_TRANSIENT
+    if isinstance(error, OSError):
+        return not isinstance(error, _FINAL_ERRORS) and error.errno not in _FINAL_ERRNOS
+    return _package(error) in _NETWORK_PACKAGES
+
+
+def as_read_error(error: BaseException) -> ReadError:
+    """A filesystem's error as one of ours; transient errors are taken to have failed at every attempt."""
+    cause = _real_cause(error)
+    status = _http_status(cause)
+    if isinstance(cause, FileNotFoundError) or status in (404, 410):
+        return NotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    if isinstance(cause, PermissionError) or status in (401, 403) or _lacks_credentials(cause):
+        return AccessDeniedError(errno.EACCES, message(cause))
+    reason = f"{ATTEMPTS} attempts failed: {message(cause)}" if is_transient(cause) else message(cause)
+    return ReadError(getattr(cause, "errno", None) or errno.EIO, reason)
+
+
+def message(error: BaseException) -> str:
+    """An error in one line, without the URL that HTTP errors repeat."""
+    if (status := _http_status(error)) is not None:
+        return f"HTTP {status} {getattr(error, 'message', '')}".strip()
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    name = type(error).__name__
+    return text if text and isinstance(error, (OSError, ImportError, ValueError)) else f"{name}: {text}".rstrip(": ")
+
+
+def _real_cause(error: BaseException) -> BaseException:
+    """fsspec's HTTP filesystem raises FileNotFoundError whatever went wrong, with the real error as its cause."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and _package(cause) != "botocore":
+        return cause
+    return error
+
+
+def _http_status(error: BaseException) -> int | None:
+    status = getattr(error, "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _lacks_credentials(error: BaseException) -> bool:
+    """NoCredentialsError, PartialCredentialsError (botocore), DefaultCredentialsError (google.auth), ..."""
+    return "Credentials" in type(error).__name__
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
