@@ -21,7 +21,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -29,7 +28,7 @@ from transformers.utils import cached_file
 
 from mova_core.adapter import AdapterConfig, MoVAdapter
 from mova_core.config import MoVAConfig
-from mova_core.experts import BASE, EXPERTS, Features, expert_card, expert_class, load_expert
+from mova_core.experts import BASE, Features, expert_class
 from mova_core.processing import IGNORE
 from mova_core.routing.light_router import LightRouter
 
@@ -363,77 +362,6 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model.language_model.load_adapter(str(Path(str(found[0])).parent), adapter_name=ROUTING_LORA)
             model.language_model.disable_adapters()
         return loaded
-
-
-def assemble(
-    language_model: PreTrainedModel,
-    text_encoder: PretrainedConfig,
-    *,
-    image_token_id: int,
-    pool: Sequence[str] = EXPERTS,
-    size: str = "full",
-    base_weights: str | None = None,
-    blocks: int = 3,
-    routing_grid: int | None = None,
-) -> MoVAForConditionalGeneration:
-    """A MoVA to start pre-training from: an LLM, a base encoder with its weights, and a fresh adapter for a pool of experts.
-
-    Args:
-        language_model: any causal LM of transformers; taken over, not copied.
-        text_encoder: BERT config of the adapter's text encoder.
-        image_token_id: the LLM's token that stands for one visual token.
-        pool: expert names in routing order.
-        size, base_weights: as `load_expert` takes them, for the base encoder; `size` also for the pool's channels.
-        routing_grid: default half the answer pass's side (published: 24 and 12).
-    """
-    base = load_expert(BASE, weights=base_weights, size=size)
-    archs = {name: expert_card(name).mini if size == "mini" else expert_card(name).full for name in pool}
-    adapter = AdapterConfig(
-        expert_channels={name: arch["channels"] for name, arch in archs.items()},
-        out_width=language_model.config.hidden_size,
-        width=base.channels,
-        grid=base.grid[0],
-        blocks=blocks,
-        text_encoder=text_encoder.to_diff_dict(),
-        text_width=text_encoder.hidden_size,
-    )
-    config = MoVAConfig(
-        text_config=language_model.config,
-        base_arch=base.arch,
-        pool=[
-            {"name": name, "channels": archs[name]["channels"], "description": expert_card(name).description}
-            for name in pool
-        ],
-        adapter=adapter.to_dict(),
-        image_token_id=image_token_id,
-        expert_size=size,
-        routing_grid=routing_grid or base.grid[0] // 4,
-        # A config sets it on its parts, the LLM's included: left out, the LLM would forget its own and read no mask.
-        attn_implementation=language_model.config._attn_implementation,
-    )
-    model = MoVAForConditionalGeneration(config, language_model)
-    model.base_encoder.load_state_dict(base.state_dict())
-    return model
-
-
-def stack_features(
-    rows: Sequence[Mapping[str, Features]], pool: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> dict[str, Features]:
-    """Features per picture to features per expert, holding only the rows that have them, as `MoVAdapter` takes them.
-
-    Raises:
-        ValueError: features of one expert that differ in grid or channels.
-    """
-    stacked = {}
-    for name in pool:
-        have = [row[name] for row in rows if name in row]
-        if sizes := {(features.grid, tuple(features.tokens.shape)) for features in have}:
-            if len(sizes) > 1:
-                listed = "; ".join(f"grid {grid[0]}x{grid[1]} with tokens {shape}" for grid, shape in sorted(sizes))
-                raise ValueError(f"{name}: features of one batch differ: {listed}")
-            tokens = torch.stack([features.tokens for features in have]).to(device, dtype, non_blocking=True)
-            stacked[name] = Features(tokens, have[0].grid)
-    return stacked
 
 
 AutoConfig.register("mova", MoVAConfig, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from mova_core.chat_formats import CHAT_FORMATS
 from mova_core.config import MoVAConfig
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, VisionExpert, expert_class
@@ -19,45 +20,6 @@ IGNORE = -100  # label of a position that carries no loss
 
 Turns = Sequence[tuple[str, str]]  # (role, text), oldest first
 Pictures = ImageSource | Sequence[ImageSource] | None  # of one conversation
-
-_SYSTEM = (
-    "{% set said = messages[0].content if messages[0].role == 'system' else SYSTEM %}"
-    "{% set turns = messages[1:] if messages[0].role == 'system' else messages %}"
-)
-_MARKED = (  # every turn between marks that name its role, as ChatML and Llama 3 have it
-    "{{ OPEN + 'system' + SHUT + said + END }}"
-    "{% for turn in turns %}{{ OPEN + turn.role + SHUT + turn.content + END }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ OPEN + 'assistant' + SHUT }}{% endif %}"
-)
-_CHATML = "{% set OPEN, SHUT, END = '<|im_start|>', '\n', '<|im_end|>' %}" + _SYSTEM + _MARKED
-
-# The formats that published weights were trained on, as Jinja templates. A tokenizer's own marks (<s>) go before them.
-CHAT_FORMATS = {
-    "vicuna_v1": "{% set SYSTEM = 'A chat between a curious user and an artificial intelligence assistant. The assistant "
-    "gives helpful, detailed, and polite answers to the user\\'s questions.' %}" + _SYSTEM + "{{ said }}"
-    "{% for turn in turns %}{% if turn.role == 'user' %}{{ ' ' if loop.first }}{{ 'USER: ' + turn.content + ' ASSISTANT:' }}"
-    "{% else %}{{ ' ' + turn.content + '</s>' }}{% endif %}{% endfor %}",
-    "llama_2": "{% set SYSTEM = 'You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
-    "while being safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal "
-    "content. Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make "
-    "any sense, or is not factually coherent, explain why instead of answering something not correct. If you don\\'t know the "
-    "answer to a question, please don\\'t share false information.' %}" + _SYSTEM + "{% for turn in turns %}"
-    "{% if turn.role == 'user' %}{{ '<s>' if not loop.first }}{{ '[INST] ' }}"
-    "{% if loop.first %}{{ '<<SYS>>\n' + said + '\n<</SYS>>\n\n' }}{% endif %}{{ turn.content + ' [/INST]' }}"
-    "{% else %}{{ ' ' + turn.content + ' </s>' }}{% endif %}{% endfor %}",
-    "plain": "{% for turn in messages %}{{ turn.content + '\n' if turn.role == 'assistant' else "
-    f"'{IMAGE_MARK}' * turn.content.count('{IMAGE_MARK}') }}}}{{% endfor %}}",  # captions: nothing is asked
-    "mpt": "{% set SYSTEM = 'A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and "
-    "honest answers.' %}" + _CHATML,
-    "chatml": "{% set SYSTEM = 'Answer the questions.' %}" + _CHATML,  # Hermes-Yi
-    # Begun twice by the tokenizer's own mark and this one, as published.
-    "mova_llama3": "{% set SYSTEM = 'You are a helpful language and vision assistant. You are able to understand the visual "
-    "content that the user provides, and assist the user with a variety of tasks using natural language.' %}"
-    "{% set OPEN, SHUT, END = '<|start_header_id|>', '<|end_header_id|>\n\n', '<|eot_id|>' %}"
-    + _SYSTEM
-    + "{{ '<|begin_of_text|>' }}"
-    + _MARKED,
-}
 
 
 class MoVAProcessor(ProcessorMixin):

@@ -13,12 +13,13 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
+from mova_core.assemble import stack_features
 from mova_core.config import MoVAConfig
 from mova_core.data import Sample, read_records, usable_samples, write_records
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
 from mova_core.io.uris import absolute
-from mova_core.model import MoVAForConditionalGeneration, stack_features
+from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import label_experts
 from pipelines.invalid_records import BadRows, read_rows, report_skipped

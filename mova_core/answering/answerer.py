@@ -21,11 +21,12 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
+from mova_core.assemble import stack_features
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, Features
 from mova_core.features import FeatureSource
 from mova_core.images import ImageRef, PreprocessingMode
-from mova_core.model import MoVAForConditionalGeneration, stack_features
+from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from mova_core.routing.prompt import build_routing_prompt, parse_routing, read_reply
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mova_core.experts import register
 from mova_core.experts.base import ExpertCard, Features, VisionExpert
+from mova_core.experts.registry import register
 from mova_core.images import ImageSource, PreprocessingMode, clip_pixels
 
 OTHER_PARTS = ("text.", "head.", "logit_scale", "logit_bias")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mova_core.experts import register
 from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
+from mova_core.experts.registry import register
 from mova_core.images import ImageSource, clip_pixels
 
 PREFIX = "vision_model."

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mova_core.experts import register
 from mova_core.experts.base import ExpertCard, Features, VisionExpert
+from mova_core.experts.registry import register
 from mova_core.experts.window_vit import NORM_EPS, PatchEmbed, check_arch, from_windows, neck, to_windows
 from mova_core.images import ImageSource, PreprocessingMode, clip_pixels
 

@@ -1,8 +1,8 @@
 """DePlot (Liu et al. 2022, arXiv 2212.10505): plots and charts; expert E. Pix2Struct-base, trained on charts."""
 
-from mova_core.experts import register
 from mova_core.experts.base import ExpertCard
 from mova_core.experts.pix2struct import Pix2Struct
+from mova_core.experts.registry import register
 
 
 @register

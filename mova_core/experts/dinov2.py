@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from mova_core.experts import register
 from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
+from mova_core.experts.registry import register
 from mova_core.images import ImageSource, square_pixels
 
 MEAN = (0.485, 0.456, 0.406)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mova_core.experts import register
 from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
+from mova_core.experts.registry import register
 from mova_core.images import (
     CLIP_MEAN,
     MAX_PIXELS,

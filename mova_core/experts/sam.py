@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mova_core.experts import register
 from mova_core.experts.base import ExpertCard
+from mova_core.experts.registry import register
 from mova_core.experts.window_vit import WindowViT
 
 OTHER_PARTS = ("prompt_encoder.", "mask_decoder.", "shared_image_embedding.", "pixel_mean", "pixel_std")

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mova_core.experts import register
 from mova_core.experts.base import ExpertCard, Features
+from mova_core.experts.registry import register
 from mova_core.experts.window_vit import WindowViT
 
 # Vary-base and Vary-toy hold a CLIP under `vision_tower` and this network under `vision_tower_high`; Vary-tiny has only

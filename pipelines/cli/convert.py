@@ -41,7 +41,7 @@ def convert(
     """
     with results_only():
         from mova_core import checkpoint
-        from mova_core.processing import CHAT_FORMATS
+        from mova_core.chat_formats import CHAT_FORMATS
         from pipelines.progress_bar import progress_bar
 
         if chat_format is not None and chat_format not in CHAT_FORMATS:

@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from cluster.session import ray_session
+from mova_core.assemble import assemble
 from mova_core.data import IMAGE_MARK, Sample, read_samples
 from mova_core.experts import EXPERTS
 from mova_core.features import FeatureStore
-from mova_core.model import assemble
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import build_routing_prompt, build_routing_reply
 from pipelines.demo.data import build_demo_data

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from mova_core.assemble import stack_features
 from mova_core.config import MoVAConfig
 from mova_core.data import DataError, Sample, usable_samples
 from mova_core.features import FeatureStore
-from mova_core.model import MoVAForConditionalGeneration, stack_features
+from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from mova_core.routing import REWRITTEN, routing_turns
 from pipelines.invalid_records import BadRows, read_rows, report_skipped

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mova_core.assemble import stack_features
 from mova_core.checkpoint import convert, convert_back, from_published, stored_tensors, to_published
 from mova_core.experts import BASE, EXPERTS, WeightsError, expert_class, load_expert
-from mova_core.model import MoVAForConditionalGeneration, stack_features
+from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from mova_core.routing import build_routing_prompt, parse_routing
 

@@ -7,10 +7,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mova_core.assemble import assemble
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import EXPERTS, load_expert
 from mova_core.features import LocalExperts
-from mova_core.model import MoVAForConditionalGeneration, assemble
+from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from mova_core.routing import build_routing_prompt
 

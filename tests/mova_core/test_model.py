@@ -5,9 +5,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from mova_core.assemble import assemble, stack_features
 from mova_core.experts import EXPERTS, Features
 from mova_core.images import ImageRef
-from mova_core.model import ROUTING_LORA, MoVAForConditionalGeneration, assemble, stack_features
+from mova_core.model import ROUTING_LORA, MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
 
 ASK = [("user", "what is in the picture?")]

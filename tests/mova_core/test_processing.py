@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
+from mova_core.chat_formats import CHAT_FORMATS
 from mova_core.data import IMAGE_MARK
 from mova_core.images import ImageRef
-from mova_core.processing import CHAT_FORMATS, IGNORE, MoVAProcessor
+from mova_core.processing import IGNORE, MoVAProcessor
 
 ASK = [("user", "what is in the picture?")]
 
