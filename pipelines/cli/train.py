@@ -48,7 +48,8 @@ def _train_command(
         with results_only():
             from cluster.session import ray_session
             from mova_core.io.uris import absolute
-            from pipelines.train.loop import TrainConfig, train
+            from pipelines.train.config import TrainConfig
+            from pipelines.train.run import train
 
             config = TrainConfig(
                 stage=stage,

@@ -38,7 +38,8 @@ from pipelines.label import label
 from pipelines.precompute.listing import find_images
 from pipelines.precompute.run import precompute
 from pipelines.progress_bar import progress_bar
-from pipelines.train.loop import Stage, TrainConfig, train
+from pipelines.train.config import Stage, TrainConfig
+from pipelines.train.run import train
 
 TEMPLATE = (
     "{% for message in messages %}"

@@ -26,7 +26,8 @@ from pipelines.cli.main import app
 from pipelines.demo.run import DemoConfig, demo
 from pipelines.evaluate.run import evaluate
 from pipelines.label import label
-from pipelines.train.loop import TrainConfig, train
+from pipelines.train.config import TrainConfig
+from pipelines.train.run import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,0 +1,53 @@
+"""What learns in each stage, and the light router's loss."""
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from mova_core.model import MoVAForConditionalGeneration
+from pipelines.train.config import TrainConfig
+
+
+def choose_parameters(model: MoVAForConditionalGeneration, config: TrainConfig) -> None:
+    """Says which parameters learn in this stage."""
+    if config.stage == "router":
+        if not model.has_routing_lora:
+            model.add_routing_lora(rank=config.lora_rank, alpha=2 * config.lora_rank)
+        model.language_model.enable_adapters()
+    if config.stage == "light-router" and model.light_router is None:
+        model.add_light_router()
+    for name, parameter in model.named_parameters():
+        lora, light = "lora_" in name, name.startswith("light_router.")
+        of_llm = name.startswith("language_model.")
+        parameter.requires_grad_(
+            {
+                "pretrain": not (of_llm or light),
+                "sft": not (lora or light),
+                "router": lora,
+                "light-router": light,
+            }[config.stage]
+        )
+
+
+class LightRouting(nn.Module):
+    """The light router's loss on what the frozen base and text encoders make of a batch; the LLM has no part in it."""
+
+    def __init__(self, model: MoVAForConditionalGeneration):
+        super().__init__()
+        assert model.light_router is not None
+        self.base_encoder, self.adapter, self.light_router = model.base_encoder, model.adapter, model.light_router
+
+    def train(self, mode: bool = True) -> "LightRouting":
+        """The encoders stay as inference has them: no dropout."""
+        super().train(False)
+        self.light_router.train(mode)
+        return self
+
+    def forward(
+        self, pixel_values: Tensor, text_input_ids: Tensor, text_attention_mask: Tensor, routing: Tensor
+    ) -> SequenceClassifierOutput:
+        """Loss of pictures (B, 3, S, S) with questions (B, T) int64 against labels, bool (B, E) in pool order."""
+        with torch.no_grad():
+            seen = self.base_encoder({"pixel_values": pixel_values}).tokens.mean(1)
+            text = self.adapter.encode_text(text_input_ids, text_attention_mask)
+        return SequenceClassifierOutput(loss=self.light_router.loss(text, seen, routing))
