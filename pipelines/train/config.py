@@ -1,37 +1,109 @@
-"""The settings of a training run and the stages it may have. Imports neither torch nor Ray: the command shows the defaults."""
+"""Settings of a training run, and the four stages with their defaults.
+
+Imports neither torch nor Ray, so that the command line can show the defaults at once.
+"""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pipelines.invalid_records import BadRows
-
 Stage = Literal["pretrain", "sft", "router", "light-router"]
-OF_LABELS: tuple[Stage, ...] = ("router", "light-router")  # learn from routing labels and read no features
+LABEL_STAGES: tuple[Stage, ...] = ("router", "light-router")  # learn from routing labels and read no expert features
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageDefaults:
+    """What a stage trains, and the settings it has unless others are given.
+
+    Attributes:
+        summary: one line for the command's help.
+        learning_rate: peak of the cosine schedule.
+        batch_size: samples per optimizer step, over all workers.
+    """
+
+    summary: str
+    learning_rate: float
+    batch_size: int
+
+
+# Learning rates and batch sizes of pretrain and sft are the paper's (arXiv 2404.13046, implementation details of its
+# experiments). The paper names none for the routing LoRA; the light router is not part of the paper.
+STAGES: dict[Stage, StageDefaults] = {
+    "pretrain": StageDefaults(
+        summary="Stage 1: train the MoV-Adapter and the base encoder; the LLM is frozen.",
+        learning_rate=2e-4,
+        batch_size=1024,
+    ),
+    "sft": StageDefaults(
+        summary="Stage 2: train everything but the experts.",
+        learning_rate=2e-5,
+        batch_size=128,
+    ),
+    "router": StageDefaults(
+        summary="Train the expert-routing LoRA on routing labels (see `mova label`).",
+        learning_rate=2e-4,
+        batch_size=128,
+    ),
+    "light-router": StageDefaults(
+        summary="Train the light router (`mova ask --router light`) on routing labels; fixed pool, no LLM pass.",
+        learning_rate=1e-3,
+        batch_size=128,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run. Learning rates and batch sizes default to the paper's (PAPER table 1.4) in the command."""
+    """One training run. `learning_rate` and `batch_size` default to those of the stage (`STAGES`).
+
+    Attributes:
+        stage: what learns.
+        model: folder of the model to start from.
+        data: LLaVA JSON or JSONL file, or its URL.
+        store: feature store, a folder or a URL.
+        output: local folder that the trained model is written to.
+        images: folder or URL that the records' images are relative to; default the data file's folder.
+        bad_rows: "raise" ends the run at the first bad record, "skip" leaves bad records out and lists them.
+        learning_rate: peak of the cosine schedule.
+        batch_size: samples per optimizer step, over all workers.
+        epochs: passes over the data; fractions allowed, at least one step is made.
+        warmup: share of the steps in which the learning rate rises from 0.
+        weight_decay: of AdamW, on every trained parameter.
+        clip_norm: largest norm of the gradient.
+        max_length: tokens of the longest sample; a longer one loses its end.
+        seed: decides the order of the samples and every random choice.
+        checkpoint_every: steps between two checkpoints.
+        workers: Ray Train workers.
+        gpu: one GPU per worker, else one CPU.
+        loader_processes: reading processes per worker; 0 reads ahead in a thread.
+        lora_rank: rank of the expert-routing LoRA (stage router).
+        shuffle_pool: model-pool augmentation, section 3.3 of the paper (stage router).
+        fingerprints: expert -> the fingerprint whose features to read, where the store has several.
+    """
 
     stage: Stage
-    model: str  # folder of the model to start from
-    data: str  # LLaVA JSON or JSONL
-    store: str  # feature store
-    output: str  # folder the trained model goes to
-    images: str | None = None  # folder the records' images are relative to; default the data file's
-    bad_rows: BadRows = "raise"
-    learning_rate: float = 2e-4
-    batch_size: int = 32  # samples per step, over all workers
+    model: str
+    data: str
+    store: str
+    output: str
+    images: str | None = None
+    bad_rows: Literal["raise", "skip"] = "raise"
+    learning_rate: float = None  # type: ignore[assignment]  # never None after __post_init__
+    batch_size: int = None  # type: ignore[assignment]
     epochs: float = 1.0
-    warmup: float = 0.03  # share of the steps
+    warmup: float = 0.03
     weight_decay: float = 0.0
     clip_norm: float = 1.0
-    max_length: int = 2048  # tokens
+    max_length: int = 2048
     seed: int = 0
-    checkpoint_every: int = 200  # steps
+    checkpoint_every: int = 200
     workers: int = 2
     gpu: bool = False
-    loader_processes: int = 0  # per worker
-    lora_rank: int = 64  # router stage
-    shuffle_pool: bool = True  # router stage: model-pool augmentation
-    fingerprints: dict[str, str] = field(default_factory=dict)  # expert -> features to take where the store has several
+    loader_processes: int = 0
+    lora_rank: int = 64
+    shuffle_pool: bool = True
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "batch_size"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(STAGES[self.stage], name))

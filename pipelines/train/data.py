@@ -16,7 +16,7 @@ from mova_core.features import FeatureStore
 from mova_core.processing import MoVAProcessor
 from mova_core.routing.augmentation import REWRITTEN, routing_turns
 from pipelines.invalid_records import read_rows
-from pipelines.train.config import OF_LABELS, TrainConfig
+from pipelines.train.config import LABEL_STAGES, TrainConfig
 
 
 def training_samples(config: TrainConfig) -> tuple[list[Sample], list[str]]:
@@ -37,7 +37,7 @@ def training_samples(config: TrainConfig) -> tuple[list[Sample], list[str]]:
 
     read, skipped = read_rows(config.data, config.images, config.bad_rows, check)
     samples = [sample for sample in usable_samples(read, FeatureStore(config.store).quarantined()) if sample.answer]
-    if config.stage in OF_LABELS:
+    if config.stage in LABEL_STAGES:
         samples = [sample for sample in samples if sample.routing is not None]
         if not samples:
             raise DataError(f"{config.data} holds no routing label: run `mova label` and give the file it writes")
@@ -57,7 +57,7 @@ def check_features(config: TrainConfig, samples: list[Sample], probes: int = 64)
     Raises:
         MissingFeatures: some are not in the store.
     """
-    if config.stage in OF_LABELS:
+    if config.stage in LABEL_STAGES:
         return
     pool = MoVAConfig.from_pretrained(config.model).experts
     probed = random.Random(config.seed).sample(samples, min(probes, len(samples)))

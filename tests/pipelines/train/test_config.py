@@ -1,0 +1,28 @@
+"""Settings of a training run: one source of defaults, readable before torch and Ray are imported."""
+
+import subprocess
+import sys
+from typing import Any, get_args
+
+import pytest
+
+from pipelines.train.config import LABEL_STAGES, STAGES, Stage, TrainConfig
+
+PLACES: dict[str, Any] = {"model": "model", "data": "data.json", "store": "store", "output": "out"}
+
+
+def test_defaults_are_those_of_the_stage():
+    assert tuple(STAGES) == get_args(Stage) and set(LABEL_STAGES) < set(STAGES)
+    for stage, defaults in STAGES.items():
+        config = TrainConfig(stage=stage, **PLACES)
+        assert (config.learning_rate, config.batch_size) == (defaults.learning_rate, defaults.batch_size)
+    assert (STAGES["pretrain"].learning_rate, STAGES["pretrain"].batch_size) == (2e-4, 1024), "the paper's stage 1"
+    assert (STAGES["sft"].learning_rate, STAGES["sft"].batch_size) == (2e-5, 128), "the paper's stage 2"
+    changed = TrainConfig(stage="sft", learning_rate=0.5, batch_size=3, **PLACES)
+    assert (changed.learning_rate, changed.batch_size) == (0.5, 3)
+
+
+@pytest.mark.parametrize("module", ["pipelines.train.config"])
+def test_defaults_are_shown_without_torch_and_ray(module):
+    script = f"import sys, {module}; assert not {{'torch', 'ray', 'transformers'}} & set(sys.modules), 'heavy import'"
+    subprocess.run([sys.executable, "-c", script], check=True)
