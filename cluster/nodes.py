@@ -1,4 +1,4 @@
-"""The machines of a cluster: as Ray tells them, or as a file describes one that is not there."""
+"""The machines of a cluster: as Ray reports them, or as a file describes a cluster that need not exist."""
 
 import os
 import re
@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+ACCELERATOR_LABEL = "ray.io/accelerator-type"  # node label that Ray sets on a machine with GPUs
+ACCELERATOR_RESOURCE = "accelerator_type:"  # prefix of the resource that says the same, for `accelerator_type=`
 
 
 class PlanError(ValueError):
-    """Pools that cannot be had, or a file of pools or machines that cannot be read; the message tells what to change."""
+    """Pools that no machine can hold, or an unreadable file of pools or machines; the message says what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NodeType:
-    """Machines that are alike."""
+    """A number of identical machines."""
 
     count: int = 1
-    cpus: float
-    memory: int  # bytes that Ray may give to actors, of each
-    accelerator: str | None = None  # Ray's accelerator-type label of its GPUs, e.g. "A100"
-    gpus: int = 0  # of each
+    cpus: float  # of each machine
+    memory: int  # bytes that Ray may give to actors, of each machine
+    accelerator: str | None = None  # Ray's accelerator-type label of the GPUs, e.g. "A100"
+    gpus: int = 0  # of each machine
     gpu_memory: int | None = None  # bytes of one GPU; None: not known
 
 
@@ -97,18 +99,35 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
         raise PlanError(f"{path} is no YAML: {error}") from None
 
 
+def live_node(row: Mapping[str, Any]) -> NodeType | None:
+    """One row of `ray.nodes()`: a machine, or None where the node is dead or gives actors neither CPU nor GPU."""
+    total = row["Resources"]
+    if not row["Alive"] or not total.get("CPU", 0.0) + total.get("GPU", 0.0):
+        return None
+    named = (key.removeprefix(ACCELERATOR_RESOURCE) for key in total if key.startswith(ACCELERATOR_RESOURCE))
+    return NodeType(
+        cpus=total.get("CPU", 0.0),
+        memory=int(total.get("memory", 0.0)),
+        accelerator=row.get("Labels", {}).get(ACCELERATOR_LABEL) or next(named, None),
+        gpus=int(total.get("GPU", 0.0)),
+    )
+
+
 def group_identical(rows: Iterable[Mapping[str, Any]]) -> list[NodeType]:
-    """The living machines among `ray.nodes()`, those of one kind together; memory to whole GiB, which is what differs."""
+    """The living machines among `ray.nodes()`, identical ones as one kind.
+
+    Memory is cut to whole GiB, because identical machines differ by a few MiB. GPUs without an accelerator-type label
+    are left out: no profile can name them.
+    """
     counts: Counter[NodeType] = Counter()
     for row in rows:
-        has = row["Resources"]
-        if not row["Alive"] or not has.get("CPU", 0.0) + has.get("GPU", 0.0):
+        if (node := live_node(row)) is None:
             continue
-        label = next((key.partition(":")[2] for key in has if key.startswith("accelerator_type:")), None)
-        memory = int(has.get("memory", 0.0)) // GIB * GIB
-        gpus = int(has.get("GPU", 0.0)) if label else 0  # GPUs that Ray cannot name are of no profile
-        counts[NodeType(cpus=has.get("CPU", 0.0), memory=memory, accelerator=label if gpus else None, gpus=gpus)] += 1
-    return [replace(nodes, count=count) for nodes, count in counts.items()]
+        named = node.accelerator is not None and node.gpus > 0
+        memory = node.memory // GIB * GIB
+        kind = replace(node, memory=memory) if named else NodeType(cpus=node.cpus, memory=memory)
+        counts[kind] += 1
+    return [replace(kind, count=count) for kind, count in counts.items()]
 
 
 def running_nodes() -> list[NodeType]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cluster.nodes import GIB, NodeType, PlanError, accelerator_of
-from cluster.packing import seat
+from cluster.packing import first_fit
 from cluster.pools import ROUNDING, PoolSpec
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def plan_placement(
         pools = [replace(pool, min_size=pool.max_size) for name in in_turn for pool in in_turn[name]]
     pools.sort(key=lambda pool: -pool.gpu)
     if not use_turns:
-        for pool, seats in zip(pools, seat(pools, nodes), strict=True):
+        for pool, seats in zip(pools, first_fit(pools, nodes), strict=True):
             if len(seats) < pool.max_size:
                 notes.append(
                     f"{pool.max_size - len(seats)} of {pool} may wait where Ray puts the others in its own order"

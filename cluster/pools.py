@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,3 +217,19 @@ def _fit(name: str, pools: Sequence[PoolSpec], resources: Mapping[str, float]) -
         room = {kind: room[kind] - more * share for kind, share in pool.holds.items()}
         fitted.append(replace(pool, max_size=pool.min_size + more))
     return tuple(fitted)
+
+
+def divide(shards: int, pools: Sequence[PoolSpec]) -> list[range]:
+    """Shards 0 to `shards` - 1 of one expert, divided among its pools in proportion to their rates.
+
+    The scheduler of precompute and the simulation both divide by this function, so that they agree. Where a pool has no
+    predicted rate, the pools' `max_size` counts instead.
+
+    Returns:
+        For each pool its part, in the order of `pools`; together the parts cover every shard once, and any may be empty.
+    """
+    weights = [pool.rate or 0.0 for pool in pools]
+    if not all(weights):
+        weights = [float(pool.max_size) for pool in pools]
+    ends = [round(shards * part / sum(weights)) for part in accumulate(weights)]
+    return [range(begin, end) for begin, end in pairwise([0, *ends])]

@@ -15,9 +15,9 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from cluster.nodes import NodeType, PlanError, accelerator_of
-from cluster.packing import FreeResources
+from cluster.packing import FreeResources, Seat
 from cluster.placement import DECODERS, duration
-from cluster.pools import PoolSpec
+from cluster.pools import PoolSpec, divide
 
 if TYPE_CHECKING:
     from mova_core.experts.cost import Profile
@@ -69,7 +69,7 @@ class _Pool:
 @dataclass(eq=False)
 class _Actor:
     pool: _Pool
-    seat: tuple[int, int]
+    seat: Seat
     alive: bool = True
     started: bool = False
     computing: int = 0  # rows of the shard it computes
@@ -132,7 +132,7 @@ class _Run:
         self.wanted = {name: rows for name, rows in wanted.items() if rows > 0}
         self.nodes, self.chance, self.settings = nodes, chance, settings
         self.room = FreeResources(nodes)
-        self.machines = len(self.room.cpu)
+        self.machines = len(self.room)
         self.pools = [
             self._pool(spec, shards, profiles)
             for name, rows in self.wanted.items()
@@ -159,11 +159,9 @@ class _Run:
         each = self.settings["shard_rows"]
         each = each if isinstance(each, int) else each[name]
         shards = [each] * (rows // each) + [rows % each] * bool(rows % each)
-        weights = [pool.rate or 0.0 for pool in pools]
-        if not all(weights):
-            weights = [float(pool.max_size) for pool in pools]
-        ends = [round(len(shards) * sum(weights[: i + 1]) / sum(weights)) for i in range(len(pools))]
-        return [(pool, shards[begin:end]) for pool, begin, end in zip(pools, [0, *ends], ends, strict=False)]
+        return [
+            (pool, shards[part.start : part.stop]) for pool, part in zip(pools, divide(len(shards), pools), strict=True)
+        ]
 
     def _pool(self, spec: PoolSpec, shards: list[int], profiles: "Sequence[Profile]") -> _Pool:
         kind = spec.accelerator if spec.gpu else None
@@ -210,17 +208,13 @@ class _Run:
                 continue
             shards = len(pool.waiting) + pool.under_way
             most = pool.size or min(pool.spec.max_size, shards)
-            taken: list[_Actor] = []
-            while len(pool.actors) + len(taken) < most and (seat := self.room.take(pool.spec)):
-                taken.append(_Actor(pool, seat))
-            if not pool.size and len(taken) < min(pool.spec.min_size, shards):
-                for actor in taken:
-                    self.room.give(pool.spec, *actor.seat)
-                continue
-            pool.size = pool.size or len(taken)
-            for actor in taken:
+            least = 0 if pool.size else min(pool.spec.min_size, shards)
+            seats = self.room.take_several(pool.spec, most - len(pool.actors), least)
+            pool.size = pool.size or len(seats)
+            for seat in seats:
+                actor = _Actor(pool, seat)
                 pool.actors.add(actor)
-                self.on[actor.seat[0]].add(actor)
+                self.on[actor.seat.machine].add(actor)
                 self._at(self.now + self.settings["start_seconds"], "ready", actor)
 
     def _ready(self, actor: _Actor) -> None:
@@ -270,7 +264,7 @@ class _Run:
         end = self.now
         if sizes := self.settings["feature_bytes"]:
             limits = (self.settings["node_bytes_per_second"], self.settings["store_bytes_per_second"])
-            for queue, limit in zip((actor.seat[0], self.machines), limits, strict=True):
+            for queue, limit in zip((actor.seat.machine, self.machines), limits, strict=True):
                 if limit:
                     begin = max(self.now, self.writes_until[queue])
                     self.writes_until[queue] = begin + rows * sizes[actor.pool.spec.expert] / limit
@@ -296,8 +290,8 @@ class _Run:
     def _leave(self, actor: _Actor) -> None:
         actor.alive = False
         actor.pool.actors.discard(actor)
-        self.on[actor.seat[0]].discard(actor)
-        self.room.give(actor.pool.spec, *actor.seat)
+        self.on[actor.seat.machine].discard(actor)
+        self.room.give_back(actor.pool.spec, actor.seat)
 
     def _fail(self, machine: int) -> None:
         self.failures += 1
