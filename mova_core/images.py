@@ -12,8 +12,8 @@ import io
 import math
 import os
 import struct
+import threading
 import time
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args
@@ -41,31 +41,31 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Formats that Pillow decodes by itself: others (EPS, WMF) start outside programs, or (TGA) claim any bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
 
-# `load_image` sets its own limit from the header; Pillow would only warn.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message is one line that names it and says what is wrong."""
+    """An image that cannot be used; the message is one line that names the image and says what is wrong."""
 
 
 class ImageUnavailable(ImageError):
-    """An image whose bytes cannot be had now: its file or the network is away, or it holds others. They may come back."""
+    """An image whose bytes cannot be read now, or have changed: the storage or the network may deliver them later."""
 
 
 class ImageRef:
-    """An encoded image in a file or in memory, known by the SHA-256 of its bytes. Read-only; pickles as path and key.
+    """An encoded image in a file or in memory, identified by the SHA-256 of its bytes. Read-only and usable by any thread.
+
+    A reference to a path reads the path anew on every `read` and `decode`, so that a million references cost little memory.
+    `loaded` keeps the encoded bytes; `DecodedImage` keeps the decoded picture, too. All three pickle as path and key.
 
     Args:
-        path: what holds it, as `mova_core.io.uris` says: a file, a URL, a member of a tar, a cell of a Parquet file.
-        data: its encoded bytes, instead of a file.
-        key: its SHA-256 in hex where known; else it is computed when first asked for.
+        path: a locator (see `mova_core.io.uris`): a file, a URL, a member of a tar, a cell of a Parquet file.
+        data: the encoded bytes, in place of a path.
+        key: the SHA-256 of the encoded bytes in hex where known; otherwise computed when first needed.
 
     Raises:
         ImageError: neither path nor data given.
     """
 
-    __slots__ = ("_data", "_key", "_path")
+    __slots__ = ("_data", "_key", "_path", "_verified")
 
     def __init__(
         self, path: str | os.PathLike[str] | None = None, data: bytes | None = None, key: str | None = None
@@ -75,25 +75,26 @@ class ImageRef:
         self._path = None if path is None else os.fspath(path)
         self._data = None if data is None else bytes(data)
         self._key = key
+        self._verified = False  # whether _data is known to have the SHA-256 _key
 
     @classmethod
     def of(cls, source: "str | os.PathLike[str] | bytes | ImageRef") -> "ImageRef":
-        """Wraps a path or encoded bytes; a reference is returned as it is.
+        """A reference to a path or to encoded bytes; a reference is returned unchanged.
 
         Raises:
-            ImageError: a decoded image, which has no encoded bytes to be known by.
+            ImageError: `source` is a decoded image, which has no encoded bytes.
         """
         if isinstance(source, ImageRef):
             return source
         if isinstance(source, (bytes, bytearray, memoryview)):
-            return cls(data=bytes(source))
+            return ImageRef(data=bytes(source))
         if isinstance(source, (str, os.PathLike)):
-            return cls(path=source)
+            return ImageRef(path=source)
         raise ImageError(f"{_label(source)}: an image reference needs a path or encoded bytes")
 
     @property
     def path(self) -> str | None:
-        """Locator of what holds the image, or None."""
+        """Locator of the image, or None."""
         return self._path
 
     @property
@@ -103,7 +104,7 @@ class ImageRef:
 
     @property
     def key(self) -> str:
-        """SHA-256 of the encoded bytes in hex. Raises ImageError where they cannot be read."""
+        """SHA-256 of the encoded bytes in hex. Raises ImageError if the bytes must be read for it and cannot be."""
         if self._key is None:
             self.read()
         assert self._key is not None
@@ -113,63 +114,127 @@ class ImageRef:
         """The encoded bytes.
 
         Raises:
-            ImageError: they cannot be read, or are no longer those of `key`.
+            ImageError: the bytes cannot be read, or their SHA-256 is no longer `key`.
         """
-        data = self._encoded()
+        if self._verified:
+            assert self._data is not None
+            return self._data
+        data = self._unverified()
         key = hashlib.sha256(data).hexdigest()
-        if self._key not in (None, key) and self._data is None:  # what was fetched for an earlier run may be old
+        if (
+            self._key not in (None, key) and self._data is None
+        ):  # this machine may have cached the bytes of an earlier run
             data = read_image(self._path or "", newer_than=time.time())
             key = hashlib.sha256(data).hexdigest()
         if self._key is None:
             self._key = key
-        elif self._key != key:  # else new pixels would be stored under the old picture's name
+        elif self._key != key:  # else features of the new pixels would be stored under the old picture's key
             change = f"sha256 {self._key[:12]} -> {key[:12]}"
             raise ImageUnavailable(f"{_label(self)}: its content changed since it was listed ({change})")
+        self._verified = self._data is not None
         return data
 
-    def _encoded(self) -> bytes:
+    def loaded(self) -> "ImageRef":
+        """This image with its encoded bytes in memory: read once, hashed once.
+
+        `key`, `read` and `decode` of the returned reference touch neither disk nor network. It holds the encoded bytes
+        (0.1 to 10 MB for most pictures) until it is dropped: keep it for one request or one sample, not in a data set.
+
+        Raises:
+            ImageError: as `read`.
+        """
+        data = self.read()
+        if self._verified:
+            return self
+        loaded = ImageRef(path=self._path, data=data, key=self._key)
+        loaded._verified = True
+        return loaded
+
+    def _unverified(self) -> bytes:
+        """The encoded bytes, whatever their SHA-256."""
         return self._data if self._data is not None else read_image(self._path or "")
 
     def decode(self, compat: PreprocessingMode = "fixed") -> Image.Image:
-        """The RGB picture, as `load_image` gives it."""
+        """The RGB picture, as `load_image` returns it."""
         return load_image(self, compat)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Another process may have another current folder.
+        # Absolute, because another process may have another current folder.
         path = self._path if self._path is None else uris.absolute(self._path)
-        return type(self), (path, self._data if path is None else None, self._key)
+        return ImageRef, (path, self._data if path is None else None, self._key)
 
     def __repr__(self) -> str:
-        return f"ImageRef({_label(self)!r}, key={self._key[:12] if self._key else None!r})"
+        return f"{type(self).__name__}({_label(self)!r}, key={self._key[:12] if self._key else None!r})"
 
 
-class DecodedImage:
-    """An image that several experts read: decoded once, and pixels made of it once for all that want the same.
+class DecodedImage(ImageRef):
+    """An image for several readers: read, hashed and decoded once, its pixels computed once per way of preprocessing.
 
-    It keeps what was made until it is dropped itself. Not to be shared between threads.
+    Stands wherever an `ImageRef` or a decoded image does: in `FeatureSource.fetch`, `Question`, `preprocess` of an expert.
+    It holds the encoded bytes, the decoded picture (3 bytes a pixel) and the pixels computed by each `preprocess` (12 bytes
+    a pixel of the square) until it is dropped: keep it for one request. Pass `image.decode(compat)` to a `preprocess` whose
+    pixels nobody else needs. Any thread may use it; threads that want the same image wait for the first of them. It pickles
+    as a plain `ImageRef`.
 
     Args:
-        source: anything that `load_image` takes.
+        source: anything that `load_image` takes. Decoded images and arrays have no encoded bytes: `key` and `read` raise
+            ImageError for them.
     """
 
-    __slots__ = ("_decoded", "_made", "source")
+    __slots__ = ("_cached", "_lock", "_picture")
 
     def __init__(self, source: "ImageSource") -> None:
-        self.source = source
-        self._decoded: dict[str, Image.Image] = {}
-        self._made: dict[Hashable, Any] = {}
+        self._lock = threading.RLock()
+        self._cached: dict[Hashable, Any] = {}
+        self._picture: Image.Image | np.ndarray | None = None
+        if isinstance(source, (Image.Image, np.ndarray)):
+            self._picture = source
+            self._path = self._data = self._key = None
+            self._verified = False
+        else:
+            reference = ImageRef.of(source)
+            super().__init__(reference._path, reference._data, reference._key)
+            self._verified = reference._verified
+
+    @classmethod
+    def of(cls, source: "ImageSource") -> "DecodedImage":
+        """`source` as a DecodedImage; a DecodedImage is returned unchanged."""
+        return source if isinstance(source, DecodedImage) else cls(source)
+
+    def read(self) -> bytes:
+        """See `ImageRef.read`; the bytes stay in memory."""
+        if self._picture is not None:
+            raise ImageError(f"{_label(self)}: a decoded image has no encoded bytes")
+        with self._lock:
+            data = super().read()
+            self._data, self._verified = data, True
+            return data
+
+    def loaded(self) -> "ImageRef":
+        """See `ImageRef.loaded`: this image itself."""
+        self.read()
+        return self
 
     def decode(self, compat: PreprocessingMode = "fixed") -> Image.Image:
-        """The RGB picture, as `load_image` gives it."""
-        if compat not in self._decoded:
-            self._decoded[compat] = load_image(self.source, compat)
-        return self._decoded[compat]
+        """The RGB picture, as `load_image` returns it: the same object on every call, not to be changed."""
+        return self.cached(("decoded", compat), partial(self._decode, compat))
 
-    def cached(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` gave when it was first called under this key."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def _decode(self, compat: PreprocessingMode) -> Image.Image:
+        if self._picture is not None:
+            return load_image(self._picture, compat)
+        return _decode(_label(self), self.read(), compat, MAX_PIXELS)
+
+    def cached(self, name: Hashable, compute: Callable[[], Any]) -> Any:
+        """What `compute` returned when it was first called under this name."""
+        with self._lock:
+            if name not in self._cached:
+                self._cached[name] = compute()
+            return self._cached[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._picture is not None:
+            return DecodedImage, (self._picture,)
+        return super().__reduce__()
 
 
 ImageSource = Image.Image | bytes | str | os.PathLike[str] | np.ndarray | ImageRef | DecodedImage
@@ -209,32 +274,41 @@ def load_image(source: ImageSource, compat: PreprocessingMode = "fixed", max_pix
     if isinstance(source, DecodedImage):
         return source.decode(compat)
     name = _label(source)
+    if isinstance(source, Image.Image):
+        return _converted(name, source, compat, max_pixels)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] == 3)):
             raise ImageError(f"{name}: an array must be uint8 of shape (h, w, 3) or (h, w)")
         _check_size(name, (source.shape[1], source.shape[0]), max_pixels)
         return Image.fromarray(source).convert("RGB")
-    if isinstance(source, Image.Image):
-        image = source
-    else:
-        # Only who holds a reference relies on its key; nobody asked for the hash of other sources.
-        data = source.read() if isinstance(source, ImageRef) else ImageRef.of(source)._encoded()
-        if not data:
-            raise ImageError(f"{name}: 0 bytes")
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.UnidentifiedImageError:
-            raise ImageError(f"{name}: not an image in a known format ({', '.join(FORMATS)})") from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise ImageError(f"{name}: over the limit of {max_pixels:,} pixels") from None
-        except Exception as error:  # a broken header raises whatever its parser stumbled on
-            _unreadable(name, error)
+    # A reference promises that its pixels are those of its key; paths and bytes need no hash.
+    data = source.read() if isinstance(source, ImageRef) else ImageRef.of(source)._unverified()
+    return _decode(name, data, compat, max_pixels)
+
+
+def _decode(name: str, data: bytes, compat: PreprocessingMode, max_pixels: int) -> Image.Image:
+    """The RGB picture of encoded bytes; see `load_image`."""
+    if not data:
+        raise ImageError(f"{name}: 0 bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image in a known format ({', '.join(FORMATS)})") from None
+    except Image.DecompressionBombError:  # from twice Image.MAX_IMAGE_PIXELS, 179 million
+        raise ImageError(f"{name}: over the limit of {max_pixels:,} pixels") from None
+    except Exception as error:  # parsers of broken headers raise errors of many types
+        _unreadable(name, error)
+    return _converted(name, image, compat, max_pixels)
+
+
+def _converted(name: str, image: Image.Image, compat: PreprocessingMode, max_pixels: int) -> Image.Image:
+    """An image of any mode, its pixels perhaps not decoded yet, as RGB; see `load_image`."""
     _check_size(name, image.size, max_pixels)
     try:
         return image.convert("RGB") if compat == "published" else _to_rgb(name, image)
     except ImageError:
         raise
-    except Exception as error:
+    except Exception as error:  # as above
         _unreadable(name, error)
 
 
@@ -400,8 +474,8 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
 
 def _label(source: object) -> str:
     """What an error calls an image."""
-    if isinstance(source, DecodedImage):
-        return _label(source.source)
+    if isinstance(source, DecodedImage) and source._picture is not None:
+        return _label(source._picture)
     if isinstance(source, ImageRef):
         return source.path or f"image of {len(source.data or b''):,} bytes"
     if isinstance(source, (str, os.PathLike)):

@@ -83,7 +83,7 @@ class LocalExperts:
         computed: dict[str, dict[str, Features]] = {}
         by_expert = wanted_by_expert(images, experts)
         readers = Counter(key for wanted in by_expert.values() for key in wanted)
-        pictures = {image.key: DecodedImage(image) for image in images if readers[image.key] > 1}
+        pictures = {image.key: DecodedImage.of(image) for image in images if readers[image.key] > 1}
         for name, wanted in by_expert.items():
             if name not in self.experts:
                 raise ValueError(f"no expert {name!r} here: there are {', '.join(self.experts)}")

@@ -6,6 +6,8 @@ import pickle
 import struct
 import time
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +15,15 @@ import torch
 from PIL import Image
 
 from mova_core import images
-from mova_core.images import ImageError, ImageRef, clip_pixels, load_image, pad_to_square
+from mova_core.images import (
+    DecodedImage,
+    ImageError,
+    ImageRef,
+    ImageUnavailable,
+    clip_pixels,
+    load_image,
+    pad_to_square,
+)
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -78,6 +88,100 @@ class TestImageRef:
             ImageRef()
         with pytest.raises(ImageError, match="needs a path or"):
             ImageRef.of(picture)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> Counter[str]:
+    """How often images were read from their path, hashed and decoded."""
+    counts: Counter[str] = Counter()
+
+    def count(owner: object, name: str, what: str) -> None:
+        original = getattr(owner, name)
+
+        def counting(*args, **options):
+            counts[what] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(images, "read_image", "read")
+    count(hashlib, "sha256", "hashed")
+    count(images, "_decode", "decoded")
+    return counts
+
+
+class TestLoaded:
+    def test_one_read_and_one_hash(self, tmp_path, picture, counted):
+        file = tmp_path / "a.png"
+        file.write_bytes(encoded(picture))
+        loaded = ImageRef(path=file).loaded()
+        file.unlink()
+        assert loaded.data == loaded.read() and loaded.loaded() is loaded
+        assert np.array_equal(np.asarray(loaded.decode()), np.asarray(picture))
+        assert loaded.key == loaded.key and counted == {"read": 1, "hashed": 1, "decoded": 1}
+        assert loaded.path == str(file) and len(pickle.dumps(loaded)) < 400, "pickles without the bytes"
+
+    def test_bytes_are_hashed_once(self, picture, counted):
+        ref = ImageRef(data=encoded(picture))
+        assert ref.loaded() is ref and ref.decode() and ref.key and ref.read()
+        assert counted == {"hashed": 1, "decoded": 1}
+
+    def test_changed_or_missing_content_is_refused(self, tmp_path, picture):
+        (tmp_path / "a.png").write_bytes(encoded(picture))
+        with pytest.raises(ImageUnavailable, match="changed since it was listed"):
+            ImageRef(path=tmp_path / "a.png", key="0" * 64).loaded()
+        with pytest.raises(ImageUnavailable, match="changed since it was listed"):
+            ImageRef(data=encoded(picture), key="0" * 64).loaded()
+        with pytest.raises(ImageUnavailable, match="cannot be read"):
+            ImageRef(path=tmp_path / "b.png").loaded()
+
+
+class TestDecodedImage:
+    def test_one_read_one_hash_and_one_decoding(self, tmp_path, picture, counted):
+        file = tmp_path / "a.png"
+        file.write_bytes(encoded(picture))
+        shared = DecodedImage(ImageRef(path=file))
+        assert isinstance(shared, ImageRef) and DecodedImage.of(shared) is shared is ImageRef.of(shared)
+        assert shared.decode() is shared.decode() is load_image(shared)
+        assert shared.key == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert shared.loaded() is shared and shared.read() == shared.data == file.read_bytes()
+        assert np.array_equal(np.asarray(shared.decode()), np.asarray(picture))
+        assert shared.decode("published") is not shared.decode()
+        del counted["hashed"]  # this test hashes, too
+        assert counted == {"read": 1, "decoded": 2}, "one decoding for each way"
+
+    def test_pickles_as_a_reference(self, tmp_path, picture):
+        (tmp_path / "a.png").write_bytes(encoded(picture))
+        shared = DecodedImage(tmp_path / "a.png")
+        shared.decode()
+        pickled = pickle.dumps(shared)
+        assert len(pickled) < 400 and type(pickle.loads(pickled)) is ImageRef
+        assert pickle.loads(pickled).key == shared.key
+
+    def test_a_picture_without_encoded_bytes(self, picture):
+        for source in (picture, np.asarray(picture)):
+            shared = DecodedImage(source)
+            assert np.array_equal(np.asarray(shared.decode()), np.asarray(picture))
+            assert np.array_equal(np.asarray(pickle.loads(pickle.dumps(shared)).decode()), np.asarray(picture))
+            for ask in (shared.read, shared.loaded, lambda shared=shared: shared.key):
+                with pytest.raises(ImageError, match="has no encoded bytes"):
+                    ask()
+
+    def test_threads_decode_once(self, picture, counted):
+        shared = DecodedImage(encoded(picture))
+        with ThreadPoolExecutor(8) as threads:
+            decoded = list(threads.map(lambda _: shared.decode(), range(32)))
+        assert len({id(image) for image in decoded}) == 1 and counted == {"hashed": 1, "decoded": 1}
+
+    def test_the_same_pixels_are_computed_once(self, picture):
+        shared = DecodedImage(encoded(picture))
+        first, again = clip_pixels([shared], 32), clip_pixels([shared, shared], 32)
+        assert torch.equal(first, clip_pixels([picture], 32)) and torch.equal(again, torch.cat([first, first]))
+        computed = shared.cached("name", lambda: "computed")
+        assert computed == "computed" == shared.cached("name", lambda: "never called")
+        assert not torch.equal(images.square_pixels([shared], 32, (0, 0, 0), (1, 1, 1)), first)
+        with pytest.raises(ImageError, match="image of 3 bytes"):
+            clip_pixels([DecodedImage(b"abc")], 32)
 
 
 class TestSources:
@@ -269,17 +373,6 @@ class TestSquarePixels:
                 padded = pad_to_square(image, (122, 116, 104)).resize((side, side), Image.Resampling.BICUBIC)
                 ours = images._square_resized(image, side, (122, 116, 104))
                 assert np.array_equal(np.asarray(ours), np.asarray(padded)), size
-
-    def test_a_picture_makes_the_same_pixels_once(self, picture):
-        shared = images.DecodedImage(encoded(picture))
-        assert shared.decode() is shared.decode()
-        first, again = clip_pixels([shared], 32), clip_pixels([shared, shared], 32)
-        assert torch.equal(first, clip_pixels([picture], 32)) and torch.equal(again, torch.cat([first, first]))
-        made = shared.cached("key", lambda: "made")
-        assert made == "made" == shared.cached("key", lambda: "never called")
-        assert not torch.equal(images.square_pixels([shared], 32, (0, 0, 0), (1, 1, 1)), first)
-        with pytest.raises(ImageError, match="image of 3 bytes"):
-            clip_pixels([images.DecodedImage(b"abc")], 32)
 
     def test_very_long_pictures(self):
         for size in ((20_000, 1), (1, 6_000)):

@@ -24,7 +24,7 @@ from mova_core.features import (
     Tiered,
 )
 from mova_core.features.source import SingleFlight
-from mova_core.images import ImageError, ImageRef
+from mova_core.images import DecodedImage, ImageError, ImageRef, read_image
 
 NAMES = ("dinov2", "sam", "biomedclip")
 
@@ -77,21 +77,20 @@ def test_local_experts(experts, images):
     assert source.fetch([], []) == []
 
 
-class CountingRef(ImageRef):
-    """Counts how often its bytes are read."""
+def test_a_picture_is_decoded_once_for_all_its_experts(experts, images, monkeypatch):
+    expected = [LocalExperts(experts).fetch(images[:1], [[name]])[0][name] for name in NAMES]
+    reads = []
 
-    reads = 0
+    def counting(path, newer_than=0.0):
+        reads.append(path)
+        return read_image(path, newer_than)
 
-    def read(self):
-        self.reads += 1
-        return super().read()
-
-
-def test_a_picture_is_decoded_once_for_all_its_experts(experts, images):
-    image = CountingRef(path=images[0].path, key=images[0].key)
-    got = LocalExperts(experts).fetch([image], [NAMES])
-    assert image.reads == 1
-    assert equal(got, LocalExperts(experts).fetch(images[:1], [NAMES]))
+    monkeypatch.setattr("mova_core.images.read_image", counting)
+    path, key = images[0].path, images[0].key
+    shared = DecodedImage(ImageRef(path=path, key=key))
+    for image in (ImageRef(path=path, key=key), shared, shared):
+        assert equal(LocalExperts(experts).fetch([image], [NAMES]), [dict(zip(NAMES, expected, strict=True))])
+    assert reads == [path, path], "once for the reference, once for the shared image"
 
 
 def test_what_local_experts_refuse(experts, images, tmp_path):
