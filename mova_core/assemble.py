@@ -1,5 +1,6 @@
 """A MoVA put together from its parts, and a batch's features put together for its adapter."""
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from mova_core.model import MoVAForConditionalGeneration
 
 def assemble(
     language_model: PreTrainedModel,
-    text_encoder: PretrainedConfig,
+    text_encoder: PretrainedConfig | PreTrainedModel,
     *,
     image_token_id: int,
     pool: Sequence[str] = EXPERTS,
@@ -26,12 +27,13 @@ def assemble(
 
     Args:
         language_model: any causal LM of transformers; taken over, not copied.
-        text_encoder: BERT config of the adapter's text encoder.
+        text_encoder: the adapter's text encoder, a `BertModel` whose weights are copied; or its `BertConfig`, for fresh ones.
         image_token_id: the LLM's token that stands for one visual token.
         pool: expert names in routing order.
         size, base_weights: as `load_expert` takes them, for the base encoder; `size` also for the pool's channels.
         routing_grid: default half the answer pass's side (published: 24 and 12).
     """
+    bert_config = text_encoder.config if isinstance(text_encoder, PreTrainedModel) else text_encoder
     base = load_expert(BASE, weights=base_weights, size=size)
     archs = {name: expert_card(name).mini if size == "mini" else expert_card(name).full for name in pool}
     adapter = AdapterConfig(
@@ -40,11 +42,13 @@ def assemble(
         width=base.channels,
         grid=base.grid[0],
         blocks=blocks,
-        text_encoder=text_encoder.to_diff_dict(),
-        text_width=text_encoder.hidden_size,
+        text_encoder=bert_config.to_diff_dict()
+        | {"hidden_size": bert_config.hidden_size, "vocab_size": bert_config.vocab_size},
+        text_width=bert_config.hidden_size,
     )
     config = MoVAConfig(
-        text_config=language_model.config,
+        # A copy: MoVAConfig resets the attention implementation of its parts, and the LLM would read no mask.
+        text_config=copy.deepcopy(language_model.config),
         base_arch=base.arch,
         pool=[
             {"name": name, "channels": archs[name]["channels"], "description": expert_card(name).description}
@@ -54,11 +58,13 @@ def assemble(
         image_token_id=image_token_id,
         expert_size=size,
         routing_grid=routing_grid or base.grid[0] // 4,
-        # A config sets it on its parts, the LLM's included: left out, the LLM would forget its own and read no mask.
-        attn_implementation=language_model.config._attn_implementation,
     )
     model = MoVAForConditionalGeneration(config, language_model)
     model.base_encoder.load_state_dict(base.state_dict())
+    if isinstance(text_encoder, PreTrainedModel):
+        fresh = model.adapter.text_encoder.bert
+        weights = text_encoder.state_dict()
+        fresh.load_state_dict({name: weights[name] for name in fresh.state_dict()})
     return model
 
 

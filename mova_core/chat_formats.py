@@ -40,3 +40,30 @@ CHAT_FORMATS = {
     + "{{ '<|begin_of_text|>' }}"
     + _MARKED,
 }
+
+END_MARKS = {  # the token that ends an assistant turn, where a format has another one than the tokenizer's own
+    "mpt": "<|im_end|>",
+    "chatml": "<|im_end|>",
+    "mova_llama3": "<|eot_id|>",
+}
+
+# For a tokenizer that brings no chat template. A reply starts after a line break, so its first token is the same whether
+# the reply is read or generated.
+DEFAULT_TEMPLATE = (
+    "{% for turn in messages %}"
+    "{% if turn.role == 'assistant' %}{{ 'ASSISTANT:\n' + turn.content + eos_token + '\n' }}"
+    "{% elif turn.role == 'user' %}{{ 'USER: ' + turn.content + '\n' }}"
+    "{% else %}{{ turn.content + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:\n' }}{% endif %}"
+)
+
+
+def check_chat_format(name: str | None) -> str | None:
+    """Returns `name`.
+
+    Raises:
+        ValueError: neither None nor one of `CHAT_FORMATS`.
+    """
+    if name is not None and name not in CHAT_FORMATS:
+        raise ValueError(f"no chat format {name!r}: there are {', '.join(CHAT_FORMATS)}")
+    return name

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, BertConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-from mova_core.chat_formats import CHAT_FORMATS
+from mova_core.chat_formats import CHAT_FORMATS, DEFAULT_TEMPLATE, END_MARKS, check_chat_format
 from mova_core.config import MoVAConfig
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, VisionExpert, expert_class
@@ -55,13 +55,61 @@ class MoVAProcessor(ProcessorMixin):
         self.routing_tokens = routing_tokens
         self.chat_format = chat_format
         if chat_format is not None:
-            if chat_format not in CHAT_FORMATS:
-                raise ValueError(f"no chat format {chat_format!r}: there are {', '.join(CHAT_FORMATS)}")
+            check_chat_format(chat_format)
             chat_template = tokenizer.chat_template = CHAT_FORMATS[chat_format]
         super().__init__(tokenizer, text_tokenizer, chat_template=chat_template)
         self.image_token_id = tokenizer.get_vocab().get(IMAGE_MARK, -1)
         if self.image_token_id < 0:
             raise ValueError(f"the tokenizer has no {IMAGE_MARK} token: add it as a special token")
+
+    @classmethod
+    def for_model(
+        cls,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        text_tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat_template: str | None = None,
+        chat_format: str | None = None,
+    ) -> "MoVAProcessor":
+        """The processor of `model`, a `MoVAForConditionalGeneration` or its `MoVAConfig`.
+
+        Args:
+            tokenizer, text_tokenizer: of the LLM and of the adapter's text encoder.
+            chat_template: instead of the tokenizer's own.
+            chat_format: as the constructor takes it.
+
+        Raises:
+            ValueError: as the constructor and `check_fits`.
+        """
+        config = _config_of(model)
+        counts = (config.base_arch, config.image_tokens, config.routing_tokens)
+        processor = cls(tokenizer, text_tokenizer, *counts, chat_template=chat_template, chat_format=chat_format)
+        processor.check_fits(config)
+        return processor
+
+    def check_fits(self, model: Any) -> None:
+        """Compares this processor with `model`, a `MoVAForConditionalGeneration` or its `MoVAConfig`.
+
+        Raises:
+            ValueError: the processor would make inputs that the model does not take; the message lists every difference.
+        """
+        config = _config_of(model)
+        arch = {name: list(value) if isinstance(value, tuple) else value for name, value in self.base_arch.items()}
+        vocabulary = BertConfig.from_dict(dict(config.adapter["text_encoder"])).vocab_size
+        pairs = {
+            "visual tokens per picture": (self.image_tokens, config.image_tokens),
+            "visual tokens in the routing pass": (self.routing_tokens, config.routing_tokens),
+            f"id of {IMAGE_MARK}": (self.image_token_id, config.image_token_id),
+            "base_arch": (arch, config.base_arch),
+            "gate's tokens": (min(len(self.text_tokenizer), vocabulary), len(self.text_tokenizer)),
+        }
+        differing = [f"{what} {ours}, the model's {its}" for what, (ours, its) in pairs.items() if ours != its]
+        if differing:
+            raise ValueError(
+                f"the processor does not fit the model: {'; '.join(differing)}. "
+                "Fix: MoVAProcessor.for_model(model, tokenizer, text_tokenizer)"
+            )
 
     @cached_property
     def base(self) -> VisionExpert:
@@ -227,6 +275,37 @@ class MoVAProcessor(ProcessorMixin):
             ids += new
             at = end
         return ids, found
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None = None) -> None:
+    """Gives an LLM's tokenizer what `MoVAProcessor` needs and it lacks: an image token, a pad token, a chat template.
+
+    The image token may lie outside the LLM's vocabulary: the model never looks up its embedding.
+
+    Args:
+        tokenizer: changed in place.
+        chat_format: one of `CHAT_FORMATS`; then its end mark becomes the end-of-sequence token, so that generation stops.
+
+    Raises:
+        ValueError: no such chat format, or no end-of-sequence token, without which no reply ever ends.
+    """
+    end_mark = END_MARKS.get(check_chat_format(chat_format) or "")
+    vocabulary = tokenizer.get_vocab()
+    if IMAGE_MARK not in vocabulary:
+        tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if end_mark in vocabulary:
+        tokenizer.eos_token = end_mark
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
+    if tokenizer.chat_template is None and chat_format is None:
+        begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # the LLM was trained on texts that begin so
+        tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
+
+
+def _config_of(model: Any) -> MoVAConfig:
+    return model if isinstance(model, MoVAConfig) else model.config
 
 
 def gate_turns(turns: Turns) -> list[str]:

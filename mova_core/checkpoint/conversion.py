@@ -27,7 +27,7 @@ from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, EXPERTS, expert_card, expert_class
 from mova_core.experts.weights import SAFE, TORCH, WeightsError, unfitting, weight_files
 from mova_core.model import ROUTING_LORA, MoVAForConditionalGeneration
-from mova_core.processing import MoVAProcessor
+from mova_core.processing import MoVAProcessor, prepare_tokenizer
 
 LLM, ADAPTER = "language_model", "adapter"
 TOWERS = {name: f"model.vision_tower.vision_tower_{index}." for index, name in enumerate((BASE, *EXPERTS))}
@@ -391,6 +391,8 @@ def convert(
     metas = {name: tensor.meta() for name, tensor in stored.items()}
     parts = from_published(metas, config.get("expert_archs"))
     tokenizer = _llm_tokenizer(source)
+    chat_format = chat_format or _chat_format(tokenizer)
+    prepare_tokenizer(tokenizer, chat_format)
     text_tokenizer, bert = _text_encoder(text_encoder or config.get("mm_projector_text_encoder"), parts)
     ours = _our_config(config, parts, bert, tokenizer.get_vocab()[IMAGE_MARK])
     rederived = _check(source, parts, metas, ours)
@@ -413,14 +415,7 @@ def convert(
 
     def finish(folder: Path) -> None:
         ours.save_pretrained(folder)
-        form = chat_format or _chat_format(tokenizer)
-        if form == "mova_llama3":
-            tokenizer.eos_token = "<|eot_id|>"
-        elif form == "chatml":
-            tokenizer.eos_token = "<|im_end|>"
-        MoVAProcessor(
-            tokenizer, text_tokenizer, ours.base_arch, ours.image_tokens, ours.routing_tokens, chat_format=form
-        ).save_pretrained(folder)
+        MoVAProcessor.for_model(ours, tokenizer, text_tokenizer, chat_format=chat_format).save_pretrained(folder)
         for name in kept:
             about = {"expert": name, "arch": parts.archs[name]}
             (folder / "experts" / name / "config.json").write_text(json.dumps(about, indent=2))
@@ -573,10 +568,6 @@ def _llm_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers raises whatever the tokenizer's library does
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(f"{source}: its tokenizer cannot be read ({reason}); copy the LLM's there") from error
-    if IMAGE_MARK not in tokenizer.get_vocab():
-        tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer
 
 

@@ -27,13 +27,14 @@ TEXT = [
 ]
 
 
-def llm_tokenizer() -> PreTrainedTokenizerFast:
+def llm_tokenizer(image_token: bool = True) -> PreTrainedTokenizerFast:
+    marks = [IMAGE_MARK] if image_token else []
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=500,
-        special_tokens=["<pad>", "</s>", IMAGE_MARK],
+        special_tokens=["<pad>", "</s>", *marks],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
@@ -42,7 +43,7 @@ def llm_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
-        additional_special_tokens=[IMAGE_MARK],
+        additional_special_tokens=marks,
         chat_template=TEMPLATE,
     )
 
@@ -95,10 +96,7 @@ def mini_folder(tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.05)
     folder = tmp_path_factory.mktemp("mini")
     model.save_pretrained(folder)
-    config = model.config
-    MoVAProcessor(
-        tokenizer, gate, config.base_arch, config.image_tokens, config.routing_tokens, chat_template=TEMPLATE
-    ).save_pretrained(folder)
+    MoVAProcessor.for_model(model, tokenizer, gate, chat_template=TEMPLATE).save_pretrained(folder)
     return folder
 
 
