@@ -26,6 +26,8 @@ __all__ = [
     "ProfileError",
     "count_flops",
     "device_kind",
+    "expert_costs",
+    "feature_bytes",
     "measure",
     "read_profiles",
     "shapes_of",
@@ -265,3 +267,51 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
 def _resident_peak() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def expert_costs(
+    experts: Sequence[str],
+    size: str,
+    dtypes: Mapping[str, str],
+    stated: Mapping[str, float] | None = None,
+    profile: str | Path | None = None,
+) -> dict[str, float]:
+    """Expert -> cost of one picture, for a budget: as stated, else measured on this CPU in ms, else counted in GFLOPs.
+
+    Args:
+        experts: the experts to price.
+        size: their size, "full" or "mini".
+        dtypes: expert -> dtype it computes in; float32 by default.
+        stated: expert -> cost in a unit of the caller's own; each expert must have one.
+        profile: file of `write_profiles`; the throughput at batch size 1 counts.
+
+    Raises:
+        ValueError: an expert has no cost, or both `stated` and `profile` are given; the message names the fix.
+    """
+    if stated:
+        if profile is not None:
+            raise ValueError("--cost and --profile have different units: give one of them")
+        costs, fix = dict(stated), "give a --cost for each expert, or none for GFLOPs"
+    elif profile is not None:
+        device = device_kind(torch.device("cpu"))
+        costs = {
+            row.expert: 1000 / row.at(1).images_per_second
+            for row in read_profiles(profile)
+            if row.device == device
+            and row.expert in experts
+            and row.is_of(expert_class(row.expert).card, size, dtypes.get(row.expert, "float32"))
+        }
+        fix = f"{profile} has none on {device} at size {size}: run `mova profile` here"
+    else:
+        counted = {name: count_flops(shapes_of(name, size)) for name in experts}
+        costs = {name: flops / 1e9 for name, flops in counted.items() if flops is not None}
+        fix = "the FLOPs cannot be counted: give a --cost for each expert"
+    if unpriced := [name for name in experts if name not in costs]:
+        raise ValueError(f"--budget: no cost of {', '.join(unpriced)}; {fix}")
+    return costs
+
+
+def feature_bytes(name: str, size: str, dtype: str) -> int:
+    """Bytes of one picture's features of an expert, stored in `dtype`."""
+    height, width = (expert := shapes_of(name, size)).grid
+    return height * width * expert.channels * getattr(torch, dtype).itemsize

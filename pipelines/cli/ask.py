@@ -5,58 +5,105 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.options import Imports, Json, ModelPath, Weights, import_modules, location, weights_of
-from pipelines.cli.output import emit, results_only
+from pipelines.cli.options import (
+    EXPERTS,
+    ROUTING,
+    Imports,
+    Json,
+    ModelPath,
+    NameValue,
+    Quiet,
+    Weights,
+    by_expert,
+    cost_number,
+    import_modules,
+    name_value,
+    names_list,
+    path_or_url,
+    weights_location,
+)
+from pipelines.cli.output import print_result, results_only
 
 
 def ask(
-    image: Annotated[Path, typer.Argument(help="Picture file.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Picture file, a path or a URL.", parser=path_or_url)],
     question: Annotated[
         str,
-        typer.Argument(help="What to ask about it; <image> in it says where a picture stands, if there are several."),
+        typer.Argument(help="The question; <image> in it marks where a picture stands, if there are several."),
     ],
     model: ModelPath,
-    also: Annotated[list[Path], typer.Option(help="One more picture file; may be given again.")] = [],  # noqa: B006
-    store: Annotated[
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="IMAGE", help="One more picture, a path or a URL; repeatable.", parser=path_or_url),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
+    router: Annotated[
+        str, typer.Option(help="Who picks the experts: llm, or light where the model has one.", rich_help_panel=ROUTING)
+    ] = "llm",
+    force: Annotated[
         str | None,
         typer.Option(
-            help="Feature store that is read first and kept up to date: a folder, or a URL.",
-            parser=location,
+            metavar="NAME,...|none",
+            help="Experts to use, comma-separated, instead of asking the router; none for no expert.",
+            rich_help_panel=ROUTING,
         ),
     ] = None,
-    router: Annotated[str, typer.Option(help="Who picks the experts: llm, or light where the model has one.")] = "llm",
-    force: Annotated[
-        str | None, typer.Option(help="Experts to use, comma-separated, instead of asking the router; 'none' for none.")
+    forbid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...", help="Experts that may not be used, comma-separated.", rich_help_panel=ROUTING
+        ),
     ] = None,
-    forbid: Annotated[str | None, typer.Option(help="Experts that may not be used, comma-separated.")] = None,
-    max_experts: Annotated[int | None, typer.Option(help="Most experts to use.", min=0)] = None,
+    max_experts: Annotated[
+        int | None, typer.Option(help="Most experts to use.", min=0, rich_help_panel=ROUTING)
+    ] = None,
     budget: Annotated[
         float | None,
         typer.Option(
             help="Most that the experts may cost together: GFLOPs, or ms with --profile, or in the unit of --cost.",
             min=0,
+            rich_help_panel=ROUTING,
         ),
     ] = None,
     profile: Annotated[
         Path | None,
-        typer.Option("--profile", help="What `mova profile` wrote of this CPU; makes --budget milliseconds."),
+        typer.Option(
+            "--profile",
+            help="File of `mova profile` of this CPU; makes --budget milliseconds.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=ROUTING,
+        ),
     ] = None,
     cost: Annotated[
-        list[str],
+        list[NameValue] | None,
         typer.Option(
-            help="expert=COST per picture in a unit of your own; once for each (default: its GFLOPs, `mova experts`)."
+            metavar="NAME=COST",
+            help="Cost of an expert per picture in a unit of your own, once for each expert (default: its GFLOPs).",
+            parser=name_value,
+            rich_help_panel=ROUTING,
         ),
-    ] = [],  # noqa: B006
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
-    weights: Weights = [],  # noqa: B006
-    imports: Imports = [],  # noqa: B006
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_URL",
+            help="Feature store that is read first; features computed here are added to it.",
+            parser=path_or_url,
+            rich_help_panel=EXPERTS,
+        ),
+    ] = None,
+    weights: Weights = None,
+    imports: Imports = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Ask about a picture; experts run in this process, and only those that the router picks."""
-    with results_only():
+    with results_only(quiet or as_json):
         from dataclasses import asdict
 
         from mova_core.answering import Answerer, Question
+        from mova_core.experts.cost import expert_costs
         from mova_core.features import FeatureStore, LazyExperts, Tiered
         from mova_core.images import ImageRef
         from mova_core.model import MoVAForConditionalGeneration
@@ -64,21 +111,28 @@ def ask(
 
         import_modules(imports)
         loaded = MoVAForConditionalGeneration.from_pretrained(str(model))
-        named = weights_of(weights, loaded.config.experts)
+        config = loaded.config
         source: Any = LazyExperts(
-            loaded.config.experts,
-            size=loaded.config.expert_size,
-            weights=named,
-            fingerprints=loaded.config.fingerprints,
-            dtypes=loaded.config.feature_dtypes,
+            config.experts,
+            size=config.expert_size,
+            weights=by_expert("--weights", weights, config.experts, weights_location),
+            fingerprints=config.fingerprints,
+            dtypes=config.feature_dtypes,
         )
+        costs = None
+        if budget is not None:
+            stated = by_expert("--cost", cost, config.experts, cost_number)
+            try:
+                costs = expert_costs(config.experts, config.expert_size, config.feature_dtypes, stated, profile)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
         if store is not None:
-            source = Tiered(FeatureStore(store, fingerprints=loaded.config.fingerprints, create=True), source)
+            source = Tiered(FeatureStore(store, fingerprints=config.fingerprints, create=True), source)
         asked = Question(
-            image=[ImageRef(path=path) for path in (image, *also)],
+            image=[ImageRef(path=path) for path in (image, *(also or ()))],
             text=question,
-            experts=None if force is None else [name for name in force.split(",") if name and name != "none"],
-            forbid=[name for name in (forbid or "").split(",") if name],
+            experts=None if force is None else [name for name in names_list(force) if name != "none"],
+            forbid=names_list(forbid),
             max_experts=max_experts,
             budget=budget,
         )
@@ -87,58 +141,22 @@ def ask(
             MoVAProcessor.from_pretrained(str(model)),
             source,
             router=router,  # type: ignore[arg-type]  # it names a wrong one itself
-            costs=None if budget is None else _costs(cost, profile, loaded.config),
+            costs=costs,
         )
         [answer] = answerer.answer([asked], max_new_tokens)
         if isinstance(source, Tiered):
             source.close()
-
-    def show() -> None:
-        print(answer.text or "(the model said nothing)")
-        said = (
-            "forced"
-            if answer.router is None
-            else f"router said {answer.router!r}" + ("" if answer.readable else ", which names no expert")
-        )
-        print(f"\nexperts: {', '.join(answer.experts) or 'none'} ({said})")
-        for block, gates in enumerate(answer.gates, 1):
-            print(f"gate, block {block}: " + ", ".join(f"{name} {weight:.2f}" for name, weight in gates.items()))
-        print("seconds: " + ", ".join(f"{step} {seconds:.3f}" for step, seconds in answer.seconds.items()))
-
-    emit(asdict(answer), as_json, show)
+    print_result(asdict(answer), as_json, lambda: _show(answer))
 
 
-def _costs(pairs: list[str], profile: Path | None, config: Any) -> dict[str, float]:
-    """Expert of a model's pool -> cost per picture: as given, else in ms of this CPU as measured, else in GFLOPs."""
-    import torch
-
-    from mova_core.experts import expert_card
-    from mova_core.experts.cost import count_flops, device_kind, read_profiles, shapes_of
-
-    costs: dict[str, float] = {}
-    if pairs:
-        if profile is not None:
-            raise typer.BadParameter("--cost and --profile are of different units: give one of them")
-        for pair in pairs:
-            name, _, cost = pair.partition("=")
-            try:
-                costs[name] = float(cost)
-            except ValueError:
-                raise typer.BadParameter(f"--cost {pair}: write NAME=NUMBER") from None
-        fix = "give a --cost for each expert, or none for GFLOPs"
-    elif profile is not None:
-        device = device_kind(torch.device("cpu"))
-        measured = [one for one in read_profiles(profile) if one.device == device]
-        for name in config.experts:
-            dtype = config.feature_dtypes.get(name, "float32")
-            for one in measured:
-                if one.expert == name and one.is_of(expert_card(name), config.expert_size, dtype):
-                    costs[name] = 1000 / one.at(1).images_per_second
-        fix = f"{profile} has none on {device} at size {config.expert_size}: run `mova profile` here"
+def _show(answer: Any) -> None:
+    print(answer.text or "(the model said nothing)")
+    if answer.router is None:
+        choice = "forced"
     else:
-        counted = {name: count_flops(shapes_of(name, config.expert_size)) for name in config.experts}
-        costs = {name: flops / 1e9 for name, flops in counted.items() if flops is not None}
-        fix = "its FLOPs cannot be counted: give a --cost for each expert"
-    if unpriced := [name for name in config.experts if name not in costs]:
-        raise typer.BadParameter(f"--budget: no cost of {', '.join(unpriced)}; {fix}")
-    return costs
+        choice = f"router said {answer.router!r}" + ("" if answer.readable else ", which names no expert")
+    print(f"\nexperts: {', '.join(answer.experts) or 'none'} ({choice})")
+    for block, gates in enumerate(answer.gates, 1):
+        if gates:
+            print(f"gate, block {block}: " + ", ".join(f"{name} {weight:.2f}" for name, weight in gates.items()))
+    print("seconds: " + ", ".join(f"{step} {seconds:.3f}" for step, seconds in answer.seconds.items()))

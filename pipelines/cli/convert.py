@@ -6,51 +6,61 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.cli.options import Json, Quiet
-from pipelines.cli.output import emit, results_only, table
+from pipelines.cli.output import print_result, results_only, table
 
 
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder to read.", exists=True, file_okay=False)],
-    target: Annotated[Path, typer.Argument(help="Folder to make; it must not be there, or be empty.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it must be missing or empty.")],
     to_published: Annotated[
-        bool, typer.Option("--to-published", help="From ours to the published form, instead of to ours.")
+        bool,
+        typer.Option(
+            "--to-published",
+            help="Turn a model that came from a published folder back, bit for bit; other models cannot go back.",
+        ),
     ] = False,
     experts: Annotated[
         str,
-        typer.Option("--experts", help="keep, drop, or the names to keep, comma-separated; they go to experts/NAME."),
+        typer.Option(
+            "--experts",
+            metavar="keep|drop|NAME,...",
+            help="Experts' weights in the published folder: keep all, drop all, or keep the named ones, in experts/NAME.",
+        ),
     ] = "keep",
     text_encoder: Annotated[
         str | None,
         typer.Option(
             "--text-encoder",
-            help="Folder or hub id with the tokenizer of the adapter's text encoder (default: as config.json says).",
+            metavar="FOLDER_OR_HUB_ID",
+            help="Tokenizer of the adapter's text encoder (default: the one that config.json names).",
         ),
     ] = None,
     chat_format: Annotated[
         str | None,
-        typer.Option(help="Published conversation format (default: the one that the tokenizer's marks tell)."),
+        typer.Option(help="Published conversation format (default: by the tokenizer's special tokens)."),
     ] = None,
     shard_gb: Annotated[float, typer.Option(help="Largest weights file, GB.", min=0.001)] = 4.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every name and shape, write nothing.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Turn a published MoVA folder into ours, or ours into a published one. Memory does not grow with the model.
+    """Turn a published MoVA folder into this project's format, or back.
 
-    Every tensor is accounted for in conversion.json; a missing, unknown or misshapen one is an error that names it.
+    Memory does not grow with the model. conversion.json accounts for every tensor; a missing, unknown or misshapen tensor is
+    an error that names it.
     """
-    with results_only():
+    with results_only(quiet or as_json):
         from mova_core import checkpoint
         from mova_core.chat_formats import CHAT_FORMATS
         from pipelines.progress_bar import progress_bar
 
         if chat_format is not None and chat_format not in CHAT_FORMATS:
-            raise typer.BadParameter(f"--chat-format {chat_format}: there are {', '.join(CHAT_FORMATS)}")
+            raise typer.BadParameter(f"--chat-format {chat_format}: choose one of {', '.join(CHAT_FORMATS)}")
         try:
-            kept = checkpoint.chosen_experts(experts)
+            kept_experts = checkpoint.chosen_experts(experts)
         except ValueError as error:
             raise typer.BadParameter(f"--experts: {error}") from None
-        with progress_bar(None, "convert", "B", not quiet) as bar:
+        with progress_bar(None, "convert", "B", not (quiet or as_json)) as bar:
             bar.unit_scale = True
             common: dict[str, Any] = {
                 "shard_gb": shard_gb,
@@ -61,28 +71,23 @@ def convert(
             if to_published:
                 report = checkpoint.convert_back(source, target, **common)
             else:
-                common |= {"experts": kept, "text_encoder": text_encoder, "chat_format": chat_format}
+                common |= {"experts": kept_experts, "text_encoder": text_encoder, "chat_format": chat_format}
                 report = checkpoint.convert(source, target, **common)
 
     def show() -> None:
-        noted = sum("note" in row for row in report["tensors"])
         table(
             f"{source} -> {target}" + (", nothing written" if dry_run else ""),
             ["part", "tensors", "M params", "MB", "MB written"],
             [
-                [
-                    part,
-                    row["tensors"],
-                    round(row["parameters"] / 1e6, 2),
-                    *(round(row[key] / 1e6, 2) for key in ("bytes", "written")),
-                ]
+                [part, row["tensors"], *(row[key] / 1e6 for key in ("parameters", "bytes", "written"))]
                 for part, row in report["parts"].items()
             ],
         )
+        noted = sum("note" in row for row in report["tensors"])
         print(
             f"{len(report['tensors'])} names, {noted} with a note" + ("" if dry_run else f": {target}/conversion.json")
         )
         for name in report.get("left_out", ()):
             print(f"left out, as the published form has no place for it: {name}")
 
-    emit(report, as_json, show)
+    print_result(report, as_json, show)

@@ -1,6 +1,5 @@
 """`mova demo`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,26 +7,28 @@ import typer
 
 from pipelines.cli.evaluate import show_kinds
 from pipelines.cli.options import Json, Quiet
-from pipelines.cli.output import emit, results_only, say
+from pipelines.cli.output import log_line, print_result, results_only
 
 
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Option(help="Where data, store, models and report go (default: mova/demo in the user's cache folder)."),
+        typer.Option(help="Folder for data, store, models and report (default: mova/demo in the user's cache folder)."),
     ] = None,
     images: Annotated[int, typer.Option(help="Pictures to draw.", min=60)] = 480,
-    seed: Annotated[int, typer.Option(help="Of the data, the sample order and chance.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the data, the sample order and every random choice.")] = 0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """The whole path on real pictures in minutes: precompute, train, route, answer, and a report."""
-    with results_only():
+    """Run the whole path on real pictures in minutes: precompute, train, route, answer, and write a report."""
+    silent = quiet or as_json
+    with results_only(silent):
+        from mova_core.io.cache import cache_folder
         from pipelines.demo.run import DemoConfig
-        from pipelines.demo.run import demo as run
+        from pipelines.demo.run import demo as run_demo
 
-        chosen = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mova" / "demo"
-        result = run(DemoConfig(folder=str(chosen), images=images, seed=seed), progress=not quiet, say=say)
+        chosen = folder or cache_folder("demo")
+        result = run_demo(DemoConfig(folder=str(chosen), images=images, seed=seed), progress=not silent, say=log_line)
 
     def show() -> None:
         show_kinds(result["kinds"])
@@ -40,4 +41,4 @@ def demo(
         for row in result["quarantined"]:
             print(f"quarantined {row['path']}: {row['reason']}")
 
-    emit(result, as_json, show)
+    print_result(result, as_json, show)

@@ -6,8 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.options import BadRow, DataPath, Gpu, ImagesPath, Json, ModelPath, Quiet, StorePath
-from pipelines.cli.output import emit, results_only, table
+from pipelines.cli.options import (
+    DATA,
+    OUTPUT,
+    RUN,
+    BadRows,
+    DataPath,
+    Gpu,
+    ImagesPath,
+    Json,
+    ModelPath,
+    Quiet,
+    StorePath,
+    path_or_url,
+)
+from pipelines.cli.output import percent, print_result, results_only, table
 
 
 def evaluate(
@@ -15,55 +28,75 @@ def evaluate(
     data: DataPath,
     store: StorePath,
     images: ImagesPath = None,
-    bad_rows: BadRow = "raise",
-    train: Annotated[Path | None, typer.Option(help="Training file; gives the chance level.")] = None,
-    answers: Annotated[Path | None, typer.Option(help="JSON file every single answer is written to.")] = None,
-    actors: Annotated[int, typer.Option(help="Answer servers.", min=1)] = 1,
+    bad_rows: BadRows = "raise",
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_URL",
+            help="Training records; they give the baseline: always the most frequent training answer.",
+            parser=path_or_url,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First questions only.", min=1, rich_help_panel=DATA)] = None,
+    actors: Annotated[int, typer.Option(help="Answer servers.", min=1, rich_help_panel=RUN)] = 1,
     gpu: Gpu = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Questions per batch.", min=1)] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 16,
-    limit: Annotated[int | None, typer.Option(help="First questions only.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.", min=1, rich_help_panel=RUN)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1, rich_help_panel=RUN)] = 16,
+    answers: Annotated[
+        Path | None, typer.Option(help="JSON file that every single answer is written to.", rich_help_panel=OUTPUT)
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Answer a test set and compare with its truths, per kind of picture."""
-    with results_only():
+    """Answer the questions of a test set and compare the answers with the true ones, per kind of picture.
+
+    The kind of a picture is the record's field `kind`.
+    """
+    with results_only(quiet or as_json):
         from cluster.session import ray_session
-        from pipelines.evaluate.run import evaluate as run
+        from pipelines.evaluate.run import evaluate as evaluate_records
 
         with ray_session():
-            result = run(
-                str(model.resolve()),
-                str(data),
-                str(store),
+            result = evaluate_records(
+                str(model),
+                data,
+                store,
                 images=images,
                 bad_rows=bad_rows,
-                train=None if train is None else str(train),
+                train=train,
                 limit=limit,
                 actors=actors,
                 gpu=gpu,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
-                progress=not quiet,
+                progress=not (quiet or as_json),
             )
         if answers is not None:
             answers.write_text(json.dumps(result["answers"], indent=1))
-    emit({name: result[name] for name in ("kinds", "skipped")}, as_json, lambda: show_kinds(result["kinds"]))
+
+    def show() -> None:
+        show_kinds(result["kinds"])
+        if unreadable := sum(not answer["readable"] for answer in result["answers"]):
+            print(f"{unreadable} of {len(result['answers'])} router replies named no expert")
+
+    print_result({name: result[name] for name in ("kinds", "skipped")}, as_json, show)
 
 
 def show_kinds(kinds: dict[str, dict[str, Any]]) -> None:
     """Accuracy per kind of picture, for people."""
     table(
-        "accuracy by kind of picture (chance: the most frequent training answer of the same form of question)",
-        ["kind", "questions", "accuracy", "chance", "experts picked (times)"],
+        "accuracy by kind of picture (baseline: always the most frequent training answer)",
+        ["kind", "questions", "accuracy", "baseline", "experts picked (times)"],
         [
             [
                 kind,
                 row["questions"],
-                f"{100 * row['accuracy']:.1f} %",
-                "" if row["chance"] is None else f"{100 * row['chance']:.1f} %",
+                percent(row["accuracy"], 1),
+                percent(row["chance"], 1),
                 ", ".join(f"{name} {count}" for name, count in row["experts"].items()) or "none",
             ]
             for kind, row in kinds.items()
         ],
+        drop=["experts picked (times)"],
     )

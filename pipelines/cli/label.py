@@ -5,49 +5,53 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import BadRow, DataPath, Gpu, ImagesPath, Json, ModelPath, Quiet, StorePath
-from pipelines.cli.output import emit, results_only, table
+from pipelines.cli.options import RUN, BadRows, DataPath, Gpu, ImagesPath, Json, ModelPath, Quiet, StorePath
+from pipelines.cli.output import print_result, results_only, table
 
 
 def label(
     model: ModelPath,
     data: DataPath,
     store: StorePath,
-    output: Annotated[Path, typer.Option("--output", help="JSON file with the records and their routing.")],
+    output: Annotated[
+        Path, typer.Option("--output", help="JSON file with the records and their routing.", resolve_path=True)
+    ],
     images: ImagesPath = None,
-    bad_rows: BadRow = "raise",
-    actors: Annotated[int, typer.Option(help="Actors that measure losses.", min=1)] = 1,
+    bad_rows: BadRows = "raise",
+    actors: Annotated[int, typer.Option(help="Actors that measure losses.", min=1, rich_help_panel=RUN)] = 1,
     gpu: Gpu = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1, rich_help_panel=RUN)] = 32,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Label which experts help which sample: those whose LM loss is below the loss without, at most 3."""
-    with results_only():
+    """Label each sample with the experts that help: those that lower the LM loss below the loss without, at most 3."""
+    with results_only(quiet or as_json):
         from dataclasses import asdict
 
         from cluster.session import ray_session
-        from pipelines.label import label as run
+        from pipelines.label import label as label_samples
 
         with ray_session():
-            done = run(
-                str(model.resolve()),
-                str(data),
-                str(store),
+            done = label_samples(
+                str(model),
+                data,
+                store,
                 str(output),
                 images=images,
                 bad_rows=bad_rows,
                 actors=actors,
                 gpu=gpu,
                 batch_size=batch_size,
-                progress=not quiet,
+                progress=not (quiet or as_json),
             )
-    emit(
-        asdict(done),
-        as_json,
-        lambda: table(
+
+    def show() -> None:
+        table(
             f"{done.samples} samples, {done.per_sample:.2f} experts each: {output}",
             ["expert", "samples it helps"],
             [[name, count] for name, count in done.experts.items()],
-        ),
-    )
+        )
+        if done.unlabelled:
+            print(f"{done.unlabelled} records without a label")
+
+    print_result(asdict(done), as_json, show)

@@ -1,44 +1,68 @@
 """The `mova` command. Heavy imports stand inside the commands, so that `mova --help` is instant.
 
-Exit codes: 0 when all of it worked, 2 for a usage error, 1 with one clear line for anything else.
+Exit codes: 0 when all of it worked, 2 for a usage error, 130 for Ctrl-C, 1 with one clear line for anything else.
 """
 
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
+from mova_core import __version__
 from pipelines.cli import ask, convert, demo, evaluate, experts, label, plan, precompute, profile, store, train
+from pipelines.cli.help import App
 from pipelines.errors import is_ours, root_cause
 
-DEMO_PACKAGES = ("skimage", "sklearn", "matplotlib", "vega_datasets", "pydicom")
+# Package that a command imports -> extra of this distribution that installs the package.
+EXTRAS = {
+    "ray": "ray,train",
+    "psutil": "ray",
+    "yaml": "ray",
+    "scipy": "ray",
+    **dict.fromkeys(("skimage", "sklearn", "matplotlib", "vega_datasets", "pydicom"), "demo"),
+}
+FEATURES, MODELS, USE = "Experts and their features", "Models", "Use"  # groups of commands in the help
 
-app = typer.Typer(
-    name="mova",
-    help="MoVA on Ray: precompute expert features, train the router and the model, ask and evaluate.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+app = App(
+    name="mova", help="MoVA on Ray: precompute expert features, train the router and the model, ask and evaluate."
 )
-app.add_typer(precompute.app, name="precompute")
-app.add_typer(train.app, name="train")
-app.add_typer(store.app, name="store")
-app.command()(experts.experts)
-app.command()(profile.profile)
-app.command()(plan.plan)
-app.command()(label.label)
-app.command()(evaluate.evaluate)
-app.command()(ask.ask)
-app.command()(convert.convert)
-app.command()(demo.demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mova {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+) -> None:
+    """Options of `mova` itself; `main` takes --debug from any place of the command line."""
+
+
+app.command(rich_help_panel=FEATURES)(experts.experts)
+app.command(rich_help_panel=FEATURES)(profile.profile)
+app.command(rich_help_panel=FEATURES)(plan.plan)
+app.add_typer(precompute.app, name="precompute", rich_help_panel=FEATURES)
+app.add_typer(store.app, name="store", rich_help_panel=FEATURES)
+app.command(rich_help_panel=MODELS)(convert.convert)
+app.command(rich_help_panel=MODELS)(label.label)
+app.add_typer(train.app, name="train", rich_help_panel=MODELS)
+app.command(rich_help_panel=USE)(ask.ask)
+app.command(rich_help_panel=USE)(evaluate.evaluate)
+app.command(rich_help_panel=USE)(demo.demo)
 
 
 def main() -> None:
     """Entry point of the console script."""
     debug = "--debug" in sys.argv
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, so that nothing is left running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, so that no actor stays behind
     try:
         app(argv)  # usage errors end in here, with code 2
     except Exception as error:
@@ -49,13 +73,11 @@ def main() -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    """What is wrong, for the user: a message of this project as it stands, any other with its type."""
     if isinstance(error, ModuleNotFoundError):
-        missing = (error.name or "").split(".")[0]
-        extra = {"ray": "ray,train", "psutil": "ray", "yaml": "ray", "scipy": "ray"}.get(
-            missing, "demo" if missing in DEMO_PACKAGES else ""
-        )
-        if extra:
-            return f"this command needs the package {missing}: pip install 'mova-ray[{extra}]'"
+        package = (error.name or "").split(".")[0]
+        if package in EXTRAS:
+            return f"this command needs the package {package}: pip install 'mova-ray[{EXTRAS[package]}]'"
     text = " ".join(str(error).split())
     return text if text and is_ours(error) else f"{type(error).__name__}: {text} (a traceback: --debug)"
 

@@ -1,57 +1,152 @@
-"""What a command prints: one JSON document, or tables for people."""
+"""What a command prints: one JSON document, or tables for people; and what it silences."""
 
 import contextlib
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
 @contextlib.contextmanager
-def results_only() -> Iterator[None]:
-    """Keeps stdout for the result: whatever prints while the work runs goes to stderr."""
+def results_only(silent: bool = False) -> Iterator[None]:
+    """Keeps stdout for the result: whatever prints while the work runs goes to stderr.
+
+    Args:
+        silent: whether libraries may print no bar and no warning, as --quiet and --json ask.
+    """
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _silenced() if silent else contextlib.nullcontext():
             yield
     except KeyboardInterrupt:
         print(
-            "mova: stopped; stored features and checkpoints are kept, the same command goes on from there",
-            file=sys.stderr,
+            "mova: stopped; stored features and checkpoints stay, the same command resumes from them", file=sys.stderr
         )
         sys.exit(130)
 
 
-def emit(value: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """The result: one JSON document, or what `show` prints for people."""
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Turns off the bars and warnings of transformers and huggingface_hub, here and in processes started meanwhile.
+
+    Both libraries read these variables when they are imported; if they are imported already, their own switches apply.
+    """
+    settings = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def print_result(value: Any, as_json: bool, show: Callable[[], None]) -> None:
+    """Prints the result: one JSON document, or what `show` prints for people."""
     if as_json:
         print(json.dumps(value, indent=2, default=str))
     else:
         show()
 
 
-def rounded(value: float) -> float:
-    """Three digits, or all those before the point."""
-    return round(value) if value >= 100 else float(f"{value:.3g}")
+def number(value: float | None) -> str:
+    """A number for people: three digits or all those before the point, thousands separated, "-" for an unknown one."""
+    if value is None:
+        return "-"
+    if isinstance(value, int) or abs(value) >= 100:
+        return f"{round(value):,}"
+    if 0 < abs(value) < 0.001:
+        return "< 0.001" if value > 0 else "> -0.001"
+    return f"{value:.3g}"
 
 
-def table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """A table for people; columns of numbers are right-aligned."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share as a percentage, "-" for an unknown one."""
+    return "-" if share is None else f"{100 * share:.{digits}f} %"
 
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        numeric = any(isinstance(row[index], int | float) for row in rows)
-        last = index == len(columns) - 1
-        drawn.add_column(name, justify="right" if numeric else "left", no_wrap=not last, overflow="fold")
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if value is None or isinstance(value, int | float) else str(value)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], drop: Sequence[str] = ()) -> None:
+    """Prints a table in which no number and no name is cut or wrapped.
+
+    A pipe gets every column. A terminal gets those that fit: the columns of `drop` go first, in that order, and a line below
+    names them; where the rest is still too wide, each row becomes a block of one line per column.
+
+    Args:
+        title: a line above.
+        columns: their names.
+        rows: cells; numbers are formatted by `number` and aligned at the right.
+        drop: columns that a narrow terminal may leave out, the least useful first.
+    """
+    print(title)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    shown, dropped = list(columns), []
+    for name in drop:
+        if width is None or _width(shown, columns, rows) <= width:
+            break
+        shown.remove(name)
+        dropped.append(name)
+    if width is not None and _width(shown, columns, rows) > width:
+        for row in rows:
+            print()
+            for name, value in zip(columns, row, strict=True):
+                print(f"  {name}: {_cell(value)}" if name else f"  {_cell(value)}")
+        return
+    _draw(shown, columns, rows)
+    if dropped:
+        print(f"(too narrow for: {', '.join(dropped)}; --json has them)")
+
+
+def _widths(shown: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[int]:
+    from rich.cells import cell_len
+
+    places = [list(columns).index(name) for name in shown]
+    return [max(cell_len(text) for text in (columns[at], *(_cell(row[at]) for row in rows))) for at in places]
+
+
+def _width(shown: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> int:
+    return sum(_widths(shown, columns, rows)) + 2 * (len(shown) - 1)
+
+
+def _draw(shown: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.cells import cell_len
+
+    widths = _widths(shown, columns, rows)
+    places = [list(columns).index(name) for name in shown]
+    right = [any(isinstance(row[at], int | float) and not isinstance(row[at], bool) for row in rows) for at in places]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = []
+        for text, width, to_right in zip(cells, widths, right, strict=True):
+            space = " " * (width - cell_len(text))
+            padded.append(space + text if to_right else text + space)
+        return "  ".join(padded).rstrip()
+
+    print(line([*shown]))
+    print("  ".join("-" * width for width in widths))
     for row in rows:
-        drawn.add_row(*(f"{cell:,}" if isinstance(cell, int | float) else cell or "" for cell in row))
-    Console(width=None if sys.stdout.isatty() else 140).print(drawn)
+        print(line([_cell(row[at]) for at in places]))
 
 
-def say(line: str) -> None:
-    """A line about the work, beside the progress bars."""
+def log_line(line: str) -> None:
+    """Writes a line about the work on stderr, above the progress bars."""
     from tqdm import tqdm
 
     tqdm.write(line, file=sys.stderr)

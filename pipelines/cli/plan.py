@@ -1,96 +1,134 @@
 """`mova plan`."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pipelines.cli.options import (
-    Dtype,
+    EXPERTS,
+    OUTPUT,
+    RUN,
     Experts,
     Imports,
     Json,
+    NameValue,
+    OptionalDtype,
+    OptionalSize,
+    PoolOfModel,
     Quiet,
     ShardMb,
-    Size,
-    expert_names_of,
+    by_expert,
+    expert_settings,
     import_modules,
+    name_value,
+    positive_count,
 )
-from pipelines.cli.output import emit, results_only, rounded, table
+from pipelines.cli.output import print_result, results_only, table
+
+SIMULATION = "Simulation"
 
 
 def plan(
     profile: Annotated[
-        Path, typer.Option("--profile", help="What `mova profile` wrote, for every kind of device; or made by hand.")
+        Path,
+        typer.Option(
+            "--profile",
+            help="File of `mova profile`, with every kind of device; or written by hand (docs/placement.md).",
+            exists=True,
+            dir_okay=False,
+        ),
     ],
     cluster: Annotated[
         Path | None,
         typer.Option(
             "--cluster",
-            help="YAML of machines that need not be there (docs/placement.md); default: those of the running cluster.",
+            help="YAML file of machines that need not exist (docs/placement.md); default: the running cluster's.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=RUN,
         ),
     ] = None,
-    wanted: Annotated[
-        list[str], typer.Option("--wanted", help="NAME=FEATURES to compute, once per expert; in place of --images.")
-    ] = [],  # noqa: B006
-    images: Annotated[int, typer.Option("--images", help="Pictures, each through every expert.", min=1)] = 1_000_000,
-    experts: Experts = None,
-    imports: Imports = [],  # noqa: B006
-    size: Size = "full",
-    dtype: Dtype = "float32",
     decode: Annotated[
         float | None,
-        typer.Option(help="Pictures/s that one core decodes and prepares; not counted where it is not given.", min=0.1),
+        typer.Option(
+            help="Pictures/s that one core decodes and prepares (default: decoding is not counted).",
+            min=0.1,
+            rich_help_panel=RUN,
+        ),
     ] = None,
+    model: PoolOfModel = None,
+    experts: Experts = None,
+    size: OptionalSize = None,
+    dtype: OptionalDtype = None,
+    images: Annotated[
+        int, typer.Option("--images", help="Pictures, each through every expert.", min=1, rich_help_panel=EXPERTS)
+    ] = 1_000_000,
+    wanted: Annotated[
+        list[NameValue] | None,
+        typer.Option(
+            "--wanted",
+            metavar="NAME=FEATURES",
+            help="Features of an expert to compute, in place of --images; repeatable.",
+            parser=name_value,
+            rich_help_panel=EXPERTS,
+        ),
+    ] = None,
+    imports: Imports = None,
     shard_mb: ShardMb = 128.0,
-    output: Annotated[Path | None, typer.Option("--output", help="YAML file the pools go to.")] = None,
     simulate: Annotated[
-        bool, typer.Option("--simulate", help="Run the plan by discrete events, without a GPU.")
+        bool,
+        typer.Option("--simulate", help="Run the plan by discrete events, without a GPU.", rich_help_panel=SIMULATION),
     ] = False,
     mtbf_hours: Annotated[
-        float | None, typer.Option(help="Simulated: mean time between failures of one machine, hours.", min=0.01)
+        float | None,
+        typer.Option(help="Mean time between failures of one machine, hours.", min=0.01, rich_help_panel=SIMULATION),
     ] = None,
     node_mb_s: Annotated[
-        float | None, typer.Option(help="Simulated: what one machine can write, MiB/s.", min=0.1)
+        float | None,
+        typer.Option(help="Write rate of one machine, MiB/s.", min=0.1, rich_help_panel=SIMULATION),
     ] = None,
     store_mb_s: Annotated[
-        float | None, typer.Option(help="Simulated: what the store takes in all, MiB/s.", min=0.1)
+        float | None,
+        typer.Option(help="Write rate of the store in all, MiB/s.", min=0.1, rich_help_panel=SIMULATION),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="YAML file that the pools go to.", rich_help_panel=OUTPUT)
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Choose kinds of device, shares of a GPU, batches and pool sizes by profiles, and predict images/s and bottleneck."""
-    with results_only():
+    """Choose device types, GPU shares, batches and pool sizes from profiles; predict images/s and the bottleneck."""
+    silent = quiet or as_json
+    with results_only(silent):
         from dataclasses import asdict
-
-        import torch
 
         from cluster.nodes import PlanError, read_cluster, running_nodes
         from cluster.placement import plan_placement
         from cluster.pools import write_pools
         from cluster.session import ray_session
-        from cluster.simulator import simulate as run
+        from cluster.simulator import simulate as simulate_plan
         from mova_core.experts import expert_card
-        from mova_core.experts.cost import read_profiles, shapes_of
+        from mova_core.experts.cost import feature_bytes, read_profiles
         from pipelines.progress_bar import progress_bar
 
         import_modules(imports)
-        names = expert_names_of(experts)
-        counts = wanted_of(wanted, names) if wanted else dict.fromkeys(names, images)
+        settings = expert_settings(model, experts, size, dtype)
+        counts = dict.fromkeys(settings.names, images)
+        if wanted:
+            counts = by_expert("--wanted", wanted, settings.names, positive_count)
         measured = [
-            one
-            for one in read_profiles(profile)
-            if one.expert in counts and one.is_of(expert_card(one.expert), size, dtype)
+            row
+            for row in read_profiles(profile)
+            if row.expert in counts and row.is_of(expert_card(row.expert), settings.size, settings.dtype)
         ]
         if not measured:
             raise PlanError(
-                f"{profile} holds none of {', '.join(counts)} at size {size} in {dtype}: see --size, --dtype"
+                f"{profile} holds none of {', '.join(counts)} at size {settings.size} in {settings.dtype}: "
+                "see --size, --dtype, --model"
             )
-        shapes = {name: shapes_of(name, size) for name in counts}
-        width = getattr(torch, dtype).itemsize
-        feature_bytes = {name: one.grid[0] * one.grid[1] * one.channels * width for name, one in shapes.items()}
-        shard_rows = {name: max(1, int(shard_mb * 2**20 / each)) for name, each in feature_bytes.items()}
+        bytes_each = {name: feature_bytes(name, settings.size, settings.dtype) for name in counts}
+        shard_rows = {name: max(1, int(shard_mb * 2**20 / size)) for name, size in bytes_each.items()}
         if cluster is not None:
             nodes = read_cluster(cluster)
         else:
@@ -101,14 +139,14 @@ def plan(
             write_pools(output, placed.pools)
         simulated = None
         if simulate:
-            with progress_bar(sum(placed.wanted.values()), "simulate", "features", not quiet) as bar:
-                simulated = run(
+            with progress_bar(sum(placed.wanted.values()), "simulate", "features", not silent) as bar:
+                simulated = simulate_plan(
                     placed.pools,
                     placed.wanted,
                     measured,
                     nodes,
                     shard_rows=shard_rows,
-                    feature_bytes=feature_bytes,
+                    feature_bytes=bytes_each,
                     decode=decode,
                     node_bytes_per_second=node_mb_s and node_mb_s * 2**20,
                     store_bytes_per_second=store_mb_s and store_mb_s * 2**20,
@@ -128,25 +166,19 @@ def plan(
                     pool.gpu,
                     pool.cpus,
                     pool.batch,
-                    rounded(pool.rate or 0.0),
+                    pool.rate or 0.0,
                     placed.wanted[pool.expert],
                 ]
                 for pool in placed.pools
             ],
+            drop=["wanted", "CPU"],
         )
         for line in [*placed.describe(), *(simulated.describe() if simulated else [])]:
             print(line)
 
-    result = asdict(placed) | {"seconds": placed.seconds, "rates": placed.rates, "bottleneck": placed.bottleneck}
-    emit(result | {"simulated": simulated and asdict(simulated)}, as_json, show)
-
-
-def wanted_of(pairs: list[str], names: Sequence[str]) -> dict[str, int]:
-    """Expert -> features to compute."""
-    counts = {}
-    for pair in pairs:
-        name, _, number = pair.partition("=")
-        if name not in names or not number.isdecimal():
-            raise typer.BadParameter(f"--wanted {pair}: write NAME=FEATURES with NAME one of {', '.join(names)}")
-        counts[name] = int(number)
-    return counts
+    result: dict[str, Any] = asdict(placed) | {
+        "seconds": placed.seconds,
+        "rates": placed.rates,
+        "bottleneck": placed.bottleneck,
+    }
+    print_result(result | {"simulated": simulated and asdict(simulated)}, as_json, show)

@@ -4,127 +4,205 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-import typer.core
 
+from pipelines.cli.help import App, Group
 from pipelines.cli.options import (
-    BadRow,
-    Dtype,
+    DATA,
+    OUTPUT,
+    RUN,
+    STORE,
+    BadRows,
     Experts,
     ImagesPath,
     Imports,
     Json,
+    NameValue,
+    OptionalDtype,
+    OptionalSize,
+    PoolOfModel,
     Quiet,
     ShardMb,
-    Size,
-    Source,
     Weights,
-    codecs_of,
-    expert_names_of,
+    by_expert,
+    codec_name,
+    expert_settings,
     import_modules,
-    weights_of,
+    name_value,
+    path_or_url,
+    weights_location,
 )
-from pipelines.cli.output import emit, results_only, rounded, table
+from pipelines.cli.output import number, percent, print_result, results_only, table
 
 
-class _RunByDefault(typer.core.TyperGroup):
+class _RunByDefault(Group):
     """A group whose command `run` need not be named: `mova precompute SOURCE`, beside `mova precompute status`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
 
 
-app = typer.Typer(
-    cls=_RunByDefault, help="Compute the experts' features of pictures into a store; look at such runs and resize them."
+app = App(
+    cls=_RunByDefault,
+    no_args_is_help=False,
+    help="Compute the experts' features of pictures into a store; show such runs and resize their pools.",
 )
 
 
-@app.command("run", epilog="Beside it: mova precompute status [JOB], mova precompute resize JOB NAME=SIZE")
-def precompute(
-    source: Source,
-    store: Annotated[str, typer.Option("--store", help="Folder or URL of the feature store; made if it is not there.")],
+@app.command(
+    "run",
+    epilog="See also: `mova precompute status [JOB]` and `mova precompute resize JOB NAME=SIZE`, each with --help.",
+)
+def run(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="The pictures, a path or a URL (s3://, gs://, https://, ...): a folder of pictures at any depth, of Parquet "
+            "files or of webdataset tars; such files by name, by glob (data/*.parquet, quoted) or by range "
+            "(train-{000..099}.tar); or LLaVA JSON/JSONL that names them. Remote files are fetched once per node, into "
+            "$MOVA_CACHE (default: the user's cache folder), which keeps $MOVA_CACHE_GB (default: 10).",
+            parser=path_or_url,
+        ),
+    ],
+    store: Annotated[
+        str,
+        typer.Option(
+            "--store",
+            metavar="PATH_OR_URL",
+            help="Feature store, a folder or a URL; created if it is missing.",
+            parser=path_or_url,
+        ),
+    ],
     images: ImagesPath = None,
-    bad_rows: BadRow = "raise",
-    column: Annotated[str | None, typer.Option(help="Column of Parquet files that holds the pictures.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many pictures.", min=1)] = None,
-    experts: Experts = None,
+    bad_rows: BadRows = "raise",
+    column: Annotated[
+        str | None, typer.Option(help="Column of Parquet files that holds the pictures.", rich_help_panel=DATA)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="First pictures only.", min=1, rich_help_panel=DATA)] = None,
     routed_only: Annotated[
-        bool, typer.Option("--routed-only", help="For a picture only the experts that its routing labels name.")
+        bool,
+        typer.Option(
+            "--routed-only",
+            help="Compute for a picture only the experts that its routing labels name.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
+    model: PoolOfModel = None,
+    experts: Experts = None,
+    size: OptionalSize = None,
+    dtype: OptionalDtype = None,
+    weights: Weights = None,
+    imports: Imports = None,
+    codec: Annotated[
+        list[NameValue] | None,
+        typer.Option(
+            "--codec",
+            metavar="NAME=DTYPE",
+            help="Dtype in which an expert's features are stored instead, e.g. sam=int8; repeatable.",
+            parser=name_value,
+            rich_help_panel=STORE,
+        ),
+    ] = None,
+    shard_mb: ShardMb = 128.0,
+    retry_quarantined: Annotated[
+        bool,
+        typer.Option(
+            "--retry-quarantined",
+            help="Compute again what failed in an expert in an earlier run.",
+            rich_help_panel=STORE,
+        ),
     ] = False,
     pool: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--pool",
-            help="NAME=SIZE or NAME=MIN..MAX actors[,gpu=,cpu=,accelerator=,batch=,rate=] (gpu, cpu per actor; batch in "
-            "pictures, by default that of --profile, else measured by each actor as it starts; rate in images/s of all of "
-            "them, by which an expert with several pools divides its work). Repeatable, also for one expert.",
+            metavar="NAME=SIZE[,KEY=VALUE...]",
+            help="Actors of an expert, e.g. sam=2..4,gpu=0.5,accelerator=A100,batch=16; repeatable, also for one expert.\n"
+            "SIZE: actors, fixed (2) or a range (2..4).\n"
+            "gpu: GPUs per actor, e.g. gpu=0.5 (default: 0).\n"
+            "cpu: CPUs per actor, e.g. cpu=0.25 (default: 1, or 0.25 beside a GPU).\n"
+            "accelerator: type of GPU by Ray's name, e.g. accelerator=A100.\n"
+            "batch: pictures per forward pass, e.g. batch=16 (default: that of --profile, else measured at the start).\n"
+            "rate: images/s of all actors of the pool, e.g. rate=120; an expert's pools share its work in this proportion.",
+            rich_help_panel=RUN,
         ),
-    ] = [],  # noqa: B006  typer reads the default
+    ] = None,
     pools: Annotated[
         Path | None,
-        typer.Option(help="YAML list of pools: expert, size, gpu, cpu, accelerator, batch, rate of each.", exists=True),
+        typer.Option(
+            help="YAML list of pools, each with the keys expert, size, gpu, cpu, accelerator, batch, rate "
+            "(`mova plan --output` writes one).",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=RUN,
+        ),
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option("--profile", help="What `mova profile` wrote: batch sizes, and memory on CPUs.")
+        Path | None,
+        typer.Option(
+            "--profile",
+            help="File of `mova profile`: batch sizes, and memory on CPUs.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=RUN,
+        ),
     ] = None,
     placement: Annotated[
         Literal["auto", "pools"],
         typer.Option(
-            help="auto: where no pool is given and --profile tells enough, pools that make the whole soonest done; "
-            "pools: those given, else one actor on a CPU per expert."
+            help="auto: without --pool and with a --profile of every expert, choose the pools that finish soonest; "
+            "pools: those of --pool and --pools, else one actor on a CPU per expert.",
+            rich_help_panel=RUN,
         ),
     ] = "auto",
-    imports: Imports = [],  # noqa: B006
-    weights: Weights = [],  # noqa: B006
-    size: Size = "full",
-    dtype: Dtype = "float32",
-    codec: Annotated[
-        list[str],
-        typer.Option("--codec", help="NAME=DTYPE that an expert's features are stored in instead, e.g. sam=int8."),
-    ] = [],  # noqa: B006
-    shard_mb: ShardMb = 128.0,
-    retry_quarantined: Annotated[
-        bool, typer.Option("--retry-quarantined", help="Try again what failed in an expert in an earlier run.")
-    ] = False,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the run, for status and resize (default: from the time).", rich_help_panel=RUN),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Only tell, per expert, how many features and bytes are to be computed and in what time."
+            "--dry-run",
+            help="Only count, per expert, the features and bytes to compute, and estimate the time.",
+            rich_help_panel=RUN,
         ),
     ] = False,
-    name: Annotated[
-        str | None, typer.Option(help="Of the run, for status and resize (default: made of the time).")
+    summary: Annotated[
+        Path | None, typer.Option(help="JSON file that the summary goes to.", rich_help_panel=OUTPUT)
     ] = None,
-    summary: Annotated[Path | None, typer.Option(help="JSON file that the summary goes to.")] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="PNG that images/s and pool sizes over time are drawn to, per expert.")
+        Path | None,
+        typer.Option(
+            help="PNG file for a plot of images/s and pool sizes over time, per expert.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compute the experts' features of pictures into a store; what is there already is not computed again."""
-    with results_only():
+    """Compute the experts' features of pictures into a store; features that the store holds are not computed again."""
+    silent = quiet or as_json
+    with results_only(silent):
         from cluster.nodes import PlanError
         from cluster.pools import plan_pools, read_pools
         from cluster.session import ray_session
         from mova_core.experts.cost import read_profiles
         from pipelines.precompute.listing import find_images
-        from pipelines.precompute.run import precompute as run
-        from pipelines.precompute.run import preview
+        from pipelines.precompute.run import precompute, preview
 
         import_modules(imports)
-        names = expert_names_of(experts)
+        chosen = expert_settings(model, experts, size, dtype)
         settings: dict[str, Any] = {
-            "experts": names,
-            "weights": weights_of(weights, names),
-            "codecs": codecs_of(codec, names),
-            "size": size,
-            "dtype": dtype,
+            "experts": chosen.names,
+            "weights": by_expert("--weights", weights, chosen.names, weights_location),
+            "codecs": chosen.stored | by_expert("--codec", codec, chosen.names, codec_name),
+            "size": chosen.size,
+            "dtype": chosen.dtype,
             "shard_mb": shard_mb,
             "retry_quarantined": retry_quarantined,
         }
         try:
-            given = [*pool, *(read_pools(pools) if pools else ())]
-            plan_pools(names, given)  # refuse a malformed pool before anything starts
+            specs = [*(pool or ()), *(read_pools(pools) if pools else ())]
+            plan_pools(chosen.names, specs)  # refuse a malformed pool before anything starts
         except PlanError as error:
             raise typer.BadParameter(str(error)) from None
         profiles = () if profile is None else read_profiles(profile)
@@ -132,103 +210,109 @@ def precompute(
         found = find_images(source, images, bad_rows, skipped, routed_only=routed_only, limit=limit, column=column)
         with ray_session():
             if dry_run:
-                plan = preview(found, store, profiles=profiles, progress=not quiet, **settings)
+                counts = preview(found, store, profiles=profiles, progress=not silent, **settings)
             else:
-                done = run(
+                done = precompute(
                     found,
                     store,
-                    pools=given,
+                    pools=specs,
                     profiles=profiles,
                     placement=placement,
                     name=name,
                     summary=summary,
                     picture=picture,
-                    progress=not quiet,
+                    progress=not silent,
                     **settings,
                 )
     if dry_run:
-        kinds = sorted({kind for row in plan.values() for kind in row["hours"]})
-        emit(
-            {"experts": plan, "skipped": skipped},
-            as_json,
-            lambda: table(
-                f"{len(found)} pictures; nothing was computed"
-                + ("" if kinds else "; device-hours: give a --profile that holds these experts"),
-                ["expert", "wanted", "there", "to compute", "MiB", *(f"hours of {kind}" for kind in kinds)],
-                [
-                    [expert, row["wanted"], row["there"], row["to_compute"], rounded(row["bytes"] / 2**20)]
-                    + [rounded(row["hours"][kind]) if kind in row["hours"] else "?" for kind in kinds]
-                    for expert, row in plan.items()
-                ],
-            ),
-        )
-        return
-    computed = sum(done.computed.values())
+        print_result({"experts": counts, "skipped": skipped}, as_json, lambda: _show_preview(counts, len(found)))
+    else:
+        print_result(done.to_dict() | {"skipped": skipped}, as_json, lambda: _show_summary(done))
 
-    def show() -> None:
-        table(
-            f"{done.images} pictures, {computed} features computed, {sum(done.reused.values())} reused, {done.seconds:.1f} s",
-            ["expert", "computed", "reused", "MiB", "images/s", "busy"],
+
+def _show_preview(counts: dict[str, dict[str, Any]], pictures: int) -> None:
+    devices = sorted({device for row in counts.values() for device in row["hours"]})
+    table(
+        f"{pictures} pictures; nothing was computed"
+        + ("" if devices else "; for device-hours give a --profile that holds these experts"),
+        ["expert", "wanted", "stored", "to compute", "MiB", *(f"hours of {device}" for device in devices)],
+        [
+            [expert, row["wanted"], row["there"], row["to_compute"], row["bytes"] / 2**20]
+            + [row["hours"].get(device) for device in devices]
+            for expert, row in counts.items()
+        ],
+    )
+
+
+def _show_summary(done: Any) -> None:
+    table(
+        f"{done.images} pictures, {sum(done.computed.values())} features computed, {sum(done.reused.values())} reused, "
+        f"{number(done.seconds)} s",
+        ["expert", "computed", "reused", "MiB", "images/s", "busy"],
+        [
             [
-                [
-                    expert,
-                    row["computed"],
-                    row["reused"],
-                    rounded(row["bytes"] / 2**20),
-                    row["images_per_second"],
-                    "" if row["busy"] is None else f"{row['busy']:.0%}",
-                ]
-                for expert, row in done.experts.items()
-            ],
-        )
-        for row in done.quarantined:
-            print(f"quarantined {row['path']}: {row['reason']}")
-
-    emit(done.to_dict() | {"skipped": skipped}, as_json, show)
+                expert,
+                row["computed"],
+                row["reused"],
+                row["bytes"] / 2**20,
+                row["images_per_second"],
+                percent(row["busy"]),
+            ]
+            for expert, row in done.experts.items()
+        ],
+    )
+    for row in done.quarantined:
+        print(f"quarantined {row['path']}: {row['reason']}")
 
 
 @app.command("status")
-def precompute_status(
-    job: Annotated[str | None, typer.Argument(help="Name of a run; all those under way where it is left out.")] = None,
+def status(
+    job: Annotated[str | None, typer.Argument(help="Name of a run (default: every run on the cluster).")] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Show how far the runs on the cluster that RAY_ADDRESS names are, per expert."""
-    with results_only():
+    """Show the progress of the runs on the cluster that RAY_ADDRESS names, per expert."""
+    with results_only(quiet or as_json):
         from cluster.session import ray_session
-        from pipelines.precompute.status_actor import status
+        from pipelines.precompute.status_actor import status as read_status
 
         with ray_session(start=False):
-            runs = status(job)
+            runs = read_status(job)
 
     def show() -> None:
-        for run in runs:
-            table(
-                f"{run['job']}: into {run['store']}, for {run['seconds']:,.0f} s",
-                ["expert", "done", "of", "images/s", "s to go", "actors", "waiting", "busy", "MiB", "pools"],
-                [
-                    [
-                        expert,
-                        row["done"],
-                        row["total"],
-                        row["images_per_second"],
-                        row["eta_seconds"],
-                        row["actors"],
-                        row["queue"],
-                        "" if row["busy"] is None else f"{row['busy']:.0%}",
-                        rounded(row["bytes"] / 2**20),
-                        " ".join(row["pools"]),
-                    ]
-                    for expert, row in run["experts"].items()
-                ],
-            )
+        for row in runs:
+            _show_run(row)
         if not runs:
             print("no precompute runs on this cluster")
 
-    emit(runs, as_json, show)
+    print_result(runs, as_json, show)
+
+
+def _show_run(run: dict[str, Any]) -> None:
+    table(
+        f"{run['job']}: into {run['store']}, for {number(run['seconds'])} s; waiting: blocks of pictures not yet taken",
+        ["expert", "done", "of", "images/s", "s to go", "actors", "waiting", "busy", "MiB", "pools"],
+        [
+            [
+                expert,
+                row["done"],
+                row["total"],
+                row["images_per_second"],
+                row["eta_seconds"],
+                row["actors"],
+                row["queue"],
+                percent(row["busy"]),
+                row["bytes"] / 2**20,
+                " ".join(row["pools"]),
+            ]
+            for expert, row in run["experts"].items()
+        ],
+        drop=["pools", "MiB", "waiting"],
+    )
 
 
 @app.command("resize")
-def precompute_resize(
+def resize(
     job: Annotated[str, typer.Argument(help="Name of a run (`mova precompute status`).")],
     pools: Annotated[
         list[str],
@@ -237,14 +321,15 @@ def precompute_resize(
             metavar="NAME=SIZE...",
         ),
     ],
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Give an expert of a run under way more actors or fewer; nothing computed is lost, and nothing is computed again."""
-    with results_only():
+    """Change the number of an expert's actors in a run under way; computed features stay."""
+    with results_only(quiet or as_json):
         from cluster.nodes import PlanError
         from cluster.pools import PoolSpec
         from cluster.session import ray_session
-        from pipelines.precompute.status_actor import resize
+        from pipelines.precompute.status_actor import resize as resize_run
 
         try:
             for pool in pools:
@@ -252,5 +337,10 @@ def precompute_resize(
         except PlanError as error:
             raise typer.BadParameter(str(error).replace("--pool ", "")) from None
         with ray_session(start=False):
-            told = resize(job, pools)
-    emit(told, as_json, lambda: print("\n".join(f"{job}: {name} is now {' '.join(of)}" for name, of in told.items())))
+            resized = resize_run(job, pools)
+
+    def show() -> None:
+        for name, specs in resized.items():
+            print(f"{job}: {name} is now {' '.join(specs)}")
+
+    print_result(resized, as_json, show)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pipelines.cli.options import (
+    RUN,
     Dtype,
     Experts,
     Gpu,
@@ -14,56 +15,60 @@ from pipelines.cli.options import (
     Quiet,
     Size,
     Weights,
-    expert_names_of,
+    by_expert,
+    chosen_experts,
     import_modules,
-    weights_of,
+    weights_location,
 )
-from pipelines.cli.output import emit, results_only, rounded, table
+from pipelines.cli.output import print_result, results_only, table
 
 
 def profile(
     output: Annotated[
-        Path, typer.Option("--output", help="JSON file; what it holds of other experts and devices stays.")
+        Path, typer.Option("--output", help="JSON file; entries of other experts and devices in it stay.")
     ],
     experts: Experts = None,
+    weights: Weights = None,
+    size: Size = "full",
+    dtype: Dtype = "float32",
+    imports: Imports = None,
     gpu: Gpu = 0.0,
     cpu: Annotated[
         float | None,
-        typer.Option("--cpu", help="CPUs per actor; 1, or 0.25 beside a GPU, where it is not given.", min=0),
+        typer.Option("--cpu", help="CPUs per actor (default: 1, or 0.25 beside a GPU).", min=0, rich_help_panel=RUN),
     ] = None,
     accelerator: Annotated[
-        str | None, typer.Option("--accelerator", help="Kind of GPU, as Ray names it, e.g. A100.")
+        str | None,
+        typer.Option("--accelerator", help="Type of GPU, by Ray's name, e.g. A100.", rich_help_panel=RUN),
     ] = None,
-    weights: Weights = [],  # noqa: B006
-    size: Size = "full",
-    dtype: Dtype = "float32",
-    seconds: Annotated[float, typer.Option(help="Time to spend on each expert, seconds, about.", min=0)] = 60.0,
-    imports: Imports = [],  # noqa: B006
+    seconds: Annotated[
+        float, typer.Option(help="Time to spend on each expert, seconds, about.", min=0, rich_help_panel=RUN)
+    ] = 60.0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Measure each expert's images/s and memory at batch sizes 1, 2, 4, ... on one kind of device, for --profile."""
-    with results_only():
+    with results_only(quiet or as_json):
         from dataclasses import asdict
 
         from cluster.pools import PoolSpec
         from cluster.session import ray_session
-        from pipelines.profile import profile as run
+        from pipelines.profile import profile as measure_experts
 
         import_modules(imports)
-        names = expert_names_of(experts)
-        given = weights_of(weights, names)
+        names = chosen_experts(experts)
+        weights_by_expert = by_expert("--weights", weights, names, weights_location)
         place = PoolSpec(expert="profile", cpu=cpu, gpu=gpu, accelerator=accelerator)
         with ray_session():
-            measured = run(
+            measured = measure_experts(
                 names,
                 output,
                 place=place,
-                weights=given,
+                weights=weights_by_expert,
                 size=size,
                 dtype=dtype,
                 seconds=seconds,
-                progress=not quiet,
+                progress=not (quiet or as_json),
             )
 
     def show() -> None:
@@ -73,14 +78,14 @@ def profile(
             [
                 [
                     row.expert,
-                    one.batch,
-                    rounded(one.images_per_second),
-                    None if one.peak_bytes is None else round(one.peak_bytes / 2**20),
-                    "chosen" if one == row.best() else "",
+                    batch.batch,
+                    batch.images_per_second,
+                    None if batch.peak_bytes is None else batch.peak_bytes / 2**20,
+                    "chosen" if batch == row.best() else "",
                 ]
                 for row in measured
-                for one in row.batches
+                for batch in row.batches
             ],
         )
 
-    emit([asdict(row) for row in measured], as_json, show)
+    print_result([asdict(row) for row in measured], as_json, show)

@@ -1,104 +1,148 @@
-"""`mova train STAGE`."""
+"""`mova train STAGE`: one command per stage, made of the fields and defaults of `TrainConfig`."""
 
+import inspect
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli.options import BadRow, DataPath, ImagesPath, Json, Quiet, StorePath
-from pipelines.cli.output import emit, results_only, table
+from pipelines.cli.help import App
+from pipelines.cli.options import (
+    DATA,
+    RUN,
+    TRAINING,
+    BadRows,
+    DataPath,
+    ImagesPath,
+    Json,
+    ModelPath,
+    NameValue,
+    Quiet,
+    StorePath,
+    by_expert,
+    name_value,
+    read_model_config,
+)
+from pipelines.cli.output import print_result, results_only, table
+from pipelines.train.config import STAGES, Stage, TrainConfig
 
-app = typer.Typer(help="Train a stage as Ray Train workers reading the store.", no_args_is_help=True)
+app = App(help="Train one stage on Ray Train workers that read the feature store.")
 
-
-def _train_command(
-    stage: Literal["pretrain", "sft", "router", "light-router"], doc: str, learning_rate: float, batch_size: int
-) -> None:
-    def command(
-        data: DataPath,
-        store: StorePath,
-        model: Annotated[
-            Path, typer.Option("--model", help="Folder of the model to start from.", exists=True, file_okay=False)
+# Option of every stage, by the field of TrainConfig that takes its value.
+OPTIONS: dict[str, Any] = {
+    "data": DataPath,
+    "store": StorePath,
+    "model": ModelPath,
+    "output": Annotated[
+        Path, typer.Option("--output", help="Folder that the trained model is written to.", resolve_path=True)
+    ],
+    "images": ImagesPath,
+    "bad_rows": BadRows,
+    "fingerprints": Annotated[
+        list[NameValue] | None,
+        typer.Option(
+            "--fingerprint",
+            metavar="NAME=FINGERPRINT",
+            help="Features of an expert to read where the store has several (`mova store ls`); repeatable.",
+            parser=name_value,
+            rich_help_panel=DATA,
+        ),
+    ],
+    "learning_rate": Annotated[
+        float, typer.Option(help="Peak of the cosine schedule.", min=0, rich_help_panel=TRAINING)
+    ],
+    "batch_size": Annotated[
+        int, typer.Option(help="Samples per step, over all workers.", min=1, rich_help_panel=TRAINING)
+    ],
+    "epochs": Annotated[
+        float,
+        typer.Option(
+            help="Passes over the data, fractions allowed; at least one step is made.", min=0, rich_help_panel=TRAINING
+        ),
+    ],
+    "max_length": Annotated[
+        int, typer.Option(help="Longest sample, tokens; a longer one loses its end.", min=1, rich_help_panel=TRAINING)
+    ],
+    "seed": Annotated[
+        int, typer.Option(help="Decides the order of the samples and every random choice.", rich_help_panel=TRAINING)
+    ],
+    "checkpoint_every": Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1, rich_help_panel=RUN)],
+    "workers": Annotated[int, typer.Option(help="Ray Train workers.", min=1, rich_help_panel=RUN)],
+    "gpu": Annotated[bool, typer.Option("--gpu", help="One GPU per worker, else one CPU.", rich_help_panel=RUN)],
+    "loader_processes": Annotated[
+        int, typer.Option(help="Reading processes per worker; 0: a thread reads ahead.", min=0, rich_help_panel=RUN)
+    ],
+}
+STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
+    "router": {
+        "lora_rank": Annotated[
+            int, typer.Option(help="Rank of the expert-routing LoRA.", min=1, rich_help_panel=TRAINING)
         ],
-        output: Annotated[Path, typer.Option("--output", help="Folder the trained model goes to.")],
-        images: ImagesPath = None,
-        bad_rows: BadRow = "raise",
-        learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = learning_rate,
-        batch_size: Annotated[int, typer.Option(help="Samples per step over all workers.", min=1)] = batch_size,
-        epochs: Annotated[
-            float, typer.Option(help="Passes over the data, fractions allowed; at least one step is made.", min=0)
-        ] = 1.0,
-        workers: Annotated[int, typer.Option(help="Ray Train workers.", min=1)] = 2,
-        gpu: Annotated[bool, typer.Option(help="One GPU per worker.")] = False,
-        checkpoint_every: Annotated[int, typer.Option(help="Steps.", min=1)] = 200,
-        max_length: Annotated[int, typer.Option(help="Longest sample, tokens.", min=1)] = 2048,
-        loader_processes: Annotated[int, typer.Option(help="Reading processes per worker.", min=0)] = 0,
-        lora_rank: Annotated[int, typer.Option(help="Rank of the expert-routing LoRA (router only).", min=1)] = 64,
-        shuffle_pool: Annotated[bool, typer.Option(help="Model-pool augmentation (router only).")] = True,
-        seed: Annotated[int, typer.Option(help="Order of the samples and of chance.")] = 0,
-        fingerprint: Annotated[
-            list[str],
+        "shuffle_pool": Annotated[
+            bool,
             typer.Option(
-                help="NAME=FINGERPRINT: which features to take where the store has several (`mova store ls`)."
+                help="Shuffle, cut and reword the pool in the prompt (model-pool augmentation).",
+                rich_help_panel=TRAINING,
             ),
-        ] = [],  # noqa: B006
-        quiet: Quiet = False,
-        as_json: Json = False,
-    ) -> None:
-        with results_only():
+        ],
+    }
+}
+
+
+def option_defaults(stage: Stage) -> dict[str, Any]:
+    """Option -> default, from `TrainConfig` and the stage; options without an entry are required."""
+    plain = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
+    own = {"learning_rate": STAGES[stage].learning_rate, "batch_size": STAGES[stage].batch_size, "fingerprints": None}
+    return plain | own
+
+
+def _parameters(stage: Stage) -> list[inspect.Parameter]:
+    defaults = option_defaults(stage) | {"quiet": False, "as_json": False}
+    options = OPTIONS | STAGE_OPTIONS.get(stage, {}) | {"quiet": Quiet, "as_json": Json}
+    return [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=defaults.get(name, inspect.Parameter.empty)
+        )
+        for name, option in options.items()
+    ]
+
+
+def _add_command(stage: Stage) -> None:
+    def command(quiet: bool, as_json: bool, **settings: Any) -> None:
+        with results_only(quiet or as_json):
+            config = train_config(stage, settings)
+
             from cluster.session import ray_session
-            from mova_core.io.uris import absolute
-            from pipelines.train.config import TrainConfig
             from pipelines.train.run import train
 
-            config = TrainConfig(
-                stage=stage,
-                model=str(model.resolve()),
-                data=str(data.resolve()),
-                store=store,
-                output=str(output.resolve()),
-                images=None if images is None else absolute(images),
-                bad_rows=bad_rows,
-                learning_rate=learning_rate,
-                batch_size=batch_size,
-                epochs=epochs,
-                workers=workers,
-                gpu=gpu,
-                checkpoint_every=checkpoint_every,
-                max_length=max_length,
-                loader_processes=loader_processes,
-                lora_rank=lora_rank,
-                shuffle_pool=shuffle_pool,
-                seed=seed,
-                fingerprints=dict(pair.split("=", 1) for pair in fingerprint if "=" in pair),
-            )
             with ray_session():
-                result = train(config, progress=not quiet)
-        emit(
-            result,
-            as_json,
-            lambda: table(
-                f"{stage} finished",
-                ["", ""],
-                [[key, str(len(value) if key == "skipped" else value)] for key, value in result.items()],
-            ),
-        )
+                result = train(config, progress=not (quiet or as_json))
+        print_result(result, as_json, lambda: _show(result))
 
-    app.command(stage, help=doc)(command)
+    command.__signature__ = inspect.Signature(_parameters(stage))  # type: ignore[attr-defined]  # what typer reads
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters(stage)}
+    app.command(stage, help=STAGES[stage].summary)(command)
 
 
-_train_command("pretrain", "Stage 1: MoV-Adapter and base encoder learn, the LLM is frozen.", 2e-4, 1024)
+def train_config(stage: Stage, settings: dict[str, Any]) -> TrainConfig:
+    """The settings of a run from the values of its options, with absolute paths.
+
+    Raises:
+        typer.BadParameter: --fingerprint names no expert of the model.
+    """
+    experts = [expert["name"] for expert in read_model_config(settings["model"]).get("pool", [])]
+    fingerprints = by_expert("--fingerprint", settings["fingerprints"], experts, str)
+    paths = {name: str(settings[name]) for name in ("model", "output")}
+    return TrainConfig(stage=stage, **settings | paths | {"fingerprints": fingerprints})
 
 
-_train_command("sft", "Stage 2: everything but the experts learns.", 2e-5, 128)
+def _show(result: dict[str, Any]) -> None:
+    hidden = {"stage", "skipped"} | ({"resumed_from"} if not result.get("resumed_from") else set())
+    rows = [[key.replace("_", " "), value] for key, value in result.items() if key not in hidden]
+    rows += [["records left out", len(result["skipped"])]] if result["skipped"] else []
+    table(f"{result['stage']} finished", ["", ""], rows)
 
 
-_train_command("router", "The expert-routing LoRA learns from routing labels (see `mova label`).", 2e-4, 128)
-
-
-_train_command(
-    "light-router",
-    "The light router (`mova ask --router light`) learns from the same labels; fixed pool, no LLM pass.",
-    1e-3,
-    128,
-)
+for _stage in STAGES:
+    _add_command(_stage)
