@@ -131,7 +131,7 @@ def label(
     losses = {row.pop("id"): row for row in measured}
     good, records = {sample.where for sample in read}, []
     counts = dict.fromkeys(pool, 0)
-    for line, record in read_records(data, broken=lambda _: None):  # told of above
+    for line, record in read_records(data, on_invalid=lambda _: None):  # reported above
         if (where := f"{data}, line {line}") not in good:
             continue
         if (by_expert := losses.get(where)) is not None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from mova_core.data import IMAGE_MARK, length_groups, modality_groups, read_samples
+from mova_core.data import IMAGE_MARK, read_samples
 from mova_core.processing import IGNORE, MoVAProcessor
+from mova_core.samplers import length_groups, modality_groups
 
 MARK = -200  # a picture in the published ids
 RUNS = {  # chat format and records of each run

@@ -1,14 +1,10 @@
 import json
 
 import pytest
-import torch
 
 from mova_core.data import (
     IMAGE_MARK,
     DataError,
-    even_batches,
-    length_groups,
-    modality_groups,
     read_records,
     read_samples,
     usable_samples,
@@ -102,7 +98,7 @@ def test_pictures_and_marks(tmp_path):
     assert several.turns[0][1].count(IMAGE_MARK) == 2 and several.question == "or ?"
     assert [image.path for image in several.images] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
     assert unmarked.turns[0] == ("user", "Which?") and len(unmarked.images) == 2
-    with pytest.raises(DataError, match=r"line 5: it has 2 pictures where only one can be used"):
+    with pytest.raises(DataError, match=r"line 5: the record has 2 pictures, only one can be used"):
         _ = several.image
     (tmp_path / "a.png").write_bytes(b"a")
     quarantine = [{"image": str(tmp_path / "a.png"), "sha256": moved.images[0].key}]
@@ -172,18 +168,3 @@ def test_bad_rows_are_skipped_by_choice(tmp_path):
     array.write_text(f"[{good},\n{{]")
     with pytest.raises(DataError, match="broken JSON in the record that starts on line 2"):
         read_samples(array, on_error="skip")
-
-
-def test_batches_are_even_and_of_one_modality():
-    lengths = [int(length) for length in torch.randint(1, 100, (101,), generator=torch.Generator().manual_seed(0))]
-    signed = [length if index % 3 else -length for index, length in enumerate(lengths)]
-    order = modality_groups(signed, 4, 2, torch.Generator().manual_seed(1), torch.Generator().manual_seed(2))
-    assert sorted(order) == list(range(101))
-    steps = [order[start : start + 8] for start in range(0, 96, 8)]
-    assert all(len({signed[index] > 0 for index in step}) == 1 for step in steps[:-2])
-    assert sorted(length_groups(lengths, 4, 2)) == list(range(101))
-    first, second = even_batches(sorted(range(8), key=lambda i: -lengths[i]), lengths, 2)
-    assert len(first) == len(second) == 4
-    assert abs(sum(lengths[i] for i in first) - sum(lengths[i] for i in second)) <= max(lengths[:8])
-    with pytest.raises(ValueError, match="length 0"):
-        modality_groups([1, 0], 1, 1)
