@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from mova_core.features.codec import CODECS, checksum
 from mova_core.features.index import RECEIPT, FeatureLocation, ReceiptIndex, binary_keys, hex_keys, parquet, sorting
-from mova_core.features.storage.base import StorageBackend, StoreError, open_storage, writing
+from mova_core.features.storage import StorageBackend, StoreError, open_storage, writing
 
 if TYPE_CHECKING:
     from torch import Tensor

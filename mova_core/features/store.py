@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from mova_core.features.codec import CODECS, named_by
 from mova_core.features.index import binary_keys, hex_keys, parquet
 from mova_core.features.partition import FeaturePartition, MissingFeatures, Shard, compare
-from mova_core.features.storage.base import StoreError, open_storage, writing
+from mova_core.features.storage import StoreError, open_storage, writing
 
 if TYPE_CHECKING:
     from mova_core.experts import Features

@@ -15,7 +15,7 @@ import werkzeug.serving
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
 from mova_core.features import FeatureStore, StoreError
-from mova_core.features.storage.base import ObjectStorage
+from mova_core.features.storage import ObjectStorage
 from tests.mova_core.features.test_store import KEYS, describe, features, fill, key, same
 
 
@@ -133,7 +133,7 @@ def test_snapshots_are_kept_here(server, tmp_path):
 def test_a_server_that_fails(server, monkeypatch):
     """One call in twenty is refused, cut, or done without an answer, and the client itself asks only once."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr("mova_core.features.storage.base._PAUSES", (0.01,) * 4)
+    monkeypatch.setattr("mova_core.features.storage.object_store._PAUSES", (0.01,) * 4)
     server.failing, server.failed, server.draw = 0.05, 0, random.Random(0)
     keys = [key(number) for number in range(60)]
 
@@ -192,7 +192,7 @@ def test_what_is_said(server, monkeypatch):
         with pytest.raises(StoreError, match=said) as caught:
             FeatureStore(url)
         assert url in str(caught.value) and "\n" not in str(caught.value)
-    monkeypatch.setattr("mova_core.features.storage.base._PAUSES", (0.01,))
+    monkeypatch.setattr("mova_core.features.storage.object_store._PAUSES", (0.01,))
     with pytest.raises(StoreError, match="cannot write to store s3://nowhere-to-be-found"):
         FeatureStore("s3://nowhere-to-be-found/store", create=True)
 
