@@ -68,6 +68,14 @@ class VisionExpert(nn.Module, ABC):
         """Preprocessed tensors to features with tokens (B, H*W, C) in the module's dtype."""
 
     @classmethod
+    def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The arch of weights in the published MoVA's names, as far as their shapes determine it; else the card's.
+
+        Only the experts of published checkpoints need it.
+        """
+        return dict(cls.card.full)
+
+    @classmethod
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Public checkpoint names and shapes to this module's. Names already ours pass through unchanged."""
         return dict(state_dict)

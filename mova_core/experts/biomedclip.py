@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mova_core.experts.base import ExpertCard, Features, VisionExpert
 from mova_core.experts.registry import register
+from mova_core.experts.weight_shapes import WeightShapes
 from mova_core.images import ImageSource, PreprocessingMode, clip_pixels
 
 OTHER_PARTS = ("text.", "head.", "logit_scale", "logit_bias")
@@ -90,6 +91,18 @@ class BiomedCLIP(VisionExpert):
         if not rest and times % 2 and pixels_B3hw.shape[-2] == pixels_B3hw.shape[-1]:
             return pixels_B3hw[..., times // 2 :: times, times // 2 :: times].float().contiguous()
         return F.interpolate(pixels_B3hw.float(), size=size, mode="bilinear", align_corners=False)
+
+    @classmethod
+    def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        shapes = WeightShapes(state_dict)
+        return shapes.arch(
+            cls.card,
+            width=lambda _: shapes.size("trunk.cls_token", 2),
+            depth=lambda _: shapes.depth("trunk.blocks"),
+            mlp_hidden=lambda _: shapes.size("trunk.blocks.0.mlp.fc1.weight"),
+            patch_size=lambda _: shapes.size("trunk.patch_embed.proj.weight", 2),
+            image_size=lambda arch: shapes.side("trunk.pos_embed", 1) * arch["patch_size"],
+        )
 
     @classmethod
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:

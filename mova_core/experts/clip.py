@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
 from mova_core.experts.registry import register
+from mova_core.experts.weight_shapes import WeightShapes
 from mova_core.images import ImageSource, clip_pixels
 
 PREFIX = "vision_model."
@@ -85,6 +86,18 @@ class Clip(VisionExpert):
         for layer in self.encoder.layers[:-1]:
             x = layer(x, None)
         return Features(x[:, 1:], self.grid)
+
+    @classmethod
+    def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        shapes = WeightShapes(state_dict)
+        return shapes.arch(
+            cls.card,
+            width=lambda _: shapes.size("vision_model.embeddings.class_embedding"),
+            depth=lambda _: shapes.depth("vision_model.encoder.layers"),
+            mlp_hidden=lambda _: shapes.size("vision_model.encoder.layers.0.mlp.fc1.weight"),
+            patch_size=lambda _: shapes.size("vision_model.embeddings.patch_embedding.weight", 2),
+            image_size=lambda arch: shapes.side(PREFIX + POSITIONS) * arch["patch_size"],
+        )
 
     @classmethod
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mova_core.experts.base import ExpertCard, Features, VisionExpert
 from mova_core.experts.registry import register
+from mova_core.experts.weight_shapes import WeightShapes
 from mova_core.experts.window_vit import NORM_EPS, PatchEmbed, check_arch, from_windows, neck, to_windows
 from mova_core.images import ImageSource, PreprocessingMode, clip_pixels
 
@@ -184,6 +185,28 @@ class CoDETR(VisionExpert):
 
     def _positions(self) -> Tensor:
         return _resize_grid(self.pos_embed[:, 1:], self.side).unflatten(1, (self.side, self.side))
+
+    @classmethod
+    def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        shapes = WeightShapes(state_dict)
+        blocks = shapes.blocks("blocks")
+
+        def is_global(block: int) -> bool:
+            return shapes.size(f"blocks.{block}.attn.rope.freqs_cos") == shapes.size("rope_glb.freqs_cos")
+
+        return shapes.arch(
+            cls.card,
+            width=lambda _: shapes.size("pos_embed", 2),
+            depth=lambda _: shapes.depth("blocks"),
+            heads=lambda arch: arch["width"] // shapes.size("rope_win.freqs_cos", 1),
+            mlp_hidden=lambda _: shapes.size("blocks.0.mlp.w1.weight"),
+            patch_size=lambda _: shapes.size("patch_embed.proj.weight", 2),
+            pos_grid=lambda _: shapes.side("pos_embed", 1),
+            image_size=lambda arch: shapes.side("rope_glb.freqs_cos", others=0) * arch["patch_size"],
+            window_size=lambda _: shapes.side("rope_win.freqs_cos", others=0),
+            global_blocks=lambda _: tuple(filter(is_global, blocks)),
+            channels=lambda _: shapes.size("neck.0.weight"),
+        )
 
     @classmethod
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:

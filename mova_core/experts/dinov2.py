@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
 from mova_core.experts.registry import register
+from mova_core.experts.weight_shapes import WeightShapes
 from mova_core.images import ImageSource, square_pixels
 
 MEAN = (0.485, 0.456, 0.406)
@@ -97,6 +98,18 @@ class Dinov2(VisionExpert):
     def positions(self, height: int, width: int) -> Tensor:
         """Position embeddings (1, 1 + H*W, D) of a map of height x width patches."""
         return _resize_positions(self.embeddings.position_embeddings, height, width)
+
+    @classmethod
+    def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        shapes = WeightShapes(state_dict)
+        return shapes.arch(
+            cls.card,
+            width=lambda _: shapes.size("embeddings.cls_token", 2),
+            depth=lambda _: shapes.depth("encoder.layer"),
+            mlp_hidden=lambda _: shapes.size("encoder.layer.0.mlp.weights_out.weight", 1),
+            patch_size=lambda _: shapes.size("embeddings.patch_embeddings.projection.weight", 2),
+            image_size=lambda arch: shapes.side(POSITIONS, 1) * arch["patch_size"],
+        )
 
     @classmethod
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:

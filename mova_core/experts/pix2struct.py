@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
 from mova_core.experts.registry import register
+from mova_core.experts.weight_shapes import WeightShapes
 from mova_core.images import (
     CLIP_MEAN,
     MAX_PIXELS,
@@ -109,6 +110,18 @@ class Pix2Struct(VisionExpert):
             x, _ = layer(x, mask_B11N)
         height, width = self.grid
         return Features(self.layernorm(x), self.grid if x.shape[1] == height * width else (1, x.shape[1]))
+
+    @classmethod
+    def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        shapes = WeightShapes(state_dict)
+        return shapes.arch(
+            cls.card,
+            width=lambda _: shapes.size("embeddings.patch_projection.weight"),
+            depth=lambda _: shapes.depth("encoder.layer"),
+            mlp_hidden=lambda _: shapes.size("encoder.layer.0.mlp.wi_0.weight"),
+            patch_size=lambda _: math.isqrt(shapes.size("embeddings.patch_projection.weight", 1) // 3),
+            pos_grid=lambda _: shapes.size("embeddings.row_embedder.weight"),
+        )
 
     @classmethod
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:

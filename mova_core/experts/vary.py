@@ -23,6 +23,7 @@ LANGUAGE_MODEL = ("model.", "transformer.", "lm_head.")
 class Vary(WindowViT):
     """1024 px -> 32x32 tokens of 512 channels."""
 
+    last_layer = "net_2.weight"
     card = ExpertCard(
         name="vary",
         title="Vary-base",

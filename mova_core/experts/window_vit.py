@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mova_core.experts.base import Features, VisionExpert
+from mova_core.experts.weight_shapes import WeightShapes
 from mova_core.images import ImageSource, PreprocessingMode, clip_pixels
 
 NORM_EPS = 1e-6
@@ -162,6 +163,7 @@ class WindowViT(VisionExpert):
     """
 
     preprocessing = "square-clip-bicubic-1"
+    last_layer = "neck.0.weight"  # its first side is the number of channels
 
     def __init__(self, arch: Mapping[str, Any], neck_channels: int):
         super().__init__(arch)
@@ -201,3 +203,25 @@ class WindowViT(VisionExpert):
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
         """`pixel_values` (B, 3, image_size, image_size) -> tokens (B, H*W, C)."""
         return Features(self.encode(batch["pixel_values"]).flatten(2).transpose(1, 2), self.grid)
+
+    @classmethod
+    def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        shapes = WeightShapes(state_dict)
+        # A table of relative positions over S rows has 2*S - 1 entries.
+        tables = {block: f"blocks.{block}.attn.rel_pos_h" for block in shapes.blocks("blocks")}
+
+        def is_global(block: int) -> bool:
+            return shapes.size(tables[block]) == 2 * shapes.size("pos_embed", 1) - 1
+
+        return shapes.arch(
+            cls.card,
+            width=lambda _: shapes.size("pos_embed", 3),
+            depth=lambda _: shapes.depth("blocks"),
+            heads=lambda arch: arch["width"] // shapes.size("blocks.0.attn.rel_pos_h", 1),
+            mlp_hidden=lambda _: shapes.size("blocks.0.mlp.lin1.weight"),
+            patch_size=lambda _: shapes.size("patch_embed.proj.weight", 2),
+            image_size=lambda arch: shapes.size("pos_embed", 1) * arch["patch_size"],
+            window_size=lambda _: (min(map(shapes.size, tables.values())) + 1) // 2,
+            global_blocks=lambda _: tuple(filter(is_global, tables)),
+            channels=lambda _: shapes.size(cls.last_layer),
+        )

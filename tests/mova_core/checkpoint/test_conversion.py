@@ -170,3 +170,19 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     assert float(run.stdout) < 96, "MB"
     copied = load_file(tmp_path / "copy" / "model.safetensors")
     assert all(torch.equal(copied[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_model_that_never_was_published_cannot_go_back(mini_folder, tmp_path):
+    with pytest.raises(WeightsError, match="only a model that `mova convert` made from a published one can go back"):
+        convert_back(mini_folder, tmp_path / "back")
+
+
+def test_parts_are_a_mapping():
+    parts = from_published({"lm_head.weight": torch.zeros(2, 3), "model.mm_projector.pos_embed": torch.zeros(1, 4, 5)})
+    assert set(parts) == {"language_model", "adapter"} and "adapter" in parts and len(parts) == 2
+    assert {name: set(state) for name, state in parts.items()} == {
+        "language_model": {"lm_head.weight"},
+        "adapter": {"pos_embed"},
+    }
+    del parts["adapter"]
+    assert set(to_published(parts)) == {"lm_head.weight"} == set(to_published(dict(parts)))
