@@ -7,20 +7,20 @@ second question on a picture, is read by the LLM only from where it differs from
 """
 
 import os
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
+from transformers import StoppingCriteria, StoppingCriteriaList
 
+from mova_core.answering.callbacks import FirstTokenTimer, RoutingReplyCallback
+from mova_core.answering.feature_prefetch import FeaturePrefetcher, LruFeatureCache
+from mova_core.answering.prefix_cache import ImageView, PrefixCache, _rescales
 from mova_core.assemble import stack_features
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, Features
@@ -32,7 +32,6 @@ from mova_core.routing.prompt import build_routing_prompt, parse_routing, read_r
 
 PLAIN = "without experts"  # what a picture's visual tokens without any expert are kept as
 ROUTER_TOKENS = 16  # most tokens a router may say (published: 16)
-CONVERSATIONS = 32  # most that the LLM's keys and values are kept of, however small they are
 # Sampling in which one reply is read, token by token: its keys and values can be kept.
 ONE_PATH = {"do_sample", "temperature", "top_k", "top_p", "min_p", "streamer"}
 
@@ -69,17 +68,8 @@ class Answer:
     reused_tokens: int = 0  # of the prompt, visual ones included, whose keys and values the LLM still had
 
 
-@dataclass(frozen=True)
-class _View:
-    """One picture as one question sees it; equal views have equal visual tokens."""
-
-    key: str  # of the picture
-    experts: frozenset[str] = frozenset()
-    asked: str = ""  # what the gate reads; empty without experts, as then it weighs nothing
-
-
 @dataclass(kw_only=True)
-class _Row:
+class Request:
     """A question on its way to its answer."""
 
     question: Question
@@ -92,9 +82,9 @@ class _Row:
         return [*self.question.history, ("user", self.question.text)]
 
     @property
-    def views(self) -> list[_View]:
+    def views(self) -> list[ImageView]:
         experts = frozenset(self.answer.experts)
-        return [_View(image.key, experts, self.asked if experts else "") for image in self.images]
+        return [ImageView(image.key, experts, self.asked if experts else "") for image in self.images]
 
 
 class Answerer:
@@ -136,8 +126,8 @@ class Answerer:
         self.costs = dict(costs or {})
         self.compat = compat
         self.pool = model.config.experts
-        self._kept = _Kept(keep_bytes // 2)
-        self._said = _Said(0 if _rescales(model.config.text_config) else keep_bytes // 2)
+        self._features = LruFeatureCache(keep_bytes // 2)
+        self._prefixes = PrefixCache(0 if _rescales(model.config.text_config) else keep_bytes // 2)
         self._seconds: dict[str, float] = {}
 
     @torch.inference_mode()
@@ -164,8 +154,8 @@ class Answerer:
         rows = [self._read(number, question) for number, question in enumerate(questions, 1)]
         if not rows:
             return []
-        fused: dict[_View, tuple[Tensor, list[Tensor]]] = {}
-        with _Fetching(self.source, self._kept) as fetching:
+        fused: dict[ImageView, tuple[Tensor, list[Tensor]]] = {}
+        with FeaturePrefetcher(self.source, self._features) as fetching:
             for row in rows:
                 if row.question.experts is not None:
                     self._choose(row, list(row.question.experts), fetching)
@@ -184,16 +174,16 @@ class Answerer:
                 self._fuse([view for row in rows for view in row.views], base, fused, texts, features)
                 visual = [fused[view][0] for row in rows for view in row.views]
                 embeds = self.model.embed(batch["input_ids"], visual)
-        clock = _Clock()
+        clock = FirstTokenTimer()
         own_cache = self.model.language_model.generation_config.cache_implementation  # takes no other beside it
         past = None
         if alone := len(rows) == 1 and sampling.keys() <= ONE_PATH and own_cache is None:
             read = self._read_by_llm(batch["input_ids"][0], rows[0].views)
-            past = self._said.begun(read)
+            past = self._prefixes.begun(read)
             rows[0].answer.reused_tokens = past.get_seq_length() if past else 0
         out = self._generate(embeds, batch["attention_mask"], max_new_tokens, [clock], past_key_values=past, **sampling)
         if alone:
-            self._said.put(read, out.sequences[0].tolist(), out.past_key_values)
+            self._prefixes.put(read, out.sequences[0].tolist(), out.past_key_values)
         self._seconds["first token"] = clock.first_token
         self._seconds["answer"] = time.perf_counter() - clock.started - clock.first_token
         for row, ids in zip(rows, out.sequences, strict=True):
@@ -202,7 +192,7 @@ class Answerer:
             row.answer.gates = self._gates(row, fused)
         return [row.answer for row in rows]
 
-    def _read(self, number: int, question: Question) -> _Row:
+    def _read(self, number: int, question: Question) -> Request:
         """The question with its pictures as a list, once it is known to be sound."""
         given = question.image
         images = [] if given is None else [given] if isinstance(given, ImageRef) else list(given)
@@ -224,9 +214,9 @@ class Answerer:
             raise ValueError(
                 f"question {number} has a budget, but {', '.join(unpriced)} no cost: give Answerer(costs=...)"
             )
-        return _Row(question=question, images=images, asked="\n".join(asked))
+        return Request(question=question, images=images, asked="\n".join(asked))
 
-    def _choose(self, row: _Row, named: list[str], fetching: "_Fetching") -> None:
+    def _choose(self, row: Request, named: list[str], fetching: "FeaturePrefetcher") -> None:
         """Settles the experts of a row from those that were named, best first, and starts to fetch their features."""
         question = row.question
         cap = question.max_experts
@@ -241,10 +231,10 @@ class Answerer:
                 row.answer.experts.append(name)
         fetching.want(row.images, row.answer.experts)
 
-    def _base(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
+    def _base(self, rows: Sequence[Request]) -> dict[str, Tensor]:
         """Base tokens (N, C) by picture key, each computed once."""
         images = {image.key: image for row in rows for image in row.images}
-        kept = {key: self._kept.get(key, BASE) for key in images}
+        kept = {key: self._features.get(key, BASE) for key in images}
         new = [key for key, features in kept.items() if features is None]
         base = {key: features.tokens for key, features in kept.items() if features is not None}
         if new:
@@ -255,25 +245,25 @@ class Answerer:
             with self._step("base encoder"):
                 for key, tokens in zip(new, self.model.encode_base(pixels), strict=True):
                     base[key] = tokens
-                    self._kept.put(key, BASE, Features(tokens.clone(), encoder.grid))
+                    self._features.put(key, BASE, Features(tokens.clone(), encoder.grid))
         return base
 
     def _ask_llm(
         self,
-        rows: Sequence[_Row],
+        rows: Sequence[Request],
         base: Mapping[str, Tensor],
-        fused: dict[_View, tuple[Tensor, list[Tensor]]],
-        fetching: "_Fetching",
+        fused: dict[ImageView, tuple[Tensor, list[Tensor]]],
+        fetching: "FeaturePrefetcher",
     ) -> None:
         """One routing pass per different question; a row's features are asked for when its reply is complete."""
-        same: dict[tuple[str, ...], list[_Row]] = {}
+        same: dict[tuple[str, ...], list[Request]] = {}
         for row in rows:
             same.setdefault((row.asked, *(image.key for image in row.images)), []).append(row)
         groups = list(same.values())
         firsts = [group[0] for group in groups]
         prompts = [build_routing_prompt(row.asked, self.model.config.descriptions) for row in firsts]
         batch = self._tokens([[("user", prompt)] for prompt in prompts], firsts, ROUTER_TOKENS, routing=True)
-        views = [_View(image.key) for row in firsts for image in row.images]
+        views = [ImageView(image.key) for row in firsts for image in row.images]
         self._fuse(views, base, fused)
         visual = self.model.coarsen(torch.stack([fused[view][0] for view in dict.fromkeys(views)]))
         shown = dict(zip(dict.fromkeys(views), visual, strict=True))
@@ -286,7 +276,7 @@ class Answerer:
                 row.answer.readable = named is not None
                 self._choose(row, [self.pool[number] for number in named or ()], fetching)
 
-        listener = _Listener(self.processor, heard)
+        listener = RoutingReplyCallback(self.processor, heard)
         with self.model.expert_routing():
             self._generate(embeds, batch["attention_mask"], ROUTER_TOKENS, [listener])
         listener.finish()
@@ -300,10 +290,10 @@ class Answerer:
 
     def _ask_light_router(
         self,
-        rows: Sequence[_Row],
+        rows: Sequence[Request],
         base: Mapping[str, Tensor],
-        fused: dict[_View, tuple[Tensor, list[Tensor]]],
-        fetching: "_Fetching",
+        fused: dict[ImageView, tuple[Tensor, list[Tensor]]],
+        fetching: "FeaturePrefetcher",
     ) -> None:
         assert self.model.light_router is not None
         text = self._encode_texts([row.asked for row in rows])
@@ -315,7 +305,7 @@ class Answerer:
             self._choose(row, [self.pool[index] for index, _ in chosen], fetching)
 
     def _tokens(
-        self, conversations: Sequence[Any], rows: Sequence[_Row], new_tokens: int, routing: bool = False
+        self, conversations: Sequence[Any], rows: Sequence[Request], new_tokens: int, routing: bool = False
     ) -> dict[str, Tensor]:
         """Left-padded `input_ids` and `attention_mask` of one pass, in which every row leaves room for its reply."""
         images = [row.images if len(row.images) > 1 else next(iter(row.images), None) for row in rows]
@@ -330,12 +320,12 @@ class Answerer:
                 )
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
-    def _read_by_llm(self, input_ids: Tensor, views: Sequence[_View]) -> list[int | _View]:
+    def _read_by_llm(self, input_ids: Tensor, views: Sequence[ImageView]) -> list[int | ImageView]:
         """What stands at each position of a prompt (L,): the token, or the picture's view whose visual token it is."""
         visual = iter([view for view in views for _ in range(self.model.config.image_tokens)])
         return [next(visual) if token == self.model.config.image_token_id else token for token in input_ids.tolist()]
 
-    def _gate_texts(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
+    def _gate_texts(self, rows: Sequence[Request]) -> dict[str, Tensor]:
         """Gate features (T,) of what was asked where an expert was chosen."""
         return self._encode_texts([row.asked for row in rows if row.answer.experts])
 
@@ -352,9 +342,9 @@ class Answerer:
 
     def _fuse(
         self,
-        views: Sequence[_View],
+        views: Sequence[ImageView],
         base: Mapping[str, Tensor],
-        fused: dict[_View, tuple[Tensor, list[Tensor]]],
+        fused: dict[ImageView, tuple[Tensor, list[Tensor]]],
         texts: Mapping[str, Tensor] | None = None,
         features: Mapping[tuple[str, str], Features] | None = None,
     ) -> None:
@@ -363,7 +353,7 @@ class Answerer:
         A view without experts is the same for every question, so it is kept for later ones as base tokens are.
         """
         for view in dict.fromkeys(views):
-            if not view.experts and view not in fused and (plain := self._kept.get(view.key, PLAIN)) is not None:
+            if not view.experts and view not in fused and (plain := self._features.get(view.key, PLAIN)) is not None:
                 fused[view] = plain.tokens, []
         new = [view for view in dict.fromkeys(views) if view not in fused]
         if not new:
@@ -381,9 +371,9 @@ class Answerer:
         for at, view in enumerate(new):
             fused[view] = visual[at], [gate[at] for gate in gates]
             if not view.experts:
-                self._kept.put(view.key, PLAIN, Features(visual[at].clone(), (side, side)))
+                self._features.put(view.key, PLAIN, Features(visual[at].clone(), (side, side)))
 
-    def _gates(self, row: _Row, fused: Mapping[_View, tuple[Tensor, list[Tensor]]]) -> list[dict[str, float]]:
+    def _gates(self, row: Request, fused: Mapping[ImageView, tuple[Tensor, list[Tensor]]]) -> list[dict[str, float]]:
         """Per block the weights of the row's experts, averaged over its pictures."""
         if not row.answer.experts:
             return [{} for _ in range(self.model.adapter.config.blocks if row.images else 0)]
@@ -422,176 +412,3 @@ class Answerer:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         self._seconds[name] += time.perf_counter() - started
-
-
-class _Listener(StoppingCriteria):
-    """Stops nothing; tells of each row's reply as soon as its end mark is there."""
-
-    def __init__(self, processor: MoVAProcessor, heard: Callable[[int, str], None]):
-        self.processor, self.heard = processor, heard
-        self.ids: Tensor | None = None
-        self.told: set[int] = set()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        self.ids = input_ids
-        ended = (input_ids[:, -1] == self.processor.tokenizer.eos_token_id).tolist()
-        self._tell([index for index, end in enumerate(ended) if end])
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def finish(self) -> None:
-        """Tells of the replies that came to no end."""
-        assert self.ids is not None
-        self._tell(range(len(self.ids)))
-
-    def _tell(self, rows: Sequence[int]) -> None:
-        for index in rows:
-            if index not in self.told:
-                self.told.add(index)
-                assert self.ids is not None
-                self.heard(index, self.processor.decode(self.ids[index]))
-
-
-class _Clock(StoppingCriteria):
-    """Stops nothing; knows when the first token was there, in seconds."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.first_token = 0.0
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        if not self.first_token:
-            input_ids[:, -1].tolist()  # waits for the device
-            self.first_token = time.perf_counter() - self.started
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class _Kept:
-    """Features by (picture key, expert) in memory, the longest unused let go first."""
-
-    def __init__(self, limit: int):
-        self.limit, self.bytes = limit, 0
-        self.entries: OrderedDict[tuple[str, str], Features] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, key: str, expert: str) -> Features | None:
-        with self.lock:
-            if (key, expert) in self.entries:
-                self.entries.move_to_end((key, expert))
-            return self.entries.get((key, expert))
-
-    def put(self, key: str, expert: str, features: Features) -> None:
-        with self.lock:
-            if (key, expert) not in self.entries:
-                self.entries[key, expert] = features
-                self.bytes += features.tokens.nbytes
-            while self.bytes > self.limit:
-                self.bytes -= self.entries.popitem(last=False)[1].tokens.nbytes
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """What the LLM read and said, and the keys and values (1, H, L, d) per layer that came of it."""
-
-    read: list[int | _View]  # per position; longer than L by what was said last
-    prompt: int  # how many of them were read before the reply
-    layers: list[tuple[Tensor, Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
-
-    def common(self, read: Sequence[int | _View]) -> int:
-        """How many positions from the first on hold the same, so have the same keys and values."""
-        length = min(len(read), self.layers[0][0].shape[-2])
-        return next((at for at in range(length) if self.read[at] != read[at]), length)
-
-
-class _Said:
-    """The last conversations with the LLM, for those that begin like one of them; the longest unused let go first."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.conversations: list[_Conversation] = []
-        self.lock = threading.Lock()
-
-    def begun(self, read: Sequence[int | _View]) -> DynamicCache | None:
-        """Keys and values of the longest beginning the LLM has read; the last token is left for it to go on from."""
-        with self.lock:
-            begun = [conversation.common(read[:-1]) for conversation in self.conversations]
-            length = max(begun, default=0)
-            if not length:
-                return None
-            last = self.conversations.pop(begun.index(length))
-            self.conversations.append(last)
-        return DynamicCache([(keys[..., :length, :], values[..., :length, :]) for keys, values in last.layers])
-
-    def put(self, read: Sequence[int | _View], said: Sequence[int], cache: Any) -> None:
-        """Keeps a reply's cache, in place of those of the turns before it, if it holds every position of one row."""
-        layers = getattr(cache, "layers", [])
-        if not layers or not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
-            return  # a sliding window or a state of its own: it cannot be cut back
-        kept = [(layer.keys, layer.values) for layer in layers]
-        new = _Conversation([*read, *said], len(read), kept)
-        if len(new.layers[0][0]) > 1 or new.nbytes > self.limit:
-            return
-        with self.lock:
-            others = [one for one in self.conversations if one.common(read) < one.prompt]
-            self.conversations = [*others, new][-CONVERSATIONS:]
-            while sum(one.nbytes for one in self.conversations) > self.limit:
-                del self.conversations[0]
-
-
-def _rescales(llm: Any) -> bool:
-    """Whether the LLM turns its keys by how long all it reads is, so that those of a beginning are not its own."""
-    rope = str(getattr(llm, "rope_parameters", None))
-    return "dynamic" in rope or "longrope" in rope
-
-
-class _Fetching:
-    """Fetches features in a thread of its own. What is wanted while a fetch runs goes into the next one, all together."""
-
-    def __init__(self, source: FeatureSource, kept: _Kept):
-        self.source, self.kept = source, kept
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="features")
-        self.wanted: dict[tuple[str, str], ImageRef] = {}
-        self.found: dict[tuple[str, str], Features] = {}
-        self.asked: set[tuple[str, str]] = set()
-        self.lock = threading.Lock()
-        self.fetches: list[Future[None]] = []
-
-    def __enter__(self) -> "_Fetching":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.thread.shutdown(wait=True, cancel_futures=True)
-
-    def want(self, images: Sequence[ImageRef], experts: Sequence[str]) -> None:
-        """Starts to fetch what is not kept, wanted or found already."""
-        new = {(image.key, name): image for image in images for name in experts if (image.key, name) not in self.asked}
-        self.asked |= new.keys()
-        for place in list(new):
-            if (features := self.kept.get(*place)) is not None:
-                self.found[place] = features
-                del new[place]
-        if new:
-            with self.lock:
-                self.wanted |= new
-            self.fetches.append(self.thread.submit(self._fetch))
-
-    def done(self) -> dict[tuple[str, str], Features]:
-        """All that was wanted, by (picture key, expert); an error of the source comes out here."""
-        for fetch in self.fetches:
-            fetch.result()
-        return self.found
-
-    def _fetch(self) -> None:
-        with self.lock:
-            wanted, self.wanted = self.wanted, {}
-        images = {key: image for (key, _), image in wanted.items()}
-        names = {key: [name for other, name in wanted if other == key] for key in images}
-        if images:
-            rows = self.source.fetch(list(images.values()), list(names.values()))
-            for key, row in zip(images, rows, strict=True):
-                for name in names[key]:
-                    self.found[key, name] = row[name]
-                    self.kept.put(key, name, row[name])

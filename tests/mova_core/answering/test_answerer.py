@@ -175,7 +175,7 @@ def test_later_turns_find_features_again(talkative, processor, local_experts, im
     same(again, Answerer(talkative, processor, local_experts).answer([later], max_new_tokens=4)[0])
     small = Answerer(talkative, processor, source, keep_bytes=1000)
     small.answer([first], max_new_tokens=1)
-    assert small._kept.bytes <= 1000
+    assert small._features.bytes <= 1000
 
 
 def test_features_come_while_others_are_routed(talkative, processor, local_experts, images):
@@ -427,7 +427,7 @@ def test_later_turns_are_read_from_where_they_differ(talkative, processor, local
             different.add(tuple(tokens))
             prompt = all_read - len(all_tokens) + 1 if answer.router is None else 0
     assert len(different) > 20 and further > 4, "some replies are reused too"
-    assert len(remembering._said.conversations) > 4 and not forgetful._said.conversations
+    assert len(remembering._prefixes.conversations) > 4 and not forgetful._prefixes.conversations
 
 
 def test_questions_on_one_picture_share_its_keys_and_values(talkative, processor, local_experts, images):
@@ -464,7 +464,7 @@ def test_routing_leaves_no_keys_and_values(talkative, processor, local_experts, 
     answerer = Answerer(talkative, processor, local_experts)
     [answer] = answerer.answer([Question(text="what is in the picture?", image=images[0])], 4)
     assert answer.router is not None and answer.reused_tokens == 0
-    [kept] = answerer._said.conversations
+    [kept] = answerer._prefixes.conversations
     assert kept.prompt > talkative.config.image_tokens
     prompt = build_routing_prompt("what is in the picture?", talkative.config.descriptions)
     question = Question(text=prompt, image=images[0], experts=())
@@ -478,14 +478,14 @@ def test_kept_keys_and_values_are_bounded(talkative, processor, local_experts):
     counts = []
     for number in range(12):
         answerer.answer([Question(text=f"{number} what is in the picture? " * (number % 4 + 1))], 4)
-        kept = answerer._said.conversations
+        kept = answerer._prefixes.conversations
         counts.append(len(kept))
         assert sum(one.nbytes for one in kept) <= 100_000
     assert 1 < counts[-1] < 12
     longer = Question(text="0123456789 " * 40)
     answerer.answer([longer], 4)
     assert answerer.answer([longer], 4)[0].reused_tokens < 10, "larger than all there is room for"
-    assert len(answerer._said.conversations) == counts[-1], "and nothing went for it"
+    assert len(answerer._prefixes.conversations) == counts[-1], "and nothing went for it"
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_keys_and_values_that_cannot_be_cut_back_are_not_kept(mini, processor, l
     kind = (Gemma3ForCausalLM, Gemma3TextConfig) if "sliding_window" in more else (Qwen2ForCausalLM, Qwen2Config)
     answerer = Answerer(with_llm(mini, *kind, **more), processor, local_experts)
     assert [answer.reused_tokens for answer, _, _ in converse(answerer, ["what?", "left?"])] == [0, 0]
-    assert not answerer._said.conversations
+    assert not answerer._prefixes.conversations
 
 
 def test_sources_are_interchangeable(mini, processor, local_experts, images, tmp_path):
