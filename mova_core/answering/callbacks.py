@@ -1,7 +1,7 @@
-"""Callbacks of transformers' `generate`."""
+"""Stopping criteria of transformers' `generate` that stop nothing: they watch the tokens as they come."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,34 +12,39 @@ from mova_core.processing import MoVAProcessor
 
 
 class RoutingReplyCallback(StoppingCriteria):
-    """Stops nothing; tells of each row's reply as soon as its end mark is there."""
+    """Calls back with each row's reply as soon as the row has ended, while `generate` works on the other rows.
 
-    def __init__(self, processor: MoVAProcessor, heard: Callable[[int, str], None]):
-        self.processor, self.heard = processor, heard
-        self.ids: Tensor | None = None
-        self.told: set[int] = set()
+    Args:
+        processor: decodes the tokens.
+        on_reply: called once per row with (index of the row, reply).
+    """
+
+    def __init__(self, processor: MoVAProcessor, on_reply: Callable[[int, str], None]):
+        self.processor, self.on_reply = processor, on_reply
+        self._ids_BL: Tensor | None = None
+        self._reported: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        self.ids = input_ids
+        self._ids_BL = input_ids
         ended = (input_ids[:, -1] == self.processor.tokenizer.eos_token_id).tolist()
-        self._tell([index for index, end in enumerate(ended) if end])
+        self._report(index for index, has_ended in enumerate(ended) if has_ended)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def finish(self) -> None:
-        """Tells of the replies that came to no end."""
-        assert self.ids is not None
-        self._tell(range(len(self.ids)))
+        """Reports the replies that reached the limit of tokens without an end mark. Call it after `generate`."""
+        assert self._ids_BL is not None
+        self._report(range(len(self._ids_BL)))
 
-    def _tell(self, rows: Sequence[int]) -> None:
+    def _report(self, rows: Iterable[int]) -> None:
+        assert self._ids_BL is not None
         for index in rows:
-            if index not in self.told:
-                self.told.add(index)
-                assert self.ids is not None
-                self.heard(index, self.processor.decode(self.ids[index]))
+            if index not in self._reported:
+                self._reported.add(index)
+                self.on_reply(index, self.processor.decode(self._ids_BL[index]))
 
 
 class FirstTokenTimer(StoppingCriteria):
-    """Stops nothing; knows when the first token was there, in seconds."""
+    """Measures the time from its construction to the first token, in seconds."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()

@@ -1,83 +1,100 @@
-"""Features fetched ahead."""
+"""FeaturePrefetcher: fetches experts' features in a thread while the LLM routes other questions; and a cache of features."""
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+
+from cachetools import LRUCache
 
 from mova_core.experts import Features
 from mova_core.features import FeatureSource
 from mova_core.images import ImageRef
 
+FeatureKey = tuple[str, str]  # (image key, expert)
+
 
 class LruFeatureCache:
-    """Features by (picture key, expert) in memory, the longest unused let go first."""
+    """Features in memory, least recently used out first. Any number of threads may use it.
 
-    def __init__(self, limit: int):
-        self.limit, self.bytes = limit, 0
-        self.entries: OrderedDict[tuple[str, str], Features] = OrderedDict()
-        self.lock = threading.Lock()
+    Args:
+        max_bytes: of the tokens together; 0 stores nothing.
+    """
 
-    def get(self, key: str, expert: str) -> Features | None:
-        with self.lock:
-            if (key, expert) in self.entries:
-                self.entries.move_to_end((key, expert))
-            return self.entries.get((key, expert))
+    def __init__(self, max_bytes: int):
+        self._features: LRUCache[FeatureKey, Features] = LRUCache(
+            max_bytes, getsizeof=lambda features: features.tokens.nbytes
+        )
+        self._lock = threading.Lock()
 
-    def put(self, key: str, expert: str, features: Features) -> None:
-        with self.lock:
-            if (key, expert) not in self.entries:
-                self.entries[key, expert] = features
-                self.bytes += features.tokens.nbytes
-            while self.bytes > self.limit:
-                self.bytes -= self.entries.popitem(last=False)[1].tokens.nbytes
+    @property
+    def nbytes(self) -> int:
+        return int(self._features.currsize)
+
+    def get(self, key: FeatureKey) -> Features | None:
+        with self._lock:
+            return self._features.get(key)
+
+    def put(self, key: FeatureKey, features: Features) -> None:
+        with self._lock, suppress(ValueError):  # cachetools refuses a value larger than the whole cache
+            self._features[key] = features
 
 
 class FeaturePrefetcher:
-    """Fetches features in a thread of its own. What is wanted while a fetch runs goes into the next one, all together."""
+    """Fetches the features of one batch of questions in a thread of its own.
 
-    def __init__(self, source: FeatureSource, kept: LruFeatureCache):
-        self.source, self.kept = source, kept
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="features")
-        self.wanted: dict[tuple[str, str], ImageRef] = {}
-        self.found: dict[tuple[str, str], Features] = {}
-        self.asked: set[tuple[str, str]] = set()
-        self.lock = threading.Lock()
-        self.fetches: list[Future[None]] = []
+    Features that are requested while a fetch runs go into the next fetch together, so that the source sees few large
+    requests. Use it as a context manager; leaving it waits for the fetch that runs.
+
+    Args:
+        source: where features come from.
+        cache: features of earlier batches; new ones are added.
+    """
+
+    def __init__(self, source: FeatureSource, cache: LruFeatureCache):
+        self.source, self.cache = source, cache
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feature-prefetch")
+        self._requested: set[FeatureKey] = set()
+        self._pending: dict[FeatureKey, ImageRef] = {}  # requested, but not yet part of a fetch
+        self._lock = threading.Lock()  # guards `_pending`
+        self._features: dict[FeatureKey, Features] = {}
+        self._fetches: list[Future[None]] = []
 
     def __enter__(self) -> "FeaturePrefetcher":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def want(self, images: Sequence[ImageRef], experts: Sequence[str]) -> None:
-        """Starts to fetch what is not kept, wanted or found already."""
-        new = {(image.key, name): image for image in images for name in experts if (image.key, name) not in self.asked}
-        self.asked |= new.keys()
-        for place in list(new):
-            if (features := self.kept.get(*place)) is not None:
-                self.found[place] = features
-                del new[place]
+    def request(self, images: Sequence[ImageRef], experts: Sequence[str]) -> None:
+        """Starts to fetch each image's features of each expert, unless they are cached or requested already."""
+        new = {(image.key, expert): image for image in images for expert in experts}
+        new = {key: image for key, image in new.items() if key not in self._requested}
+        self._requested |= new.keys()
+        for key in list(new):
+            if (features := self.cache.get(key)) is not None:
+                self._features[key] = features
+                del new[key]
         if new:
-            with self.lock:
-                self.wanted |= new
-            self.fetches.append(self.thread.submit(self._fetch))
+            with self._lock:
+                self._pending |= new
+            self._fetches.append(self._thread.submit(self._fetch))
 
-    def done(self) -> dict[tuple[str, str], Features]:
-        """All that was wanted, by (picture key, expert); an error of the source comes out here."""
-        for fetch in self.fetches:
+    def result(self) -> dict[FeatureKey, Features]:
+        """All requested features; waits for them. Raises what the source raised."""
+        for fetch in self._fetches:
             fetch.result()
-        return self.found
+        return self._features
 
     def _fetch(self) -> None:
-        with self.lock:
-            wanted, self.wanted = self.wanted, {}
-        images = {key: image for (key, _), image in wanted.items()}
-        names = {key: [name for other, name in wanted if other == key] for key in images}
-        if images:
-            rows = self.source.fetch(list(images.values()), list(names.values()))
-            for key, row in zip(images, rows, strict=True):
-                for name in names[key]:
-                    self.found[key, name] = row[name]
-                    self.kept.put(key, name, row[name])
+        with self._lock:
+            pending, self._pending = self._pending, {}
+        images = {key: image for (key, _), image in pending.items()}
+        experts = {key: [expert for other, expert in pending if other == key] for key in images}
+        if not images:  # an earlier fetch took them along
+            return
+        rows = self.source.fetch(list(images.values()), list(experts.values()))
+        for key, row in zip(images, rows, strict=True):
+            for expert in experts[key]:
+                self._features[key, expert] = row[expert]
+                self.cache.put((key, expert), row[expert])

@@ -1,7 +1,11 @@
-"""Keys and values of what the LLM read."""
+"""PrefixCache: keys and values of earlier prompts, for prompts that begin the same way.
+
+A conversation that goes on, or a second question on an image, repeats a long beginning: text and visual tokens. Its keys
+and values depend on nothing after it, so the LLM reads such a prompt only from the first difference on.
+"""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,72 +13,88 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-CONVERSATIONS = 32  # most that the LLM's keys and values are kept of, however small they are
-
-
-@dataclass(frozen=True)
-class ImageView:
-    """One picture as one question sees it; equal views have equal visual tokens."""
-
-    key: str  # of the picture
-    experts: frozenset[str] = frozenset()
-    asked: str = ""  # what the gate reads; empty without experts, as then it weighs nothing
+MAX_PREFIXES = 32  # most prompts in the cache, however small they are: each look-up compares with all of them
 
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """What the LLM read and said, and the keys and values (1, H, L, d) per layer that came of it."""
+    """What the LLM read and replied, and the keys and values (1, H, L, d) of each layer."""
 
-    read: list[int | ImageView]  # per position; longer than L by what was said last
-    prompt: int  # how many of them were read before the reply
+    content: Sequence[Hashable]  # per position what stands there; longer than L by the last token, which was not read
+    prompt_length: int  # positions of `content` that were read before the reply
     layers: list[tuple[Tensor, Tensor]]
 
     @property
     def nbytes(self) -> int:
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
 
-    def common(self, read: Sequence[int | ImageView]) -> int:
-        """How many positions from the first on hold the same, so have the same keys and values."""
-        length = min(len(read), self.layers[0][0].shape[-2])
-        return next((at for at in range(length) if self.read[at] != read[at]), length)
+    def common_length(self, content: Sequence[Hashable]) -> int:
+        """Positions from the first on at which both hold the same, which therefore have the same keys and values."""
+        length = min(len(content), self.layers[0][0].shape[-2])
+        pairs = zip(self.content[:length], content[:length], strict=True)
+        return next((position for position, (ours, theirs) in enumerate(pairs) if ours != theirs), length)
 
 
 class PrefixCache:
-    """The last conversations with the LLM, for those that begin like one of them; the longest unused let go first."""
+    """The last prompts with their keys and values, least recently used out first. Any number of threads may use it.
 
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.conversations: list[CachedPrefix] = []
-        self.lock = threading.Lock()
+    Args:
+        max_bytes: of keys and values together; 0 stores nothing.
+    """
 
-    def begun(self, read: Sequence[int | ImageView]) -> DynamicCache | None:
-        """Keys and values of the longest beginning the LLM has read; the last token is left for it to go on from."""
-        with self.lock:
-            begun = [conversation.common(read[:-1]) for conversation in self.conversations]
-            length = max(begun, default=0)
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self._prefixes: list[CachedPrefix] = []  # least recently used first
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            return sum(prefix.nbytes for prefix in self._prefixes)
+
+    def find(self, content: Sequence[Hashable]) -> DynamicCache | None:
+        """Keys and values of the longest known beginning; None if there is none.
+
+        Args:
+            content: what stands at each position of the prompt. Its last position is never taken from the cache, because
+                the LLM must read one token to continue.
+        """
+        with self._lock:
+            lengths = [prefix.common_length(content[:-1]) for prefix in self._prefixes]
+            length = max(lengths, default=0)
             if not length:
                 return None
-            last = self.conversations.pop(begun.index(length))
-            self.conversations.append(last)
-        return DynamicCache([(keys[..., :length, :], values[..., :length, :]) for keys, values in last.layers])
+            prefix = self._prefixes.pop(lengths.index(length))
+            self._prefixes.append(prefix)
+        return DynamicCache([(keys[..., :length, :], values[..., :length, :]) for keys, values in prefix.layers])
 
-    def put(self, read: Sequence[int | ImageView], said: Sequence[int], cache: Any) -> None:
-        """Keeps a reply's cache, in place of those of the turns before it, if it holds every position of one row."""
+    def put(self, prompt: Sequence[Hashable], reply: Sequence[Hashable], cache: Any) -> None:
+        """Stores what the LLM read, in place of prompts of which this one is a continuation.
+
+        Nothing is stored of a cache that is too large, holds several rows, or cannot be cut back to a beginning (a sliding
+        window, or a recurrent state).
+
+        Args:
+            prompt, reply: what stands at each position.
+            cache: as transformers' `generate` returns it in `past_key_values`.
+        """
         layers = getattr(cache, "layers", [])
         if not layers or not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
-            return  # a sliding window or a state of its own: it cannot be cut back
-        kept = [(layer.keys, layer.values) for layer in layers]
-        new = CachedPrefix([*read, *said], len(read), kept)
-        if len(new.layers[0][0]) > 1 or new.nbytes > self.limit:
             return
-        with self.lock:
-            others = [one for one in self.conversations if one.common(read) < one.prompt]
-            self.conversations = [*others, new][-CONVERSATIONS:]
-            while sum(one.nbytes for one in self.conversations) > self.limit:
-                del self.conversations[0]
+        new = CachedPrefix([*prompt, *reply], len(prompt), [(layer.keys, layer.values) for layer in layers])
+        if len(new.layers[0][0]) > 1 or new.nbytes > self.max_bytes:
+            return
+        with self._lock:
+            others = [prefix for prefix in self._prefixes if prefix.common_length(prompt) < prefix.prompt_length]
+            self._prefixes = [*others, new][-MAX_PREFIXES:]
+            while sum(prefix.nbytes for prefix in self._prefixes) > self.max_bytes:
+                del self._prefixes[0]
 
 
-def _rescales(llm: Any) -> bool:
-    """Whether the LLM turns its keys by how long all it reads is, so that those of a beginning are not its own."""
-    rope = str(getattr(llm, "rope_parameters", None))
+def keys_depend_on_length(llm_config: Any) -> bool:
+    """Whether the LLM rotates its keys by the length of the whole prompt, so that those of a beginning cannot be reused."""
+    rope = str(getattr(llm_config, "rope_parameters", None))
     return "dynamic" in rope or "longrope" in rope
