@@ -1,7 +1,10 @@
-"""`mova ask`."""
+"""`mova ask`: one question, several, or a conversation about one picture; the model is loaded once."""
 
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +23,7 @@ from pipelines.cli.options import (
     name_value,
     names_list,
     path_or_url,
+    read_model_config,
     weights_location,
 )
 from pipelines.cli.output import print_result, results_only
@@ -27,16 +31,29 @@ from pipelines.cli.output import print_result, results_only
 
 def ask(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="Picture file, a path or a URL.", parser=path_or_url)],
-    question: Annotated[
-        str,
-        typer.Argument(help="The question; <image> in it marks where a picture stands, if there are several."),
-    ],
     model: ModelPath,
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[QUESTION]...",
+            help="Questions about the picture, each answered by itself; <image> in a question marks where a picture "
+            "stands, if there are several.",
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option(
+            "--interactive",
+            "-i",
+            help="Read questions from the terminal, one per line, as one conversation; an empty line or Ctrl-D ends it.",
+        ),
+    ] = False,
     also: Annotated[
         list[str] | None,
         typer.Option(metavar="IMAGE", help="One more picture, a path or a URL; repeatable.", parser=path_or_url),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the model and the experts run.")] = "cpu",
     router: Annotated[
         str, typer.Option(help="Who picks the experts: llm, or light where the model has one.", rich_help_panel=ROUTING)
     ] = "llm",
@@ -99,54 +116,122 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Ask about a picture; experts run in this process, and only those that the router picks."""
-    with results_only(quiet or as_json):
-        from dataclasses import asdict
-
-        from mova_core.answering import Answerer, Question
-        from mova_core.experts.cost import expert_costs
-        from mova_core.features import FeatureStore, LazyExperts, Tiered
-        from mova_core.images import ImageRef
-        from mova_core.model import MoVAForConditionalGeneration
-        from mova_core.processing import MoVAProcessor
-
+    silent, pictures, texts = quiet or as_json, [image, *(also or ())], list(questions or ())
+    if interactive and as_json:
+        raise typer.BadParameter("--interactive prints for people: leave --json out")
+    if not texts and not interactive:
+        raise typer.BadParameter("give a QUESTION, or --interactive")
+    for path in pictures:
+        if "://" not in path and "#" not in path and not Path(path).is_file():  # "#": a member of a tar or Parquet file
+            raise typer.BadParameter(f"no picture {path}")
+    with results_only(silent):
         import_modules(imports)
-        loaded = MoVAForConditionalGeneration.from_pretrained(str(model))
-        config = loaded.config
-        source: Any = LazyExperts(
-            config.experts,
-            size=config.expert_size,
-            weights=by_expert("--weights", weights, config.experts, weights_location),
-            fingerprints=config.fingerprints,
-            dtypes=config.feature_dtypes,
-        )
-        costs = None
-        if budget is not None:
-            stated = by_expert("--cost", cost, config.experts, cost_number)
-            try:
-                costs = expert_costs(config.experts, config.expert_size, config.feature_dtypes, stated, profile)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from None
-        if store is not None:
-            source = Tiered(FeatureStore(store, fingerprints=config.fingerprints, create=True), source)
-        asked = Question(
-            image=[ImageRef(path=path) for path in (image, *(also or ()))],
-            text=question,
+        config = read_model_config(model)
+        pool = [expert["name"] for expert in config.get("pool", [])]
+        weights_by_expert = by_expert("--weights", weights, pool, weights_location)
+        stated_costs = by_expert("--cost", cost, pool, cost_number)
+        costs = None if budget is None else _costs(config, stated_costs, profile)
+        answerer = _load(model, device, router, store, weights_by_expert, costs)
+
+        from mova_core.answering import Question
+        from mova_core.features import Tiered
+        from mova_core.images import ImageRef
+
+        images = [ImageRef(path=path) for path in pictures]
+
+    def answer_to(text: str, history: Sequence[tuple[str, str]] = ()) -> Any:
+        question = Question(
+            image=images,
+            text=text,
+            history=history,
             experts=None if force is None else [name for name in names_list(force) if name != "none"],
             forbid=names_list(forbid),
             max_experts=max_experts,
             budget=budget,
         )
-        answerer = Answerer(
-            loaded,
-            MoVAProcessor.from_pretrained(str(model)),
-            source,
-            router=router,  # type: ignore[arg-type]  # it names a wrong one itself
-            costs=costs,
+        with results_only(silent):
+            return answerer.answer([question], max_new_tokens)[0]
+
+    with answerer.source if isinstance(answerer.source, Tiered) else contextlib.nullcontext():
+        answers = []
+        for text in texts:
+            answers.append(answer_to(text))
+            if not as_json:
+                if len(texts) > 1:
+                    print(f"\n> {text}")
+                _show(answers[-1])
+        if interactive:
+            _converse(answer_to, list(zip(texts, answers, strict=True)))
+    if as_json:
+        documents = [{"question": text, **asdict(answer)} for text, answer in zip(texts, answers, strict=True)]
+        print_result(asdict(answers[0]) if len(answers) == 1 else documents, as_json, lambda: None)
+
+
+def _costs(config: dict[str, Any], stated: dict[str, float], profile: Path | None) -> dict[str, float]:
+    """Expert of the model's pool -> cost per picture, see `expert_costs`."""
+    from mova_core.experts.cost import expert_costs
+
+    dtypes = {expert["name"]: expert["dtype"] for expert in config["pool"] if expert.get("dtype")}
+    try:
+        return expert_costs(
+            [expert["name"] for expert in config["pool"]], config.get("expert_size", "full"), dtypes, stated, profile
         )
-        [answer] = answerer.answer([asked], max_new_tokens)
-        if isinstance(source, Tiered):
-            source.close()
-    print_result(asdict(answer), as_json, lambda: _show(answer))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _load(
+    model: Path,
+    device: str,
+    router: str,
+    store: str | None,
+    weights: dict[str, str],
+    costs: dict[str, float] | None,
+) -> Any:
+    """The model with its experts behind a feature store, if there is one, ready to answer."""
+    import torch
+
+    from mova_core.answering import Answerer
+    from mova_core.features import FeatureStore, LazyExperts, Tiered
+    from mova_core.model import MoVAForConditionalGeneration
+    from mova_core.processing import MoVAProcessor
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: this PyTorch sees no GPU")
+    loaded = MoVAForConditionalGeneration.from_pretrained(str(model))
+    torch.nn.Module.to(loaded, device)
+    config = loaded.config
+    source: Any = LazyExperts(
+        config.experts,
+        size=config.expert_size,
+        weights=weights,
+        fingerprints=config.fingerprints,
+        device=device,
+        dtypes=config.feature_dtypes,
+    )
+    if store is not None:
+        source = Tiered(FeatureStore(store, fingerprints=config.fingerprints, create=True), source)
+    processor = MoVAProcessor.from_pretrained(str(model))
+    return Answerer(loaded, processor, source, router=router, costs=costs)  # type: ignore[arg-type]  # refuses a wrong router
+
+
+def _converse(answer_to: Callable[..., Any], said: Sequence[tuple[str, Any]]) -> None:
+    """Answers questions read from the terminal, each with the whole conversation before it."""
+    history = [turn for text, answer in said for turn in (("user", text), ("assistant", answer.text))]
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except EOFError:  # Ctrl-D, or the end of a pipe
+            return
+        if not text:
+            return
+        try:
+            answer = answer_to(text, tuple(history))
+        except ValueError as error:  # such as a conversation that is too long for the LLM
+            print(f"mova: {error}")
+            continue
+        _show(answer)
+        history += [("user", text), ("assistant", answer.text)]
 
 
 def _show(answer: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mova_core import __version__
-from pipelines.cli import ask, convert, demo, evaluate, experts, label, plan, precompute, profile, store, train
+from pipelines.cli import ask, convert, demo, evaluate, experts, init, label, plan, precompute, profile, store, train
 from pipelines.cli.help import App
 from pipelines.errors import is_ours, root_cause
 
@@ -50,6 +50,7 @@ app.command(rich_help_panel=FEATURES)(profile.profile)
 app.command(rich_help_panel=FEATURES)(plan.plan)
 app.add_typer(precompute.app, name="precompute", rich_help_panel=FEATURES)
 app.add_typer(store.app, name="store", rich_help_panel=FEATURES)
+app.command(rich_help_panel=MODELS)(init.init)
 app.command(rich_help_panel=MODELS)(convert.convert)
 app.command(rich_help_panel=MODELS)(label.label)
 app.add_typer(train.app, name="train", rich_help_panel=MODELS)
