@@ -131,7 +131,7 @@ def row(name: str, nodes: Sequence[NodeType], profiles: Sequence[Profile], image
     whole = images / done.seconds
     return {
         "cluster": name,
-        "order": "in turn" if placed.in_turn else "side by side",
+        "order": "sequential" if placed.sequential else "concurrent",
         "predicted": placed.images_per_second,
         "simulated": done.images_per_second,
         "of_bound": placed.images_per_second / placed.bound,

@@ -1,77 +1,78 @@
-"""Where the expert pools run: what a user asks for per expert and whether this cluster can give it, or the best there is.
+"""Which pool of actors each expert gets on a cluster so that all features are computed soonest.
 
-`plan_placement` chooses by an integer program (HiGHS, by scipy). Its assumptions:
+`plan_placement` chooses by an integer program, solved by HiGHS through scipy. Its assumptions:
 
-- A share f of a GPU gives f of the speed that was measured with the whole GPU. Shares are 1, 1/2, 1/4, 1/8 and 1/16:
-  each is a multiple of the next, so actors started in the order of their share fill GPUs without a gap whatever GPU
-  Ray picks for them, and none straddles two. No search for a packing is needed, and the program is exact.
-- An actor fits a share if the peak it was profiled with, and what CUDA takes for a process, fit that share of the
-  memory; all that sit on one GPU then fit it together.
-- An actor on CPUs holds as many as its profile had threads. Any CPU counts as the slowest one that was profiled.
+- A share f of a GPU gives f of the speed measured with the whole GPU. Shares are 1, 1/2, 1/4, 1/8 and 1/16. Each is a
+  multiple of the next, so actors started in the order of their share fill GPUs without a gap, whichever GPU Ray picks,
+  and no actor straddles two GPUs. The program therefore needs no packing constraints and is still exact.
+- An actor fits a share of a GPU if the memory peak of its profile, and what CUDA takes for a process, fit that share of
+  the GPU's memory. Then all actors of one GPU fit it together.
+- An actor without a GPU holds as many CPUs as its profile used threads. Every CPU counts as the slowest one profiled.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import cached_property, reduce
 from math import ceil, gcd
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cluster.nodes import GIB, NodeType, PlanError, accelerator_of
-from cluster.packing import first_fit
+from cluster.packing import READING_CPUS, first_fit
 from cluster.pools import ROUNDING, PoolSpec
 
 if TYPE_CHECKING:
     from mova_core.experts.cost import Profile
 
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of a GPU, per actor
-DECODERS = 4  # cores that an actor beside a GPU can keep busy with decoding
-CONTEXT = GIB // 2  # of a GPU's memory, that CUDA takes for each process beside PyTorch's
-FEW = 3  # machines of a kind that are each planned by themselves
-GAP = 5e-3  # of the rate, that the solver may leave
-SPARE = 0.01  # of the rate, given up for fewer pools and actors; of these the solver may leave five times as much
-POOL_COST = 4.0  # actors that one pool less is worth
-TAIL = 0.05  # of the run: where one shard takes longer than that, the last shards would be waited for
-IN_TURN_GAIN = 1.05  # experts one after the other must be faster by this: each start costs what the program cannot see
+DECODERS = 4  # most cores that one actor on a GPU keeps busy with decoding
+CONTEXT = GIB // 2  # bytes of GPU memory that CUDA takes for each process, beside PyTorch's own
+UNGROUPED_MACHINES = 3  # up to this many machines of a kind are each planned by themselves
+GAP = 5e-3  # relative gap at which the first solve, for the rate, may stop
+SIMPLICITY_TOLERANCE = 0.01  # second solve: accept up to 1 % less rate for the fewest pools and actors
+SIMPLICITY_GAP = 5 * SIMPLICITY_TOLERANCE  # relative gap at which the second solve may stop
+POOL_COST = 4.0  # second solve: one pool less is worth this many actors
+MAX_SHARD_SHARE_OF_RUN = 0.05  # devices on which one shard takes longer than this part of the run are left out
+SEQUENTIAL_GAIN = 1.05  # least gain of running experts sequentially: the program does not see the time of the restarts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Pools for every expert, and what they bring."""
+    """Pools for every expert, and the rate they are predicted to reach."""
 
     wanted: Mapping[str, int]  # expert -> features to compute
     pools: list[PoolSpec]  # in the order to start them, larger shares of a GPU first; planned with `max_size` actors
-    in_turn: bool  # experts one after the other, each with all of the cluster; else side by side
-    images_per_second: float  # of the most wanted expert, while all keep step with it
-    bound: float  # images/s that no placement exceeds: with every device in use and actors cut at will
-    shares: Mapping[str, float]  # resource -> its part in the bound, in all 1: the largest is the bottleneck
+    sequential: bool  # experts run one after the other, each on the whole cluster; else all run concurrently
+    images_per_second: float  # of the most wanted expert; concurrent experts finish together
+    bound: float  # images/s that no placement exceeds: the linear program, in which actors may be cut into parts
+    shares: Mapping[str, float]  # resource -> its part in the bound, 1 in all: the largest is the bottleneck
     gains: Mapping[str, float]  # accelerator -> images/s that one more such GPU adds to the bound
-    notes: list[str] = field(default_factory=list)  # what profiles lack, for people
+    notes: list[str] = field(default_factory=list)  # for people: missing profiles, actors that may have to wait
 
     @property
     def rates(self) -> dict[str, float]:
-        """Expert -> images/s of its pools, while they run."""
-        return {name: sum(pool.rate or 0 for pool in self.pools if pool.expert == name) for name in self.wanted}
+        """Expert -> images/s of its pools while they run."""
+        return {name: _rate(self.pools, name) for name in self.wanted}
 
     @property
     def seconds(self) -> float:
-        """Time for all that is wanted, without the start of the actors."""
+        """Time until everything is computed, without the start of the actors."""
         return max(self.wanted.values(), default=0) / self.images_per_second
 
     @property
     def bottleneck(self) -> str:
-        """What limits the rate, and the expert that is done last."""
+        """The resource that limits the rate, and the expert that finishes last."""
         resource = max(self.shares, key=self.shares.__getitem__)
         last = max(self.wanted, key=lambda name: self.wanted[name] / self.rates[name])
-        return f"{resource}; {'longest' if self.in_turn else 'last to finish'}: {last}"
+        return f"{resource}; {'longest' if self.sequential else 'last to finish'}: {last}"
 
     def describe(self) -> list[str]:
         """The placement in lines for people."""
-        order = "one expert after the other" if self.in_turn else "all experts side by side"
+        order = "experts run sequentially" if self.sequential else "all experts run concurrently"
         lines = [
-            f"{order}: {self.images_per_second:.4g} images/s of the mix, {self.images_per_second / self.bound:.0%} of "
-            f"what this cluster could give at most",
+            f"{order}: {self.images_per_second:.4g} images/s that have passed all experts, "
+            f"{self.images_per_second / self.bound:.0%} of the best possible rate of this cluster",
             f"{max(self.wanted.values()):,} images in {duration(self.seconds)}, without the start of the actors",
             f"bottleneck: {self.bottleneck}",
             *(f"one more {kind}: {gain:+.3g} images/s" for kind, gain in self.gains.items()),
@@ -80,19 +81,18 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class _Way:
-    """One way to run an actor of an expert."""
+class PlacementOption:
+    """One kind of device, share and batch on which an actor of an expert can run."""
 
     pool: PoolSpec  # of one actor
-    rate: float  # images/s of it
+    rate: float  # images/s of one actor
 
-    def fits(self, nodes: NodeType) -> int:
-        """How many of it one such machine holds when it holds nothing else."""
-        pool = self.pool
-        if pool.accelerator not in (None, nodes.accelerator):
+    def fits(self, node: NodeType) -> int:
+        """How many such actors one empty machine of that kind holds."""
+        if self.pool.accelerator not in (None, node.accelerator):
             return 0
-        has = {"cpu": nodes.cpus, "gpu": nodes.gpus, "memory": nodes.memory}
-        return min(int(has[kind] / share + ROUNDING) for kind, share in pool.holds.items() if share)
+        total = {"cpu": node.cpus, "gpu": node.gpus, "memory": node.memory}
+        return min(int(total[resource] / held + ROUNDING) for resource, held in self.pool.holds.items() if held)
 
 
 def plan_placement(
@@ -103,267 +103,370 @@ def plan_placement(
     shard_rows: Mapping[str, int] | int = 64,
     seconds: float = 5.0,
 ) -> Placement:
-    """The placement that computes what is wanted soonest.
+    """The placement that computes all wanted features soonest.
 
-    It maximises t, where actors of every expert together reach t times its wanted features per second, under the
-    machines' CPUs (one of them stays free for reading tasks), GPUs and memory. Where experts do not fit side by side, or
-    are clearly slower so than one after the other on all of the cluster, they get the cluster in turn.
+    It maximises t, where the actors of every expert together compute t times its wanted features per second, under the
+    machines' CPUs (one stays free for reading tasks), GPUs and memory. Experts run sequentially, each on the whole
+    cluster, where they do not fit it together or are at least 5 % faster that way.
 
     Args:
-        wanted: features still to compute, per expert; experts of which none is wanted are left out.
-        profiles: of the size and dtype to run; of several of one kind of device, the slowest counts.
+        wanted: features to compute, per expert; experts with none are left out.
+        profiles: of the size and dtype to run; where several are of one kind of device, the slowest counts.
         nodes: machines, as `cluster.nodes` reads them.
-        decode: pictures/s that one core decodes and prepares, which profiles leave out; an actor beside a GPU then holds
-            the CPUs it takes to keep up, four at most. None: costs nothing.
-        shard_rows: pictures per shard; devices so slow that a shard takes a good part of the run are left to others.
-        seconds: longest time for each of two integer programs, after which the best found so far counts.
+        decode: images/s that one core decodes and prepares, which profiles leave out. An actor on a GPU then holds the
+            CPUs it needs to keep up, at most `DECODERS`. None: decoding costs nothing.
+        shard_rows: images per shard.
+        seconds: longest time for each solve; after it the best placement found so far counts.
 
     Raises:
-        PlanError: no profile fits any device of the cluster, or an expert fits nowhere.
+        PlanError: no profile is of a device of this cluster, or an expert fits nowhere.
     """
     wanted = {name: count for name, count in wanted.items() if count > 0}
     if not wanted:
-        raise PlanError("nothing is wanted of any expert: there is nothing to place")
+        raise PlanError("no features are wanted of any expert: there is nothing to place")
     profiles, notes = list(profiles), list[str]()
-    ways = {name: _ways(name, profiles, nodes, decode, notes) for name in wanted}
-    bound, shares = _Program(wanted, ways, nodes).bound()
-    for name, each in ways.items():
-        rows = shard_rows if isinstance(shard_rows, int) else shard_rows[name]
-        slowest = min(max(way.rate for way in each), rows / (TAIL / bound) if bound else 0.0)
-        ways[name] = [way for way in each if way.rate >= slowest]
-    program = _Program(wanted, ways, nodes)
-    together = program.solve(program.bound()[0], seconds)
-    alone = {name: _Program({name: wanted[name]}, {name: ways[name]}, nodes) for name in wanted}
-    in_turn = {name: one.solve(one.bound()[0], seconds) for name, one in alone.items()} if len(wanted) > 1 else {}
-    most = max(wanted.values())
+    options = {name: placement_options(name, profiles, nodes, decode, notes) for name in wanted}
+    bound, shares = _Program(wanted, options, nodes).bound()
+    for name, each in options.items():
+        options[name] = _fast_enough(each, shard_rows if isinstance(shard_rows, int) else shard_rows[name], bound)
 
-    def rate(pools: Iterable[PoolSpec], name: str) -> float:
-        return sum(pool.rate or 0.0 for pool in pools if pool.expert == name)
-
-    turns = 0.0
-    if in_turn and all(in_turn.values()):
-        turns = 1 / sum(wanted[name] / rate(pools, name) for name, pools in in_turn.items())
-    beside = min(rate(together, name) / wanted[name] for name in wanted)
-    if max(turns, beside) == 0:
-        name = next(name for name in wanted if not in_turn.get(name, together))
-        least = min(way.pool.cpus for way in ways[name])
-        raise PlanError(
-            f"expert {name}: an actor of it holds {least:g} CPUs as profiled and one must stay free for reading tasks, but "
-            f"the cluster has {sum(one.cpus * one.count for one in nodes):g}: profile it with a lower --cpu, or add a node"
-        )
-    use_turns = turns > beside * IN_TURN_GAIN
-    pools = together
-    if use_turns:  # a pool that started with what another left over would keep to it
-        pools = [replace(pool, min_size=pool.max_size) for name in in_turn for pool in in_turn[name]]
+    program = _Program(wanted, options, nodes)
+    pools = program.solve(seconds)
+    rate = min(_rate(pools, name) / count for name, count in wanted.items())  # t
+    alone = dict.fromkeys(wanted, pools)
+    if len(wanted) > 1:
+        alone = {name: _Program({name: count}, options, nodes).solve(seconds) for name, count in wanted.items()}
+    sequential_rate = 0.0
+    if all(alone.values()):
+        sequential_rate = 1 / sum(count / _rate(alone[name], name) for name, count in wanted.items())
+    if max(rate, sequential_rate) == 0:
+        raise _no_cpu_left(next(name for name in wanted if not alone[name]), options, nodes)
+    if sequential := sequential_rate > rate * SEQUENTIAL_GAIN:
+        # A pool that starts with the few seats another expert left over would keep to them: wait for all of them.
+        pools = [replace(pool, min_size=pool.max_size) for each in alone.values() for pool in each]
     pools.sort(key=lambda pool: -pool.gpu)
-    if not use_turns:
-        for pool, seats in zip(pools, first_fit(pools, nodes), strict=True):
-            if len(seats) < pool.max_size:
-                notes.append(
-                    f"{pool.max_size - len(seats)} of {pool} may wait where Ray puts the others in its own order"
-                )
-    kinds = dict.fromkeys(one.accelerator for one in nodes if one.accelerator)
-    gains = {kind: (program.bound(one_more=kind)[0] - program.bound()[0]) * most for kind in kinds}
+    if not sequential:
+        notes += _notes_on_waiting(pools, nodes)
+    most_wanted = max(wanted.values())
     return Placement(
         wanted=wanted,
         pools=pools,
-        in_turn=use_turns,
-        images_per_second=most * (turns if use_turns else beside),
-        bound=most * bound,
+        sequential=sequential,
+        images_per_second=most_wanted * (sequential_rate if sequential else rate),
+        bound=most_wanted * bound,
         shares=shares,
-        gains=gains,
+        gains={kind: gain * most_wanted for kind, gain in program.gains().items()},
         notes=notes,
     )
 
 
-def _ways(
+def duration(seconds: float) -> str:
+    """A time for people, in seconds, minutes or hours."""
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 3 else f"{minutes:.0f} min" if hours < 3 else f"{hours:.1f} h"
+
+
+def _rate(pools: Iterable[PoolSpec], expert: str) -> float:
+    """Images/s of all pools of an expert."""
+    return sum(pool.rate or 0.0 for pool in pools if pool.expert == expert)
+
+
+def _fast_enough(options: Sequence[PlacementOption], rows: int, bound: float) -> list[PlacementOption]:
+    """Options on which a shard takes a small part of the run: else everybody waits for the last shard of a slow device.
+
+    Args:
+        rows: images per shard.
+        bound: largest part of the wanted features per second, so that the run takes at least 1 / bound seconds.
+    """
+    slowest = rows * bound / MAX_SHARD_SHARE_OF_RUN  # images/s
+    slowest = min(slowest, max(option.rate for option in options))
+    return [option for option in options if option.rate >= slowest]
+
+
+def _no_cpu_left(name: str, options: Mapping[str, Sequence[PlacementOption]], nodes: Sequence[NodeType]) -> PlanError:
+    fewest = min(option.pool.cpus for option in options[name])
+    return PlanError(
+        f"expert {name}: one actor holds {fewest:g} CPUs as profiled and one must stay free for reading tasks, but the "
+        f"cluster has {sum(node.cpus * node.count for node in nodes):g}: profile it with a lower --cpu, or add a node"
+    )
+
+
+def _notes_on_waiting(pools: Sequence[PoolSpec], nodes: Sequence[NodeType]) -> list[str]:
+    """Pools whose actors do not all find a seat where actors are seated in a simple order, as Ray does."""
+    missing = [(pool.max_size - len(seats), pool) for pool, seats in zip(pools, first_fit(pools, nodes), strict=True)]
+    return [
+        f"{count} actors of {pool} may wait: Ray seats the other actors in its own order"
+        for count, pool in missing
+        if count
+    ]
+
+
+def placement_options(
     name: str, profiles: "Sequence[Profile]", nodes: Sequence[NodeType], decode: float | None, notes: list[str]
-) -> list[_Way]:
-    """Every way this cluster can run an actor of an expert."""
-    kinds: dict[str | None, list[int]] = {None: []}  # accelerator -> known memories of one
-    for one in nodes:
-        if one.accelerator:
-            kinds.setdefault(one.accelerator, []).extend([one.gpu_memory] if one.gpu_memory else [])
-    ways: list[_Way] = []
-    unknown, small = [], []
-    for kind, memories in kinds.items():
-        measured = [one for one in profiles if one.expert == name and accelerator_of(one.device) == kind]
+) -> list[PlacementOption]:
+    """Every option that this cluster has for an actor of an expert; adds to `notes` what is left out.
+
+    Raises:
+        PlanError: none; says which memory, CPUs or profile are missing.
+    """
+    gpu_memory: dict[str, list[int]] = {}  # accelerator -> known bytes of one GPU
+    for node in nodes:
+        if node.accelerator:
+            gpu_memory.setdefault(node.accelerator, []).extend([node.gpu_memory] if node.gpu_memory else [])
+    options: list[PlacementOption] = []
+    unprofiled, too_large = [], []
+    for kind in (None, *gpu_memory):
+        measured = [
+            profile for profile in profiles if profile.expert == name and accelerator_of(profile.device) == kind
+        ]
         if not measured:
-            unknown.append(kind or "CPU")
-        elif kind is None:
-            slowest = min(measured, key=lambda one: one.best().images_per_second)
-            best = slowest.best()
-            pool = PoolSpec(expert=name, cpu=float(slowest.threads), batch=best.batch, memory=best.peak_bytes or 0)
-            if any(_Way(pool, 1.0).fits(one) for one in nodes):
-                aside = 1 / (decode * pool.cpus) if decode else 0.0
-                ways.append(_Way(pool, 1 / (1 / best.images_per_second + aside)))
+            unprofiled.append(kind)
+            continue
+        try:
+            if kind is None:
+                options.append(_on_cpus(measured, nodes, decode))
             else:
-                small.append(
-                    f"{pool.cpus:g} CPUs and {pool.memory / GIB:.1f} GiB of memory on one machine, but the largest has "
-                    f"{max(one.cpus for one in nodes):g} and {max(one.memory for one in nodes) / GIB:.1f} GiB"
-                )
-        else:
-            on_kind = [
-                way
-                for share in SHARES
-                if (way := _on_gpu(name, kind, share, min(memories, default=None), measured, decode))
-            ]
-            ways += on_kind
-            if not on_kind:
-                need = min(one.batches[0].peak_bytes or 0 for one in measured) + CONTEXT
-                small.append(f"{need / GIB:.1f} GiB of GPU memory, but a {kind} has {min(memories) / GIB:.1f} GiB")
-    if not ways and small:
-        raise PlanError(f"expert {name} fits nowhere: it takes {'; or '.join(small)}")
-    if not ways:
-        gpu = next((kind for kind in unknown if kind != "CPU"), None)
-        place = f" --gpu 1 --accelerator {gpu}" if gpu else ""
+                options += _on_gpus(kind, measured, min(gpu_memory[kind], default=None), decode)
+        except _TooLarge as error:
+            too_large.append(str(error))
+    gpus = [kind for kind in unprofiled if kind is not None]
+    if not options and too_large:
+        raise PlanError(f"expert {name} fits nowhere: it takes {'; or '.join(too_large)}")
+    if not options:
+        device = f" --gpu 1 --accelerator {gpus[0]}" if gpus else ""
         raise PlanError(
-            f"expert {name} has no profile on any kind of device here ({', '.join(unknown)}): "
-            f"run `mova profile --experts {name}{place}`"
+            f"expert {name} has no profile on any kind of device here ({', '.join(kind or 'CPU' for kind in unprofiled)}): "
+            f"run `mova profile --experts {name}{device}`"
         )
-    if missing := [kind for kind in unknown if kind != "CPU"]:
-        notes.append(f"{name} is not placed on {', '.join(missing)}: no profile of it there")
-    return ways
+    if gpus:
+        notes.append(f"{name} is not placed on {', '.join(gpus)}: no profile of it there")
+    return options
 
 
-def _on_gpu(
-    name: str, kind: str, share: float, memory: int | None, profiles: "Sequence[Profile]", decode: float | None
-) -> _Way | None:
-    """An actor on a share of a GPU, if it fits; where the GPU's memory is not known, only a whole one does."""
-    if memory is None and share < 1:
-        return None
-    room = None if memory is None else share * memory - CONTEXT
-    fitting = [one for one in profiles if room is None or (one.batches[0].peak_bytes or 0) <= room]
-    if len(fitting) < len(profiles):
-        return None
-    best = min((one.best(room) for one in fitting), key=lambda one: one.images_per_second)
-    pool = PoolSpec(expert=name, gpu=share, accelerator=kind, batch=best.batch)
-    rate = share * best.images_per_second
-    if decode:
-        rate = min(rate, DECODERS * decode)
-        pool = replace(pool, cpu=max(pool.cpus, ceil(4 * rate / decode - ROUNDING) / 4))  # in quarters, which add up
-    return _Way(pool, rate)
+class _TooLarge(ValueError):
+    """No machine of a kind holds an actor; says what the actor takes and what the largest machine has."""
+
+
+def _on_cpus(profiles: "Sequence[Profile]", nodes: Sequence[NodeType], decode: float | None) -> PlacementOption:
+    """An actor without a GPU, which decodes on its own CPUs before it computes."""
+    slowest = min(profiles, key=lambda profile: profile.best().images_per_second)
+    best = slowest.best()
+    pool = PoolSpec(expert=slowest.expert, cpu=float(slowest.threads), batch=best.batch, memory=best.peak_bytes or 0)
+    seconds = 1 / best.images_per_second + (1 / (decode * pool.cpus) if decode else 0.0)  # per image
+    option = PlacementOption(pool, 1 / seconds)
+    if not any(option.fits(node) for node in nodes):
+        raise _TooLarge(
+            f"{pool.cpus:g} CPUs and {pool.memory / GIB:.1f} GiB of memory on one machine, but the largest has "
+            f"{max(node.cpus for node in nodes):g} and {max(node.memory for node in nodes) / GIB:.1f} GiB"
+        )
+    return option
+
+
+def _on_gpus(
+    kind: str, profiles: "Sequence[Profile]", memory: int | None, decode: float | None
+) -> list[PlacementOption]:
+    """An actor on each share of a GPU that it fits; where the GPU's memory is not known, only on a whole GPU."""
+    options = []
+    for share in SHARES if memory is not None else SHARES[:1]:
+        room = None if memory is None else share * memory - CONTEXT
+        if any(room is not None and (profile.batches[0].peak_bytes or 0) > room for profile in profiles):
+            continue
+        best = min((profile.best(room) for profile in profiles), key=lambda measured: measured.images_per_second)
+        pool = PoolSpec(expert=profiles[0].expert, gpu=share, accelerator=kind, batch=best.batch)
+        rate = share * best.images_per_second
+        if decode:
+            rate = min(rate, DECODERS * decode)
+            cores = ceil(4 * rate / decode - ROUNDING) / 4  # in quarters, so that several actors add up to whole CPUs
+            pool = replace(pool, cpu=max(pool.cpus, cores))
+        options.append(PlacementOption(pool, rate))
+    if not options and memory is not None:
+        needed = min(profile.batches[0].peak_bytes or 0 for profile in profiles) + CONTEXT
+        raise _TooLarge(f"{needed / GIB:.1f} GiB of GPU memory, but a {kind} has {memory / GIB:.1f} GiB")
+    return options
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A variable of the program: how many actors of an option each machine of a group runs."""
+
+    option: PlacementOption
+    group: int
+    most: int  # actors that an empty machine holds
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A limit of the program: the sum of `coefficients` times the variables, and of `t_coefficient` times t."""
+
+    name: str  # for people
+    coefficients: np.ndarray  # (columns,)
+    limit: float
+    t_coefficient: float = 0.0
 
 
 class _Program:
-    """The integer program: how many actors of each way every machine runs, and t in features wanted per second.
+    """The integer program: the number of actors of each option on every machine, and t.
 
-    Machines of a kind are divided into groups of 1, 2, 4, ... that are each run alike. So what every single machine
-    holds is known, and fits it, while a thousand machines take a dozen groups.
+    t is the part of every expert's wanted features that is computed per second. Machines of a kind are divided into
+    groups of 1, 2, 4, ... machines that all run the same actors. So the program knows what each machine holds, while a
+    thousand machines take a dozen groups.
+
+    Args:
+        wanted: features to compute, per expert; of other experts in `options` none is placed.
     """
 
-    def __init__(self, wanted: Mapping[str, int], ways: Mapping[str, Sequence[_Way]], nodes: Sequence[NodeType]):
-        self.groups = [(one, size) for one in nodes for size in _group_sizes(one.count)]
+    def __init__(
+        self,
+        wanted: Mapping[str, int],
+        options: Mapping[str, Sequence[PlacementOption]],
+        nodes: Sequence[NodeType],
+    ):
+        self.wanted = wanted
+        self.groups = [(node, size) for node in nodes for size in _group_sizes(node.count)]
         self.columns = [
-            (way, where, fits)
-            for each in ways.values()
-            for way in each
-            for where, (one, _) in enumerate(self.groups)
-            if (fits := way.fits(one))
+            _Column(option, group, most)
+            for name in wanted
+            for option in options[name]
+            for group, (node, _) in enumerate(self.groups)
+            if (most := option.fits(node))
         ]
-        self.rows: list[np.ndarray] = []
-        self.most: list[float] = []
-        self.names: list[str] = []
-        size = [size for _, size in self.groups]
-        for name, count in wanted.items():
-            self._row(
-                name, 0.0, lambda way, where, n=name: -way.rate * size[where] * (way.pool.expert == n), t=float(count)
-            )
-        for index, (one, _) in enumerate(self.groups):
-            label = one.accelerator or "CPU-only"
-            # What is left of a machine's CPUs when all its actors hold multiples of a unit cannot be used.
-            holds = {round(way.pool.cpus * 10_000) for way, where, _ in self.columns if where == index}
-            unit = (reduce(gcd, holds) if holds else 0) / 10_000 or 1.0
-            cpus = int(one.cpus / unit + ROUNDING) * unit
-            self._row(f"CPUs of {label} machines", cpus, lambda way, where, i=index: way.pool.cpus * (where == i))
-            if one.gpus:
-                self._row(f"{label} GPUs", one.gpus, lambda way, where, i=index: way.pool.gpu * (where == i))
-            self._row(
-                f"memory of {label} machines",
-                one.memory / GIB,
-                lambda way, where, i=index: way.pool.memory / GIB * (where == i),
-            )
-        free = sum(one.cpus * one.count for one in nodes) - 1
-        self._row("CPUs", free, lambda way, where: way.pool.cpus * size[where])
+        self.machines = np.array(
+            [self.groups[column.group][1] for column in self.columns]
+        )  # that each column counts for
+        self.rows = self._rows()
 
-    def _row(self, name: str, most: float, each: Callable[..., float], t: float = 0.0) -> None:
-        self.rows.append(np.array([each(way, where) for way, where, _ in self.columns] + [t]))
-        self.most.append(most)
-        self.names.append(name)
+    def _rows(self) -> dict[tuple[str, object], _Row]:
+        """Limits by (resource, group), or by ("rate", expert); ("cpu", None) is of the whole cluster."""
+        pools = [column.option.pool for column in self.columns]
+        group_of = np.array([column.group for column in self.columns])
+        expert_of = np.array([pool.expert for pool in pools])
+        rate = np.array([column.option.rate for column in self.columns])
+        held = {resource: np.array([pool.holds[resource] for pool in pools]) for resource in ("cpu", "gpu", "memory")}
+        held["memory"] = held["memory"] / GIB  # of the size of the other coefficients
+        rows: dict[tuple[str, object], _Row] = {}
+        for name, count in self.wanted.items():
+            computed = rate * self.machines * (expert_of == name)
+            rows["rate", name] = _Row(name, -computed, 0.0, float(count))  # t * wanted <= features/s
+        for group, (node, _) in enumerate(self.groups):
+            here, label = group_of == group, node.accelerator or "CPU-only"
+            cpus = _usable_cpus(node, held["cpu"][here])
+            rows["cpu", group] = _Row(f"CPUs of {label} machines", held["cpu"] * here, cpus)
+            if node.gpus:
+                rows["gpu", group] = _Row(f"{label} GPUs", held["gpu"] * here, node.gpus)
+            rows["memory", group] = _Row(f"memory of {label} machines", held["memory"] * here, node.memory / GIB)
+        total = sum(node.cpus * size for node, size in self.groups)
+        rows["cpu", None] = _Row("CPUs", held["cpu"] * self.machines, total - READING_CPUS)
+        return rows
 
-    def bound(self, one_more: str | None = None) -> tuple[float, dict[str, float]]:
-        """Largest t with actors cut at will, and each resource's part in it; with one more GPU of a kind if named."""
+    @cached_property
+    def _matrix(self) -> np.ndarray:
+        """(rows, columns + 1) coefficients; the last column is t."""
+        return np.array([[*row.coefficients, row.t_coefficient] for row in self.rows.values()])
+
+    @cached_property
+    def _limits(self) -> np.ndarray:
+        return np.array([row.limit for row in self.rows.values()])
+
+    def bound(self, limits: np.ndarray | None = None) -> tuple[float, dict[str, float]]:
+        """Largest t if actors could be cut into parts, and the part of each resource in it (from the dual values)."""
         from scipy.optimize import linprog
 
-        most = np.array(self.most)
-        if one_more:
-            where, size = next((i, size) for i, (one, size) in enumerate(self.groups) if one.accelerator == one_more)
-            gpu_rows = [row for row, name in enumerate(self.names) if name.endswith(" GPUs")]
-            with_gpus = [index for index, (one, _) in enumerate(self.groups) if one.gpus]
-            most[gpu_rows[with_gpus.index(where)]] += 1 / size
-        gain = np.zeros(len(self.columns) + 1)
-        gain[-1] = -1.0
-        found = linprog(gain, A_ub=np.array(self.rows), b_ub=most, bounds=(0, None), method="highs")
+        limits = self._limits if limits is None else limits
+        maximise_t = np.zeros(len(self.columns) + 1)
+        maximise_t[-1] = -1.0
+        solution = linprog(maximise_t, A_ub=self._matrix, b_ub=limits, bounds=(0, None), method="highs")
+        t = float(solution.x[-1])
         parts: dict[str, float] = {}
-        for name, limit, dual in zip(self.names, most, found.ineqlin.marginals, strict=True):
-            if limit * dual and found.x[-1]:
-                parts[name] = parts.get(name, 0.0) - float(limit * dual / found.x[-1])
-        return float(found.x[-1]), parts
+        for row, limit, dual in zip(self.rows.values(), limits, solution.ineqlin.marginals, strict=True):
+            if limit * dual and t:
+                parts[row.name] = parts.get(row.name, 0.0) - float(limit * dual / t)
+        return t, parts
 
-    def solve(self, bound: float, seconds: float) -> list[PoolSpec]:
-        """The pools of the largest t with whole actors, as few as reach it; none where some expert gets no actor."""
-        from scipy.optimize import Bounds, LinearConstraint, milp
+    def gains(self) -> dict[str, float]:
+        """Accelerator -> how much one more such GPU adds to the bound on t."""
+        bound, numbers = self.bound()[0], list(self.rows)
+        gains: dict[str, float] = {}
+        for group, (node, size) in enumerate(self.groups):
+            if node.accelerator and node.accelerator not in gains:
+                limits = self._limits.copy()
+                limits[numbers.index(("gpu", group))] += 1 / size  # a limit holds for each machine of the group
+                gains[node.accelerator] = self.bound(limits)[0] - bound
+        return gains
 
-        if not bound:
+    def solve(self, seconds: float) -> list[PoolSpec]:
+        """The pools of the largest t with whole actors, and as few of them as reach it.
+
+        Empty where some expert gets no actor. The variables are the columns, t as a part of its bound, and for each
+        pool whether it is chosen.
+
+        Args:
+            seconds: longest time for each of the two solves.
+        """
+        from scipy.optimize import Bounds, milp
+
+        if not (bound := self.bound()[0]):
             return []
-        actors, rows = len(self.columns), np.array(self.rows)
-        rows[:, -1] *= bound  # t counts as a part of the bound from here on
-        kinds: dict[tuple[str, str | None], list[int]] = {}  # expert and accelerator: one share for all its actors
-        shares = sorted({way.pool for way, _, _ in self.columns}, key=repr)
-        for index, pool in enumerate(shares):
-            kinds.setdefault((pool.expert, pool.accelerator), []).append(index)
-        used = np.zeros((actors, actors + 1 + len(shares)))  # actors only of the share that is chosen
-        for index, (way, _, most) in enumerate(self.columns):
-            used[index, index], used[index, actors + 1 + shares.index(way.pool)] = 1, -most
-        one = np.zeros((len(kinds), actors + 1 + len(shares)))
-        for index, ways in enumerate(kinds.values()):
-            one[index, [actors + 1 + way for way in ways]] = 1
-        limits = np.hstack([rows, np.zeros((len(rows), len(shares)))])
-        constraints = [
-            LinearConstraint(limits, ub=np.array(self.most)),
-            LinearConstraint(used, ub=0),
-            LinearConstraint(one, ub=1),
+        pools = sorted({column.option.pool for column in self.columns}, key=repr)
+        t = len(self.columns)
+        upper = np.array([*(column.most for column in self.columns), 1, *([1] * len(pools))], dtype=float)
+        lower, integers = np.zeros_like(upper), np.ones_like(upper)
+        integers[t] = 0
+        constraints = self._constraints(bound, pools)
+
+        def minimise(costs: np.ndarray, gap: float) -> np.ndarray | None:
+            options = {"mip_rel_gap": gap, "time_limit": seconds}
+            limits = Bounds(lower, upper)
+            return milp(costs, constraints=constraints, integrality=integers, bounds=limits, options=options).x
+
+        maximise_t = np.zeros_like(upper)
+        maximise_t[t] = -1
+        best = minimise(maximise_t, GAP)
+        if best is None or best[t] < ROUNDING:
+            return []
+        lower[t] = best[t] * (1 - SIMPLICITY_TOLERANCE)
+        simplest = minimise(np.array([*self.machines, 0.0, *([POOL_COST] * len(pools))]), SIMPLICITY_GAP)
+        chosen = best if simplest is None else simplest
+        counts: dict[PlacementOption, int] = {}
+        for column, count in zip(self.columns, np.round(chosen[:t]).astype(int) * self.machines, strict=True):
+            counts[column.option] = counts.get(column.option, 0) + int(count)
+        return [
+            replace(option.pool, max_size=count, rate=option.rate * count) for option, count in counts.items() if count
         ]
-        whole = np.ones(actors + 1 + len(shares))
-        whole[actors] = 0
-        size = np.array([self.groups[where][1] for _, where, _ in self.columns])
-        lower, upper = np.zeros(len(whole)), np.array([*(most for _, _, most in self.columns), 1, *([1] * len(shares))])
-        options = {"mip_rel_gap": GAP, "time_limit": seconds}
-        roughly = options | {"mip_rel_gap": 5 * SPARE}
-        gain = np.zeros(len(whole))
-        gain[actors] = -1
-        best = milp(gain, constraints=constraints, integrality=whole, bounds=Bounds(lower, upper), options=options)
-        if best.x is None or best.x[actors] < ROUNDING:
-            return []
-        lower[actors] = best.x[actors] * (1 - SPARE)
-        fewest = np.array([*size, 0.0, *([POOL_COST] * len(shares))])
-        few = milp(fewest, constraints=constraints, integrality=whole, bounds=Bounds(lower, upper), options=roughly)
-        counts = np.round((best if few.x is None else few).x[:actors]).astype(int) * size
-        total: dict[_Way, int] = {}
-        for (way, _, _), count in zip(self.columns, counts, strict=True):
-            total[way] = total.get(way, 0) + int(count)
-        return [replace(way.pool, max_size=count, rate=way.rate * count) for way, count in total.items() if count]
+
+    def _constraints(self, bound: float, pools: Sequence[PoolSpec]) -> list:
+        """The limits of `rows`, and that an expert has one share of a GPU on each accelerator."""
+        from scipy.optimize import LinearConstraint
+
+        columns = len(self.columns)
+        limits = np.hstack([self._matrix, np.zeros((len(self.rows), len(pools)))])
+        limits[:, columns] *= bound  # from t to its part of the bound
+        only_chosen = np.zeros((columns, limits.shape[1]))  # actors of a column <= most * whether its pool is chosen
+        for index, column in enumerate(self.columns):
+            only_chosen[index, index] = 1
+            only_chosen[index, columns + 1 + pools.index(column.option.pool)] = -column.most
+        alternatives: dict[tuple[str, str | None], list[int]] = {}
+        for index, pool in enumerate(pools):
+            alternatives.setdefault((pool.expert, pool.accelerator), []).append(columns + 1 + index)
+        one_share = np.zeros((len(alternatives), limits.shape[1]))
+        for index, variables in enumerate(alternatives.values()):
+            one_share[index, variables] = 1
+        return [
+            LinearConstraint(limits, ub=self._limits),
+            LinearConstraint(only_chosen, ub=0),
+            LinearConstraint(one_share, ub=1),
+        ]
+
+
+def _usable_cpus(node: NodeType, held: np.ndarray) -> float:
+    """CPUs of a machine that its actors can use: the largest multiple of what all of them hold multiples of."""
+    unit = reduce(gcd, {round(cpus * 10_000) for cpus in held}, 0) / 10_000 or 1.0
+    return int(node.cpus / unit + ROUNDING) * unit
 
 
 def _group_sizes(count: int) -> list[int]:
-    """Sizes that add up to `count`: ones of a few, else halves of what is left, so that any number of machines is a sum."""
+    """Sizes that add up to `count`: halves of what is left, then single machines, so that any number is a sum of some."""
     sizes = []
-    while count > FEW:
+    while count > UNGROUPED_MACHINES:
         sizes.append((count + 1) // 2)
         count -= sizes[-1]
     return sizes + [1] * count
-
-
-def duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 3 else f"{minutes:.0f} min" if hours < 3 else f"{hours:.1f} h"

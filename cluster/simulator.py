@@ -42,7 +42,7 @@ class Simulated:
         """The run in lines for people."""
         busy = ", ".join(f"{kind} {part:.0%}" for kind, part in self.busy.items())
         lines = [
-            f"simulated: {self.images_per_second:.4g} images/s of the mix, all done in {duration(self.seconds)} with starts",
+            f"simulated: {self.images_per_second:.4g} images/s that have passed all experts, all done in {duration(self.seconds)} with starts",
             *([f"GPUs busy over the run: {busy}"] if busy else []),
         ]
         if self.failures:

@@ -177,6 +177,7 @@ def plan(
             print(line)
 
     result: dict[str, Any] = asdict(placed) | {
+        "in_turn": placed.sequential,
         "seconds": placed.seconds,
         "rates": placed.rates,
         "bottleneck": placed.bottleneck,

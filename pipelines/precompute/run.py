@@ -288,7 +288,7 @@ def _place(works: list[ExpertWorkload], profiles: Sequence[Profile]) -> list[str
     except PlanError as error:
         return [f"no placement from the profiles, so one actor on a CPU per expert: {error}"]
     # In turn: each waits until all its actors find room. Side by side: those that do begin.
-    chosen = [replace(pool, min_size=pool.max_size if placed.in_turn else 1) for pool in placed.pools]
+    chosen = [replace(pool, min_size=pool.max_size if placed.sequential else 1) for pool in placed.pools]
     fitted = fit_pools(plan_pools(list(missing), chosen), ray.cluster_resources())
     for work in works:
         work.pools = fitted.get(work.expert, work.pools)

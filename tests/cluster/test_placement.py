@@ -6,12 +6,12 @@ import pytest
 
 from cluster.nodes import GIB, NodeType, PlanError
 from cluster.packing import first_fit
-from cluster.placement import SPARE, _ways, plan_placement
+from cluster.placement import SIMPLICITY_TOLERANCE, placement_options, plan_placement
 from cluster.pools import PoolSpec, plan_pools
 from mova_core.experts.cost import Measured, Profile
 
 PIXELS = 60.0  # pictures/s that one core decodes
-NEAR = 1 - 2 * SPARE  # what the planner gives up for fewer pools, and the solver's own gap
+NEAR = 1 - 2 * SIMPLICITY_TOLERANCE  # what the planner gives up for fewer pools, and the solver's own gap
 
 
 def profile(expert: str, device: str, *batches: tuple[int, float, float], threads: int = 1) -> Profile:
@@ -38,10 +38,10 @@ def test_each_expert_goes_where_it_is_relatively_fast():
         ("vary", "T4", 4, 120.0),
     }
     assert placed.images_per_second == pytest.approx(120) and placed.seconds == pytest.approx(1000)
-    assert placed.bound == pytest.approx(120) and not placed.in_turn
+    assert placed.bound == pytest.approx(120) and not placed.sequential
     assert placed.gains["A100"] > 0 and set(placed.gains) == {"A100", "T4"}
     assert sum(placed.shares.values()) == pytest.approx(1)
-    assert all(word in "\n".join(placed.describe()) for word in ("120 images/s", "side by side", "one more A100"))
+    assert all(word in "\n".join(placed.describe()) for word in ("120 images/s", "concurrently", "one more A100"))
 
 
 def test_a_share_of_a_gpu_holds_its_batch_and_the_context():
@@ -70,9 +70,9 @@ def test_what_cannot_be_placed_is_told():
         PlanError, match=r"it takes 4 CPUs and 3\.0 GiB of memory on one machine, but the largest has 2"
     ):
         plan_placement({"sam": 1}, [on_cpu], [NodeType(cpus=2, memory=64 * GIB)])
-    with pytest.raises(PlanError, match=r"sam: an actor of it holds 4 CPUs .* has 4: profile it with a lower --cpu"):
+    with pytest.raises(PlanError, match=r"sam: one actor holds 4 CPUs .* has 4: profile it with a lower --cpu"):
         plan_placement({"sam": 1}, [on_cpu], [NodeType(cpus=4, memory=64 * GIB)])
-    with pytest.raises(PlanError, match="nothing is wanted"):
+    with pytest.raises(PlanError, match="no features are wanted"):
         plan_placement({"sam": 0}, [on_cpu], [NodeType(cpus=4, memory=64 * GIB)])
     [note] = plan_placement({"sam": 1}, [a100], [gpus(1), gpus(1, "T4", 15)]).notes
     assert note == "sam is not placed on T4: no profile of it there"
@@ -83,9 +83,9 @@ def test_experts_take_turns_where_they_do_not_fit_beside_each_other():
     placed = plan_placement(
         dict.fromkeys(["sam", "vary", "clip", "deplot"], 600), profiles, [NodeType(cpus=4, memory=9 * GIB)]
     )
-    assert placed.in_turn and {pool.max_size for pool in placed.pools} == {3}
+    assert placed.sequential and {pool.max_size for pool in placed.pools} == {3}
     assert placed.images_per_second == pytest.approx(1.5) and placed.seconds == pytest.approx(400)
-    assert "one expert after the other" in placed.describe()[0]
+    assert "sequentially" in placed.describe()[0]
 
 
 def test_a_device_too_slow_for_one_shard_is_left_out():
@@ -110,7 +110,7 @@ def test_no_machine_is_given_more_than_it_has(chance):
     placed = plan_placement(wanted, chance.profiles(), nodes, chance.choice([None, PIXELS]), seconds=1)
     machines = [one for one in nodes for _ in range(one.count)]
     assert set(plan_pools(list(wanted), placed.pools)) == {pool.expert for pool in placed.pools}
-    for beside in [[name] for name in wanted] if placed.in_turn else [list(wanted)]:
+    for beside in [[name] for name in wanted] if placed.sequential else [list(wanted)]:
         pools = [pool for pool in placed.pools if pool.expert in beside]
         gpu: Counter[tuple[int, int]] = Counter()
         held: dict[str, Counter[int]] = {"cpu": Counter(), "memory": Counter()}
@@ -133,7 +133,7 @@ def test_no_placement_by_chance_is_better(chance):
     """Actors drawn one by one until no more fits, a hundred times."""
     nodes, wanted, profiles = chance.cluster(), chance.mix(), chance.profiles()
     placed = plan_placement(wanted, profiles, nodes, seconds=1)
-    ways = [way for name in wanted for way in _ways(name, profiles, nodes, None, [])]
+    ways = [way for name in wanted for way in placement_options(name, profiles, nodes, None, [])]
     best = 0.0
     for _ in range(100):
         drawn: dict[PoolSpec, int] = {}

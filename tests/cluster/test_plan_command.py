@@ -33,7 +33,10 @@ def test_a_plan_for_the_cluster_of_the_docs(chance, tmp_path):
     assert {pool.expert for pool in pools} == {"vary", "biomedclip"}
 
     shown = CliRunner().invoke(app, [*asked, "--simulate", "--store-mb-s", "100"], env={"COLUMNS": "200"}).stdout
-    assert all(word in shown for word in ("images/s of the mix", "bottleneck:", "one more A100", "simulated:"))
+    assert all(
+        word in shown
+        for word in ("images/s that have passed all experts", "bottleneck:", "one more A100", "simulated:")
+    )
     limit = 100 * 2**20 / (2 * (32 * 32 * 512 / 2 + 14 * 14 * 768))  # images/s, of which every other goes through vary
     assert float(re.findall(r"simulated: ([\d.e+]+)", shown)[0]) == pytest.approx(limit, rel=0.05)
     assert "size full in float32" in str(CliRunner().invoke(app, base).exception)
