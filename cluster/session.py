@@ -9,36 +9,28 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-# Read by Ray at import and when a process starts, so they stand before the import.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")  # its errors come as exceptions
-os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives a session must not start another
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar per worker that loads a model is noise
-# glibc gives every freed tensor back to the system and faults its pages in again for the next; 32 MiB is its limit.
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 * 2**20))
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(256 * 2**20))
-os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray Data logs an "error" per actor pool (ray#53727)
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process per run, for what no worker here asks
-if not os.environ.get("RAY_ADDRESS"):
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # a cluster started here answers nobody else on this machine
-
 import ray
 
-LOCAL_CPUS = 4  # least slots of a cluster on this machine: three actors side by side and one for reading tasks
+from cluster.environment import OWN_CLUSTER, WORKERS, environment
+
+LOCAL_CPUS = 4  # fewest CPU slots of a cluster started here: three concurrent actors and one reading task
 
 
 class SessionError(RuntimeError):
-    """No Ray cluster answers, or it refuses; the message says what to check."""
+    """No Ray cluster answers, or it refuses the connection; the message says what to check."""
 
 
 @contextlib.contextmanager
 def ray_session(num_cpus: int | None = None, start: bool = True) -> Iterator[dict[str, Any]]:
     """Connects to the cluster that RAY_ADDRESS names, or starts one on this machine and stops it at the end.
 
+    A cluster started here takes connections only with the token that Ray keeps in ~/.ray/auth_token (the default of
+    `ray.init`; RAY_AUTH_MODE=disabled turns that off).
+
     Args:
         num_cpus: CPU slots of a cluster started here; default its cores, at least `LOCAL_CPUS`.
-        start: whether to start one; else without RAY_ADDRESS it connects to the one last started on this machine.
+        start: whether to start a cluster where RAY_ADDRESS names none; else the one last started on this machine is
+            connected to.
 
     Yields:
         The cluster's resources. A session that is already open is used and left open.
@@ -49,18 +41,29 @@ def ray_session(num_cpus: int | None = None, start: bool = True) -> Iterator[dic
     if ray.is_initialized():
         yield ray.cluster_resources()
         return
-    own: dict[str, Any] = {}
-    if not start:
-        own = {"address": os.environ.get("RAY_ADDRESS", "auto")}
-    elif not os.environ.get("RAY_ADDRESS"):
+    arguments: dict[str, Any] = {}
+    starts_cluster = start and not os.environ.get("RAY_ADDRESS")
+    if starts_cluster:
         cpus = num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
-        own = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        arguments = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+    elif not start:
+        arguments = {"address": os.environ.get("RAY_ADDRESS", "auto")}
+    with environment({**WORKERS, **(OWN_CLUSTER if starts_cluster else {})}), _ray_data_logs_nothing():
+        _connect(arguments)
+        try:
+            yield ray.cluster_resources()
+        finally:
+            with _stderr_dropped():  # interrupted executions report that their cluster is gone
+                ray.shutdown()
+
+
+def _connect(arguments: dict[str, Any]) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        with _quiet():
-            ray.init(logging_level=logging.ERROR, log_to_driver=False, **own)  # errors of workers come as exceptions
+        with _stderr_dropped():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **arguments)  # workers' errors raise exceptions
     except (ConnectionError, RuntimeError) as error:
-        if own.get("address") == "local":  # this machine could not start one
+        if arguments.get("address") == "local":  # this machine could not start a cluster
             raise
         where = os.environ.get("RAY_ADDRESS") or "this machine"
         raise SessionError(
@@ -68,23 +71,30 @@ def ray_session(num_cpus: int | None = None, start: bool = True) -> Iterator[dic
             f"RAY_AUTH_MODE is what the cluster was started with (here: {os.environ.get('RAY_AUTH_MODE', 'not set')})"
         ) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which ends without cleaning up
-    try:
-        yield ray.cluster_resources()
-    finally:
-        with _quiet():  # executions that were interrupted complain that their cluster is gone
-            ray.shutdown()
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray installs a handler that ends the process without cleaning up
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops what Ray says on the terminal meanwhile; what fails comes as an exception."""
+def _ray_data_logs_nothing() -> Iterator[None]:
+    """Silences Ray Data in this process, which reads RAY_DATA_LOG_LEVEL only when it is imported."""
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(os.environ["RAY_DATA_LOG_LEVEL"])
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _stderr_dropped() -> Iterator[None]:
+    """Drops what Ray's processes write to the terminal within it; what fails raises an exception."""
     sys.stderr.flush()
-    with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "wb") as nowhere:
-        kept = os.dup(2)
-        os.dup2(nowhere.fileno(), 2)
+    with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "wb") as devnull:
+        stderr = os.dup(2)
+        os.dup2(devnull.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)

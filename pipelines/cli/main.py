@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.environment import set_for_command
 from mova_core import __version__
 from pipelines.cli import ask, convert, demo, evaluate, experts, init, label, plan, precompute, profile, store, train
 from pipelines.cli.help import App
@@ -61,6 +62,7 @@ app.command(rich_help_panel=USE)(demo.demo)
 
 def main() -> None:
     """Entry point of the console script."""
+    set_for_command()
     debug = "--debug" in sys.argv
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end, so that no actor stays behind
