@@ -1,5 +1,10 @@
-"""AnswerServer: router, adapter and LLM on one device, as a plain class that Ray Data (evaluation) and later Serve run."""
+"""AnswerServer: base encoder, router, adapter and LLM on one device, as a plain class.
 
+Ray Data runs the class as the callable of an actor pool (evaluation: `__call__`, rows in, rows out). A Serve replica or a
+plain Ray actor calls `answer` with questions, which may have several images, a history and a budget.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -25,13 +30,16 @@ ANSWERED = pa.schema(
 
 
 class AnswerServer:
-    """Answers questions on pictures whose features are in a store.
+    """Answers questions on images whose features are in a store.
 
     Args:
         model: folder of a trained model.
-        store: folder of the feature store; it must hold features of the weights the model was trained on.
+        store: folder of the feature store; it must hold features of the weights that the model was trained on.
         max_new_tokens: longest answer, in tokens.
         device: torch device; default the GPU this process was given, else the CPU.
+
+    Raises:
+        StoreError: no store is there, or it has no features of the model's fingerprints.
     """
 
     def __init__(self, model: str, store: str, *, max_new_tokens: int = 32, device: str | None = None):
@@ -41,20 +49,31 @@ class AnswerServer:
         self.answerer = Answerer(loaded, MoVAProcessor.from_pretrained(model), source)
         self.max_new_tokens = max_new_tokens
 
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """One batch of questions; see `Answerer.answer`. Any number of threads may ask; the batches run one by one."""
+        return self.answerer.answer(questions, self.max_new_tokens)
+
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Rows with id, image (path) and question, and optionally experts to force, to rows of `ANSWERED`."""
-        asked = rows.to_pylist()
+        """Answers one block of a Ray Dataset.
+
+        Args:
+            rows: columns `id`, `image` (a locator), `question` and optionally `experts` (forced routing, or null).
+
+        Returns:
+            Rows of schema `ANSWERED`, in the same order; `gates` has one map per adapter block.
+        """
+        records = rows.to_pylist()
         questions = [
             Question(
-                image=ImageRef(path=row["image"]),
-                text=row["question"],
-                experts=None if row.get("experts") is None else tuple(row["experts"]),
+                image=ImageRef(path=record["image"]),
+                text=record["question"],
+                experts=None if record.get("experts") is None else tuple(record["experts"]),
             )
-            for row in asked
+            for record in records
         ]
-        answers = self.answerer.answer(questions, self.max_new_tokens)
+        answers = self.answer(questions)
         return pa.Table.from_pylist(
-            [self._row(row["id"], answer) for row, answer in zip(asked, answers, strict=True)], schema=ANSWERED
+            [self._row(record["id"], answer) for record, answer in zip(records, answers, strict=True)], schema=ANSWERED
         )
 
     @staticmethod

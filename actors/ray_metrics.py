@@ -6,7 +6,7 @@ from ray.util.metrics import Counter, Gauge, Histogram, Metric
 POWERS = [float(2**power) for power in range(10)]  # 1 .. 512
 SECONDS = [0.005 * 2**power for power in range(16)]  # 5 ms .. 164 s
 
-_METRICS = {  # name -> kind, what it tells, boundaries of a histogram's buckets
+_METRICS = {  # name -> kind, description, boundaries of a histogram's buckets
     "mova_expert_queue_depth": (Gauge, "Pictures that wait for a forward pass.", None),
     "mova_expert_batch_size": (Histogram, "Pictures in a forward pass.", POWERS),
     "mova_expert_latency_seconds": (Histogram, "From a picture's arrival to its features, seconds.", SECONDS),
@@ -15,9 +15,9 @@ _METRICS = {  # name -> kind, what it tells, boundaries of a histogram's buckets
     "mova_expert_errors_total": (Counter, "Pictures that got an error instead of features.", None),
     "mova_expert_refused_total": (Counter, "Pictures refused because the queue was full.", None),
     "mova_expert_splits_total": (Counter, "Batches split because they did not fit the memory.", None),
-    "mova_pool_in_flight": (Gauge, "Pictures that a pool has asked for and not yet got.", None),
-    "mova_pool_joined_total": (Counter, "Pictures that were being computed for somebody else already.", None),
-    "mova_pool_retried_total": (Counter, "Requests asked again: no room, or their server died.", None),
+    "mova_pool_in_flight": (Gauge, "Pictures that a pool has requested and not yet received.", None),
+    "mova_pool_joined_total": (Counter, "Pictures that another caller's request was computing already.", None),
+    "mova_pool_retried_total": (Counter, "Requests retried: no room, or their server died.", None),
     "mova_pool_hedged_total": (Counter, "Requests slow enough that another server was asked too.", None),
     "mova_tiered_hits_total": (Counter, "Features that were stored.", None),
     "mova_tiered_misses_total": (Counter, "Features that had to be computed.", None),
@@ -26,13 +26,13 @@ _METRICS = {  # name -> kind, what it tells, boundaries of a histogram's buckets
 
 
 class RayTelemetry:
-    """Tells Ray of this process; where there is no Ray session it tells nobody."""
+    """Records metrics with Ray; without a Ray session observations are dropped."""
 
     def __init__(self) -> None:
         self._metrics: dict[str, Metric] = {}
 
     def observe(self, name: str, value: float, **tags: str) -> None:
-        """See `Telemetry.observe`. A name that is not among those above is a KeyError."""
+        """See `Telemetry.observe`. Raises KeyError for a name that `_METRICS` does not have."""
         kind, description, boundaries = _METRICS[name]
         if not ray.is_initialized():
             return
