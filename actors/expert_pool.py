@@ -29,7 +29,8 @@ from actors.expert_server import ExpertServer, ServerBusy, ServerError
 from actors.ray_metrics import RayTelemetry
 from mova_core import __version__
 from mova_core.experts import Features, expert_module
-from mova_core.features.source import SingleFlight, wanted_by_expert
+from mova_core.features.single_flight import SingleFlight
+from mova_core.features.source import wanted_by_expert
 from mova_core.images import ImageError, ImageRef
 from mova_core.telemetry import Telemetry
 

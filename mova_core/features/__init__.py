@@ -1,12 +1,18 @@
 """Features as data: where they come from (`FeatureSource`), and the store that keeps them.
 
-Importing this imports no torch, so that `mova store ls` and `stat` are instant; it comes with the first tensor.
+Importing this package imports no torch, so that `mova store ls` and `stat` are instant; torch is imported with the first
+tensor.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from mova_core.features.source import FeatureSource, LazyExperts, LocalExperts, Tiered
-from mova_core.features.store import FeaturePartition, FeatureStore, MissingFeatures, Shard, StoreError
+from mova_core.features.errors import MissingFeatures
+from mova_core.features.lazy_experts import LazyExperts
+from mova_core.features.partition import FeaturePartition, Shard
+from mova_core.features.source import FeatureSource, LocalExperts
+from mova_core.features.storage import StoreError
+from mova_core.features.store import FeatureStore
+from mova_core.features.tiered import ReadThroughStore, Tiered
 
 if TYPE_CHECKING:
     from mova_core.experts import Features
@@ -22,6 +28,7 @@ __all__ = [
     "LazyExperts",
     "LocalExperts",
     "MissingFeatures",
+    "ReadThroughStore",
     "Shard",
     "StoreError",
     "Tiered",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from mova_core.experts import Features
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -96,3 +98,19 @@ def checksum(row: Any) -> int:
 def named_by(content: Any) -> str:
     """A file's name by its bytes: it checks itself, and a retry makes no second one."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def as_stored(features: Features, dtype: str) -> Features:
+    """Features as reading them back would give them after they were stored in a dtype.
+
+    Args:
+        features: with tokens (H*W, C) of any float dtype on any device.
+        dtype: name of the stored dtype, one of `CODECS`.
+    """
+    import torch
+
+    codec = CODECS[dtype]
+    if codec.peak is None and features.tokens.dtype is getattr(torch, dtype):
+        return features
+    content, _ = codec.encode(features.tokens)
+    return features._replace(tokens=codec.decode(content, features.tokens.shape[1]))

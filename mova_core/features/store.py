@@ -7,13 +7,10 @@
         receipts/<shard>.parquet                        the commit record: one row per feature
         index/<n>.arrow  snapshots/<n>.json             receipts merged, sorted by key, memory-mapped by readers
     <store>/quarantine/<id>.parquet                     images that cannot be processed, each with the reason
-    <store>/listings/<time>-<id>.parquet                images looked at, so that they need not be again; may be deleted
+    <store>/listings/<time>-<id>.parquet                images inspected before, so that they need not be again; may be deleted
 
-A feature exists when a receipt names it. A writer puts its shard down complete (temporary name, fsync, rename), then
-publishes the receipt under a name that only one of any number of writers gets (link(2); on S3 a PUT with If-None-Match,
-on GCS with ifGenerationMatch); the others delete their shard. So
-retries, restarts and two drivers at once are idempotent, and a kill at any byte leaves at worst a file for `gc`.
-An index only saves opening receipts one by one: delete it and nothing is lost.
+A feature exists when a receipt names it. docs/store_format.md has every field, the commit protocol step by step, and what
+a crash after each step leaves.
 """
 
 from __future__ import annotations
@@ -32,29 +29,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mova_core.features import repair
 from mova_core.features.codec import CODECS, named_by
+from mova_core.features.errors import MissingFeatures, reading
 from mova_core.features.index import binary_keys, hex_keys, parquet
-from mova_core.features.partition import FeaturePartition, MissingFeatures, Shard, compare
+from mova_core.features.partition import FeaturePartition, Shard
+from mova_core.features.source import wanted_by_expert
 from mova_core.features.storage import StoreError, open_storage, writing
 
 if TYPE_CHECKING:
     from mova_core.experts import Features
     from mova_core.images import ImageRef
 
-__all__ = ["FeaturePartition", "FeatureStore", "MissingFeatures", "Shard", "StoreError", "wanted_by_expert"]
+__all__ = ["FeaturePartition", "FeatureStore", "MissingFeatures", "Shard", "StoreError"]
 
 FORMAT = 1
 _STORE = json.dumps({"format": FORMAT}).encode()
 _QUARANTINE = pa.schema({name: pa.string() for name in ("image", "sha256", "reason", "expert", "time")})
-
-
-def wanted_by_expert(images: Sequence[ImageRef], experts: Sequence[Sequence[str]]) -> dict[str, dict[str, ImageRef]]:
-    """Expert -> {image key: image}, each once, in the order asked for."""
-    wanted: dict[str, dict[str, ImageRef]] = {}
-    for image, names in zip(images, experts, strict=True):
-        for name in names:
-            wanted.setdefault(name, {})[image.key] = image
-    return wanted
+_RESERVED = ("quarantine", "listings")  # folders of the store that are no expert's
 
 
 class FeatureStore:
@@ -89,26 +81,29 @@ class FeatureStore:
         self._lock = threading.RLock()
         if create:
             self._create()
-        try:
-            version = json.loads(self.storage.read("store.json"))["format"]
-        except PermissionError as error:
-            raise StoreError(f"{self.location} cannot be read ({error}): check the rights given there") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            version = FORMAT if damaged and self.experts() else None
-            if version is None:
-                reason = "" if isinstance(error, FileNotFoundError | NotADirectoryError) else f": {error}"
-                raise StoreError(
-                    f"{self.location} is no feature store (it has no readable store.json{reason}): check the path, "
-                    f"make one with `mova precompute`, or mend it with `mova store verify`"
-                ) from None
-        if version != FORMAT:
-            raise StoreError(
-                f"store {self.location} has format {version}, this mova reads {FORMAT}: use the mova that made it"
-            )
+        self._check_format()
         held = self.experts() if self._pinned else {}
         for expert, wanted in self._pinned.items():
             if held.get(expert) and wanted not in held[expert]:
                 raise self._other_weights(expert, held[expert], wanted)
+
+    def _check_format(self) -> None:
+        try:
+            with reading(self.location), suppress(FileNotFoundError, NotADirectoryError):
+                version = json.loads(self.storage.read("store.json"))["format"]
+                if version == FORMAT:
+                    return
+                raise StoreError(
+                    f"store {self.location} has format {version}, this mova reads {FORMAT}: use the mova that made it"
+                )
+            reason = ""
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f": {error}"
+        if not (self._damaged and self.experts()):
+            raise StoreError(
+                f"{self.location} is no feature store (it has no readable store.json{reason}): check the path, "
+                f"make one with `mova precompute`, or mend it with `mova store verify`"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FeatureStore, (self.location, self._served)
@@ -144,12 +139,13 @@ class FeatureStore:
 
     def experts(self) -> dict[str, list[str]]:
         """Expert -> its fingerprints."""
-        held: dict[str, list[str]] = {}
-        for expert in self.storage.list_folders():
-            for digest in self.storage.list_folders(expert):
-                if self.storage.exists(f"{expert}/{digest}/expert.json"):
-                    held.setdefault(expert, []).append(digest)
-        return held
+        fingerprints: dict[str, list[str]] = {}
+        with reading(self.location):
+            for expert in self.storage.list_folders():
+                for digest in self.storage.list_folders(expert):
+                    if self.storage.exists(f"{expert}/{digest}/expert.json"):
+                        fingerprints.setdefault(expert, []).append(digest)
+        return fingerprints
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -181,6 +177,10 @@ class FeatureStore:
                 raise self._other_weights(expert, held, chosen)
             self._partitions[expert, chosen] = FeaturePartition(f"{self.location}/{expert}/{chosen}", self._damaged)
             return self._partitions[expert, chosen]
+
+    def find_partition(self, expert: str, fingerprint: str) -> FeaturePartition | None:
+        """The partition of one expert and fingerprint, whichever fingerprint is served; None where the store has none."""
+        return self.partition(expert, fingerprint) if fingerprint in self.experts().get(expert, []) else None
 
     def _serves(self, expert: str) -> str | None:
         """The fingerprint served; None where the expert has no partition. Fixed at first use: new weights change no run."""
@@ -216,8 +216,10 @@ class FeatureStore:
         from mova_core.experts import fingerprint
 
         expert, digest = str(description["expert"]), fingerprint(description)
-        if not expert.replace("-", "_").isidentifier() or expert == "quarantine":
-            raise ValueError(f"{expert!r} cannot name an expert in a store: use letters, digits, - and _")
+        if not expert.replace("-", "_").isidentifier() or expert in _RESERVED:
+            raise ValueError(
+                f"{expert!r} cannot name an expert in a store: use letters, digits, - and _, and not {' or '.join(_RESERVED)}"
+            )
         if description["dtype"] not in CODECS:
             raise ValueError(f"{expert} cannot be stored as {description['dtype']}: choose one of {', '.join(CODECS)}")
         if self._pinned.get(expert, digest) != digest:
@@ -275,19 +277,10 @@ class FeatureStore:
             "expert", "fingerprint", "shard" (the damaged file, relative to the partition's folder), "key" (of the damaged
             row; empty where it is the file itself) and "reason". What belongs to no partition has no expert and fingerprint.
         """
-        if not self.storage.exists("store.json") or self.storage.read("store.json", anew=True) != _STORE:
-            yield {"expert": "", "fingerprint": "", "shard": "store.json", "key": "", "reason": "it tells no format"}
-        for folder in ("quarantine", "listings"):
-            for name in self.storage.list_files(folder, ".parquet"):
-                try:
-                    content = self.storage.read(f"{folder}/{name}", anew=True)
-                except FileNotFoundError:  # released since the listing
-                    continue
-                if not name.endswith(f"{named_by(content)}.parquet"):
-                    reason = "its bytes have changed"
-                    yield {"expert": "", "fingerprint": "", "shard": f"{folder}/{name}", "key": "", "reason": reason}
+        for file, reason in repair.findings_outside_partitions(self.storage, _STORE, _RESERVED):
+            yield {"expert": "", "fingerprint": "", "shard": file, "key": "", "reason": reason}
         for partition in self._all_partitions():
-            yield from partition.verify(progress)
+            yield from repair.verify(partition, progress)
 
     def withdraw(self, damaged: Iterable[Mapping[str, str]]) -> int:
         """Withdraws what `verify` found, so that the next precompute makes it anew; returns how many features that is.
@@ -303,7 +296,7 @@ class FeatureStore:
                 self.storage.delete(damage["shard"])
                 if damage["shard"] == "store.json":
                     self.storage.put_if_absent("store.json", _STORE)
-        return sum(self.partition(*address).withdraw(damages) for address, damages in found.items())
+        return sum(repair.withdraw(self.partition(*address), damages) for address, damages in found.items())
 
     def diff(self, other: FeatureStore) -> list[dict[str, Any]]:
         """What two stores do not have alike, told by their receipts alone.
@@ -320,7 +313,7 @@ class FeatureStore:
             {
                 "expert": expert,
                 "fingerprint": digest,
-                **compare(self._partition_at(expert, digest), other._partition_at(expert, digest)),
+                **repair.compare(self.find_partition(expert, digest), other.find_partition(expert, digest)),
             }
             for expert, digest in sorted(addresses)
         ]
@@ -360,7 +353,7 @@ class FeatureStore:
             wanted = partition.keys()
             if chosen is not None:
                 wanted = wanted[np.isin(wanted, chosen)]
-            there = to._partition_at(partition.expert, partition.fingerprint)
+            there = to.find_partition(partition.expert, partition.fingerprint)
             if there is None and len(wanted):
                 there = FeaturePartition.open_or_create(
                     f"{to.location}/{partition.expert}/{partition.fingerprint}", partition.description
@@ -371,7 +364,7 @@ class FeatureStore:
                 progress(len(wanted) - len(absent))
             for chunk in partition.chunks(absent, shard_bytes):
                 assert there is not None
-                there.write_encoded(there.shard_id(chunk), partition.read_rows(hex_keys(chunk)))
+                there.write_encoded(there.shard_id(chunk), partition.read_encoded(hex_keys(chunk)))
                 if progress:
                     progress(len(chunk))
             if there is not None and len(absent):
@@ -395,13 +388,16 @@ class FeatureStore:
         `release` has them tried again.
         """
         rows: list[dict[str, Any]] = []
-        for name in self.storage.list_files("quarantine", ".parquet"):
+        contents: dict[str, bytes] = {}
+        with reading(self.location):
+            for name in self.storage.list_files("quarantine", ".parquet"):
+                with suppress(FileNotFoundError):  # released since the listing
+                    contents[name] = self.storage.read(f"quarantine/{name}")
+        for name, content in contents.items():
             try:
-                content = pa.BufferReader(self.storage.read(f"quarantine/{name}"))
-                rows += pq.ParquetFile(content, page_checksum_verification=True).read().to_pylist()
-            except FileNotFoundError:  # released since the listing
-                continue
-            except (OSError, pa.ArrowException):
+                file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+                rows += file.read().to_pylist()
+            except (OSError, pa.ArrowException):  # of pyarrow, about these bytes
                 raise StoreError(
                     f"{self.location}/quarantine/{name} is damaged: `mova store verify` deletes it, "
                     f"and its images will be tried again"
@@ -433,7 +429,8 @@ class FeatureStore:
             unreferenced_files = self.storage.list_temporaries()
             for partition in self._all_partitions():
                 unreferenced_files += [
-                    f"{partition.expert}/{partition.fingerprint}/{name}" for name in partition.unreferenced_files()
+                    f"{partition.expert}/{partition.fingerprint}/{name}"
+                    for name in repair.unreferenced_files(partition)
                 ]
             for name in unreferenced_files:
                 with suppress(FileNotFoundError):  # another gc, or its writer, was faster
@@ -444,10 +441,6 @@ class FeatureStore:
                         removed["files"] += 1
                         removed["bytes"] += size
         return removed
-
-    def _partition_at(self, expert: str, digest: str) -> FeaturePartition | None:
-        """A partition, whichever fingerprint is served, if there is one."""
-        return self.partition(expert, digest) if digest in self.experts().get(expert, []) else None
 
     def _all_partitions(self) -> list[FeaturePartition]:
         return [self.partition(expert, digest) for expert, digests in self.experts().items() for digest in digests]

@@ -23,7 +23,7 @@ from mova_core.features import (
     StoreError,
     Tiered,
 )
-from mova_core.features.source import SingleFlight
+from mova_core.features.single_flight import SingleFlight
 from mova_core.images import DecodedImage, ImageError, ImageRef, read_image
 
 NAMES = ("dinov2", "sam", "biomedclip")
@@ -112,6 +112,21 @@ def test_lazy_experts_load_what_is_asked_for(experts, images):
         source.fetch(images[:1], [["dinov2"]])
     with pytest.raises(ValueError, match="vary"):
         source.fetch(images[:1], [["vary"]])
+
+
+def test_fingerprints_are_read_while_an_expert_is_loaded(experts, images, monkeypatch):
+    """A thread that iterates over the experts loaded so far is not disturbed by one that loads another."""
+    source = LazyExperts(NAMES, size="mini")
+    source.fetch(images[:1], [["sam"]])
+
+    def load_meanwhile(description):
+        monkeypatch.undo()
+        source.fetch(images[:1], [["dinov2"]])
+        return fingerprint(description)
+
+    monkeypatch.setattr("mova_core.experts.fingerprint", load_meanwhile)
+    assert list(source.fingerprints) == ["sam"]
+    assert set(source.fingerprints) == {"sam", "dinov2"}
 
 
 @pytest.mark.parametrize("lazy", [False, True])

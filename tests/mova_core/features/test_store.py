@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from mova_core.experts import Features, fingerprint
 from mova_core.features import FeaturePartition, FeatureStore, MissingFeatures, StoreError
 from mova_core.features.index import RECEIPT, binary_keys
+from mova_core.features.storage import LocalStorage
 from mova_core.images import ImageRef
 
 GRID, CHANNELS = (3, 5), 7  # no row is a multiple of a page, nor of 64 bytes
@@ -405,7 +407,7 @@ def test_a_wrong_description_is_an_error(store, partition):
     with pytest.raises(StoreError, match=r"expert\.json"):
         FeatureStore(store.location).add_expert(describe())
     assert [found["shard"] for found in store.verify()] == ["expert.json"]
-    for name in ("../clip", "", "quarantine", "..", "a/b"):
+    for name in ("../clip", "", "quarantine", "listings", "..", "a/b"):
         with pytest.raises(ValueError, match="name"):
             store.add_expert(describe(expert=name))
 
@@ -443,7 +445,62 @@ def test_newer_receipts_are_seen(store, partition):
     assert reader.has(KEYS[:8]).all() and len(reader) == 8
 
 
-class ReceiptIndex(torch.utils.data.Dataset):
+def failing_once(monkeypatch, method, name, number):
+    """The first call of a storage method for such a file fails with this errno."""
+    call = getattr(LocalStorage, method)
+    failures: list[str] = []
+
+    def fail(storage, file, *args, **kwargs):
+        if file.startswith(name) and not failures:
+            failures.append(file)
+            raise OSError(number, os.strerror(number))
+        return call(storage, file, *args, **kwargs)
+
+    monkeypatch.setattr(LocalStorage, method, fail)
+    return failures
+
+
+def test_a_receipt_whose_read_failed_once_is_read_again(store, partition, monkeypatch):
+    """Its features must not stay invisible, or they would be computed again."""
+    reader = FeatureStore(store.location).partition("clip")
+    fill(partition, KEYS)
+    old = time.time() - 60
+    os.utime(Path(partition.location, "receipts"), (old, old))  # nothing changes in the folder after the failure
+    failures = failing_once(monkeypatch, "read", "receipts/", errno.EIO)
+    with pytest.raises(StoreError, match=r"cannot read store .* \(Input/output error\): check that disk"):
+        reader.missing(KEYS)
+    assert failures and reader.missing(KEYS) == [] and same(reader, KEYS)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_a_failed_read_is_not_called_damage(store, partition, monkeypatch, number):
+    """It keeps the operating system's reason, and nobody is sent to repair a sound store."""
+    fill(partition, KEYS)
+    failing_once(monkeypatch, "read_range", "shards/", number)
+    with pytest.raises(StoreError, match=re.escape(os.strerror(number))) as caught:
+        partition.read(KEYS[:1])
+    assert "damaged" not in str(caught.value) and "precompute" not in str(caught.value)
+    assert same(partition, KEYS)
+    for name, act in (
+        ("expert.json", lambda: FeaturePartition(partition.location)),
+        ("store.json", lambda: FeatureStore(store.location)),
+        ("store.json", lambda: FeatureStore(store.location, damaged=True)),
+    ):
+        monkeypatch.undo()
+        failing_once(monkeypatch, "read", name, number)
+        with pytest.raises(StoreError, match=re.escape(os.strerror(number))) as caught:
+            act()
+        assert "damaged" not in str(caught.value) and "no feature store" not in str(caught.value)
+    monkeypatch.undo()
+    failing_once(monkeypatch, "read", "shards/", number)
+    if number == errno.EIO:  # for a check that reads the disk, a sector that cannot be read is damage
+        assert "Input/output error" in next(store.verify())["reason"]
+    else:
+        with pytest.raises(StoreError, match=re.escape(os.strerror(number))):
+            list(store.verify())
+
+
+class Fetched(torch.utils.data.Dataset):
     def __init__(self, store):
         self.store = store
 
@@ -465,9 +522,7 @@ def test_data_loader_workers(store, partition):
         pickle.loads(pickle.dumps(store)).partition("clip"),
     ):
         assert all(torch.equal(got.tokens, big[name].tokens) for name, got in zip(KEYS, opened.read(KEYS), strict=True))
-    loader = torch.utils.data.DataLoader(
-        ReceiptIndex(store), batch_size=4, num_workers=2, multiprocessing_context="fork"
-    )
+    loader = torch.utils.data.DataLoader(Fetched(store), batch_size=4, num_workers=2, multiprocessing_context="fork")
     assert all(torch.equal(row, big[name].tokens) for row, name in zip(torch.cat(list(loader)), KEYS, strict=True))
 
 
