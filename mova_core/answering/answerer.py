@@ -1,40 +1,45 @@
 """Two-stage batched inference: route -> fetch -> fuse -> generate (paper section 3.1).
 
-A picture's base tokens are computed once and serve both passes and every question on it; one routing pass serves equal
-questions on equal pictures; experts run only where the router asked, and their features are fetched in a thread from the
-moment a row of the routing pass is done, while the other rows are still being routed. A conversation that goes on, or a
-second question on a picture, is read by the LLM only from where it differs from what the LLM read before.
+What questions share is computed once: an image is read, hashed and decoded once for the base encoder and all experts; its
+base tokens serve both passes and every question on it; one routing pass serves equal questions on equal images. Experts run only where the router asked for them, and their features are fetched in
+a thread from the moment a question's routing reply is complete, while the LLM still routes the other questions. The LLM
+reads a later turn, or a second question on an image, only from the first difference to what it read before.
+
+Legend: B questions, L tokens of a prompt, N base tokens of an image, n visual tokens of an image, C base channels, D LLM
+width, E experts, T text width.
 """
 
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
+from transformers import StoppingCriteria, StoppingCriteriaList
 
+from mova_core.answering.callbacks import FirstTokenTimer, RoutingReplyCallback
+from mova_core.answering.feature_prefetch import FeaturePrefetcher, LruFeatureCache
+from mova_core.answering.prefix_cache import PrefixCache, keys_depend_on_length
 from mova_core.assemble import stack_features
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, Features
 from mova_core.features import FeatureSource
-from mova_core.images import ImageRef, PreprocessingMode
+from mova_core.images import DecodedImage, ImageRef, PreprocessingMode
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from mova_core.routing.prompt import build_routing_prompt, parse_routing, read_reply
 
-PLAIN = "without experts"  # what a picture's visual tokens without any expert are kept as
-ROUTER_TOKENS = 16  # most tokens a router may say (published: 16)
-CONVERSATIONS = 32  # most that the LLM's keys and values are kept of, however small they are
-# Sampling in which one reply is read, token by token: its keys and values can be kept.
-ONE_PATH = {"do_sample", "temperature", "top_k", "top_p", "min_p", "streamer"}
+PLAIN = "without experts"  # name in the feature cache of an image's visual tokens that no expert contributed to
+READ_THREADS = 8  # images that one batch reads at a time
+ROUTER_TOKENS = 16  # most tokens of a routing reply, as in the published code
+# Options of `generate` under which one reply is read token by token, so that its keys and values can be reused.
+SINGLE_REPLY_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "streamer"}
+STEPS = ("preprocess", "base encoder", "routing", "experts", "fusion", "first token", "answer")
 
 Router = Literal["llm", "light"]
 ROUTERS: tuple[Router, ...] = ("llm", "light")
@@ -42,49 +47,53 @@ ROUTERS: tuple[Router, ...] = ("llm", "light")
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question, with the pictures it is about and what was said before.
+    """One question, with its images and the conversation before it.
 
-    The router and the gate read all that the user asked in the conversation, as in training.
+    The router and the gate read everything that the user asked in the conversation, as in training.
     """
 
     text: str
-    image: ImageRef | Sequence[ImageRef] | None = None  # several in the order of their <image> marks, or none marked
+    image: ImageRef | Sequence[ImageRef] | None = (
+        None  # several: in the order of their <image> marks, or no marks at all
+    )
     history: Sequence[tuple[str, str]] = ()  # earlier turns (role, text), oldest first
     experts: Sequence[str] | None = None  # forced routing; None asks the router
-    forbid: Sequence[str] = ()  # experts that may not be used, whatever the router says
-    max_experts: int | None = None  # default the model's own for routed ones, no limit for forced ones
-    budget: float | None = None  # most that the experts may cost together, in the unit of the Answerer's `costs`
+    forbid: Sequence[str] = ()  # experts that must not be used, whatever the router replies
+    max_experts: int | None = None  # None: the model's own limit if routed, no limit if forced
+    budget: float | None = None  # upper limit of the experts' total cost, in the unit of the Answerer's `costs`
 
 
 @dataclass(kw_only=True)
 class Answer:
-    """What was said, and why."""
+    """A reply, and how it came about."""
 
     text: str = ""
-    experts: list[str] = field(default_factory=list)  # used, in the order the router named them
-    router: str | None = None  # the router's own words; None where it was not asked
-    readable: bool = True  # False: the router's words named nothing, so no expert was used
+    experts: list[str] = field(default_factory=list)  # used, in the order in which the router named them
+    router: str | None = None  # the router's reply; None where the router was not asked
+    readable: bool = True  # False: the router's reply named no expert and not "none", so no expert was used
     gates: list[dict[str, float]] = field(default_factory=list)  # per adapter block: weight of each expert used
-    seconds: dict[str, float] = field(default_factory=dict)  # per step, of the whole batch
-    reused_tokens: int = 0  # of the prompt, visual ones included, whose keys and values the LLM still had
+    # Seconds per step of `STEPS`, of the whole batch, not of this question. Steps overlap: "experts" is the time that the
+    # call waited for features after routing, not the time that fetching them took.
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused_tokens: int = 0  # positions of the prompt, visual tokens included, whose keys and values came from the cache
 
 
 @dataclass(frozen=True)
-class _View:
-    """One picture as one question sees it; equal views have equal visual tokens."""
+class ImageView:
+    """One image as one question sees it; equal views have equal visual tokens."""
 
-    key: str  # of the picture
+    image_key: str
     experts: frozenset[str] = frozenset()
-    asked: str = ""  # what the gate reads; empty without experts, as then it weighs nothing
+    gate_text: str = ""  # empty without experts, because the gate then has nothing to weigh
 
 
 @dataclass(kw_only=True)
-class _Row:
+class _Request:
     """A question on its way to its answer."""
 
     question: Question
-    images: list[ImageRef]
-    asked: str  # all that the user asked, without image marks
+    images: list[DecodedImage]
+    gate_text: str  # everything that the user asked, without image marks
     answer: Answer = field(default_factory=Answer)
 
     @property
@@ -92,26 +101,41 @@ class _Row:
         return [*self.question.history, ("user", self.question.text)]
 
     @property
-    def views(self) -> list[_View]:
+    def views(self) -> list[ImageView]:
         experts = frozenset(self.answer.experts)
-        return [_View(image.key, experts, self.asked if experts else "") for image in self.images]
+        return [ImageView(image.key, experts, self.gate_text if experts else "") for image in self.images]
+
+
+@dataclass
+class _Pass:
+    """One call of `answer`: its requests, and what they share."""
+
+    requests: list[_Request]
+    prefetcher: FeaturePrefetcher
+    base: dict[str, Tensor] = field(default_factory=dict)  # image key -> base tokens (N, C)
+    # View -> its visual tokens (n, D), and per adapter block its gate weights (E,).
+    fused: dict[ImageView, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
 
 
 class Answerer:
     """Answers batches of questions with one model and one source of features.
 
+    Any number of threads may call `answer`; the calls run one after the other, because the routing pass switches the
+    model's LoRA for the whole process.
+
     Args:
         model, processor: as saved together.
         source: where experts' features come from.
         router: "llm" asks the LLM, with its expert-routing LoRA if it has one; "light" the model's light router.
-        costs: expert -> what it costs per picture, in FLOP, milliseconds or any one unit; a question's `budget` needs it.
-        compat: "published" reads pictures and the router's reply as the published code does, flaws included.
-        keep_bytes: how much to keep in memory for later turns and questions: half of it for base tokens and features,
-            half for the LLM's keys and values of what it read. These serve batches of one, of an LLM whose every layer
-            keeps all it reads (no sliding window) and whose positions do not depend on the length read.
+        costs: expert -> cost per image, in FLOP, milliseconds or any other unit; a question's `budget` needs it.
+        compat: "published" reads images and routing replies as the published code does, flaws included.
+        keep_bytes: bytes of memory for later turns and questions: half of them for base tokens and features, half for keys
+            and values of what the LLM read. Keys and values are reused by batches of one question, if every layer of the
+            LLM attends to the whole prompt (no sliding window) and positions do not depend on the prompt's length.
 
     Raises:
-        ValueError: router "light" of a model that has none.
+        ValueError: an unknown router, or router "light" of a model without one.
     """
 
     def __init__(
@@ -136,80 +160,61 @@ class Answerer:
         self.costs = dict(costs or {})
         self.compat = compat
         self.pool = model.config.experts
-        self._kept = _Kept(keep_bytes // 2)
-        self._said = _Said(0 if _rescales(model.config.text_config) else keep_bytes // 2)
-        self._seconds: dict[str, float] = {}
+        self._feature_cache = LruFeatureCache(keep_bytes // 2)
+        self._prefix_cache = PrefixCache(0 if keys_depend_on_length(model.config.text_config) else keep_bytes // 2)
+        self._lock = threading.Lock()
+
+    @property
+    def cached_bytes(self) -> dict[str, int]:
+        """Bytes in memory for later turns and questions: "features" and "prefixes"."""
+        return {"features": self._feature_cache.nbytes, "prefixes": self._prefix_cache.nbytes}
 
     @torch.inference_mode()
     def answer(self, questions: Sequence[Question], max_new_tokens: int = 32, **sampling: Any) -> list[Answer]:
         """Answers in the order of `questions`, greedily unless `sampling` says otherwise.
 
-        Experts are chosen in this order: forced or routed; without the forbidden; at most `max_experts`, first named
-        first; then, within the budget, each in turn that what is left of it still pays for.
+        Experts are chosen in this order: forced or routed; without the forbidden ones; at most `max_experts`, first named
+        first; then, within the budget, each in turn that the rest of the budget pays for.
 
         Args:
-            questions: one batch, of any mix of pictures and turns; it runs at once, so the device's memory bounds it.
+            questions: one batch, of any mix of images and turns. All run together, so the device's memory bounds their
+                number.
             max_new_tokens: longest answer, in tokens.
-            sampling: for the answer's `generate` of transformers: `do_sample`, `temperature`, `streamer` (of one question).
+            sampling: for transformers' `generate`: `do_sample`, `temperature`, `streamer` (of one question).
 
         Raises:
-            ValueError: a question that is empty or too long for the LLM, pictures that do not match its image marks, an
-                expert that the pool does not have, or features that do not fit; it names which.
-            ImageError: a picture that cannot be read.
-            MissingFeatures: the source has no features for a routed expert and cannot make them.
+            ValueError: a question that is empty or too long for the LLM, images that do not match its image marks, an
+                expert that the pool does not have, or features that do not fit. The message names the question or expert.
+            ImageError: an image that cannot be read.
+            MissingFeatures: the source has no features for a routed expert and cannot compute them.
         """
-        self._seconds = dict.fromkeys(
-            ("preprocess", "base encoder", "routing", "experts", "fusion", "first token", "answer"), 0.0
-        )
-        rows = [self._read(number, question) for number, question in enumerate(questions, 1)]
-        if not rows:
+        requests = [self._validate(number, question) for number, question in enumerate(questions, 1)]
+        if not requests:
             return []
-        fused: dict[_View, tuple[Tensor, list[Tensor]]] = {}
-        with _Fetching(self.source, self._kept) as fetching:
-            for row in rows:
-                if row.question.experts is not None:
-                    self._choose(row, list(row.question.experts), fetching)
-            base = self._base(rows)
-            with self._step("routing"):
-                asking = [row for row in rows if row.question.experts is None and row.images]
-                route = self._ask_llm if self.router == "llm" else self._ask_light_router
-                if asking:
-                    route(asking, base, fused, fetching)
-            with self._step("preprocess"):  # in the time that the features take to come
-                batch = self._tokens([row.turns for row in rows], rows, max_new_tokens)
-                texts = self._gate_texts(rows)
-            with self._step("experts"):
-                features = fetching.done()
-            with self._step("fusion"):
-                self._fuse([view for row in rows for view in row.views], base, fused, texts, features)
-                visual = [fused[view][0] for row in rows for view in row.views]
-                embeds = self.model.embed(batch["input_ids"], visual)
-        clock = _Clock()
-        own_cache = self.model.language_model.generation_config.cache_implementation  # takes no other beside it
-        past = None
-        if alone := len(rows) == 1 and sampling.keys() <= ONE_PATH and own_cache is None:
-            read = self._read_by_llm(batch["input_ids"][0], rows[0].views)
-            past = self._said.begun(read)
-            rows[0].answer.reused_tokens = past.get_seq_length() if past else 0
-        out = self._generate(embeds, batch["attention_mask"], max_new_tokens, [clock], past_key_values=past, **sampling)
-        if alone:
-            self._said.put(read, out.sequences[0].tolist(), out.past_key_values)
-        self._seconds["first token"] = clock.first_token
-        self._seconds["answer"] = time.perf_counter() - clock.started - clock.first_token
-        for row, ids in zip(rows, out.sequences, strict=True):
-            row.answer.text = self.processor.decode(ids)
-            row.answer.seconds = self._seconds
-            row.answer.gates = self._gates(row, fused)
-        return [row.answer for row in rows]
+        self._share_images(requests)
+        with self._lock:
+            with FeaturePrefetcher(self.source, self._feature_cache) as prefetcher:
+                run = _Pass(requests, prefetcher)
+                for request in requests:
+                    if request.question.experts is not None:
+                        self._choose(run, request, list(request.question.experts))
+                self._encode_base(run)
+                self._route(run)
+                input_ids_BL, attention_mask_BL, embeds_BLD = self._embed(run, max_new_tokens)
+            self._generate_answers(run, input_ids_BL, attention_mask_BL, embeds_BLD, max_new_tokens, sampling)
+        for request in requests:
+            request.answer.seconds = run.seconds
+            request.answer.gates = self._gates(run, request)
+        return [request.answer for request in requests]
 
-    def _read(self, number: int, question: Question) -> _Row:
-        """The question with its pictures as a list, once it is known to be sound."""
-        given = question.image
-        images = [] if given is None else [given] if isinstance(given, ImageRef) else list(given)
-        said = [text for role, text in (*question.history, ("user", question.text)) if role == "user"]
-        marks = sum(text.count(IMAGE_MARK) for text in said)
-        asked = [text.replace(IMAGE_MARK, "").strip() for text in said]
-        if not asked[-1]:
+    def _validate(self, number: int, question: Question) -> _Request:
+        """The request of the question with this number, counted from 1; raises ValueError for an unusable question."""
+        image = question.image
+        images = [] if image is None else [image] if isinstance(image, ImageRef) else list(image)
+        user_turns = [text for role, text in (*question.history, ("user", question.text)) if role == "user"]
+        marks = sum(text.count(IMAGE_MARK) for text in user_turns)
+        texts = [text.replace(IMAGE_MARK, "").strip() for text in user_turns]
+        if not texts[-1]:
             raise ValueError(f"question {number} is empty: ask something")
         if marks and marks != len(images):
             raise ValueError(
@@ -224,179 +229,248 @@ class Answerer:
             raise ValueError(
                 f"question {number} has a budget, but {', '.join(unpriced)} no cost: give Answerer(costs=...)"
             )
-        return _Row(question=question, images=images, asked="\n".join(asked))
+        decoded = [DecodedImage.of(image) for image in images]
+        return _Request(question=question, images=decoded, gate_text="\n".join(texts))
 
-    def _choose(self, row: _Row, named: list[str], fetching: "_Fetching") -> None:
-        """Settles the experts of a row from those that were named, best first, and starts to fetch their features."""
-        question = row.question
-        cap = question.max_experts
-        if cap is None and question.experts is None and self.compat == "fixed":
-            cap = self.model.config.max_experts
-        allowed = [name for name in dict.fromkeys(named) if name not in question.forbid][:cap]
-        left = float("inf") if question.budget is None else question.budget
+    @staticmethod
+    def _share_images(requests: Sequence[_Request]) -> None:
+        """Reads every image, and lets requests on equal images share one object, which decodes the image once."""
+        images = [image for request in requests for image in request.images]
+        with ThreadPoolExecutor(READ_THREADS) as threads:
+            list(threads.map(DecodedImage.read, images))
+        by_key = {image.key: image for image in images}
+        for request in requests:
+            request.images = [by_key[image.key] for image in request.images]
+
+    # Stage 1: route
+
+    def _choose(self, run: _Pass, request: _Request, named: list[str]) -> None:
+        """Settles a request's experts from those named, most important first, and starts to fetch their features."""
+        question = request.question
+        limit = question.max_experts
+        if limit is None and question.experts is None and self.compat == "fixed":
+            limit = self.model.config.max_experts
+        allowed = [name for name in dict.fromkeys(named) if name not in question.forbid][:limit]
+        budget = float("inf") if question.budget is None else question.budget
         for name in allowed:
-            cost = len(row.images) * self.costs.get(name, 0.0)
-            if cost <= left:
-                left -= cost
-                row.answer.experts.append(name)
-        fetching.want(row.images, row.answer.experts)
+            cost = len(request.images) * self.costs.get(name, 0.0)
+            if cost <= budget:
+                budget -= cost
+                request.answer.experts.append(name)
+        run.prefetcher.request(request.images, request.answer.experts)
 
-    def _base(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
-        """Base tokens (N, C) by picture key, each computed once."""
-        images = {image.key: image for row in rows for image in row.images}
-        kept = {key: self._kept.get(key, BASE) for key in images}
-        new = [key for key, features in kept.items() if features is None]
-        base = {key: features.tokens for key, features in kept.items() if features is not None}
-        if new:
-            encoder = self.model.base_encoder
-            with self._step("preprocess"), ThreadPoolExecutor(os.cpu_count()) as threads:
-                one = lambda key: encoder.preprocess([images[key]], self.compat)["pixel_values"]  # noqa: E731
-                pixels = torch.cat(list(threads.map(one, new))).to(self.model.device)
-            with self._step("base encoder"):
-                for key, tokens in zip(new, self.model.encode_base(pixels), strict=True):
-                    base[key] = tokens
-                    self._kept.put(key, BASE, Features(tokens.clone(), encoder.grid))
-        return base
+    def _encode_base(self, run: _Pass) -> None:
+        """Computes each image's base tokens once."""
+        encoder = self.model.base_encoder
+        images = {image.key: image for request in run.requests for image in request.images}
+        for key in images:
+            if (features := self._feature_cache.get((key, BASE))) is not None:
+                run.base[key] = features.tokens
+        new = [image for key, image in images.items() if key not in run.base]
+        if not new:
+            return
 
-    def _ask_llm(
-        self,
-        rows: Sequence[_Row],
-        base: Mapping[str, Tensor],
-        fused: dict[_View, tuple[Tensor, list[Tensor]]],
-        fetching: "_Fetching",
-    ) -> None:
-        """One routing pass per different question; a row's features are asked for when its reply is complete."""
-        same: dict[tuple[str, ...], list[_Row]] = {}
-        for row in rows:
-            same.setdefault((row.asked, *(image.key for image in row.images)), []).append(row)
-        groups = list(same.values())
+        def pixels(image: DecodedImage) -> Tensor:
+            return encoder.preprocess([image.decode(self.compat)], self.compat)["pixel_values"]
+
+        with self._timed(run, "preprocess"), ThreadPoolExecutor(os.cpu_count()) as threads:
+            pixels_M3SS = torch.cat(list(threads.map(pixels, new))).to(self.model.device)
+        with self._timed(run, "base encoder"):
+            for image, tokens_NC in zip(new, self.model.encode_base(pixels_M3SS), strict=True):
+                run.base[image.key] = tokens_NC
+                # Cloned, because a view of the batch would hold the memory of all its images.
+                self._feature_cache.put((image.key, BASE), Features(tokens_NC.clone(), encoder.grid))
+
+    def _route(self, run: _Pass) -> None:
+        """Asks the router for the experts of all requests with images whose experts are not forced."""
+        routed = [request for request in run.requests if request.question.experts is None and request.images]
+        with self._timed(run, "routing"):
+            if routed and self.router == "llm":
+                self._route_by_llm(run, routed)
+            elif routed:
+                self._route_by_light_router(run, routed)
+
+    def _route_by_llm(self, run: _Pass, requests: Sequence[_Request]) -> None:
+        """One routing pass over the different questions; features are fetched as soon as a reply is complete."""
+        equal: dict[tuple[str, ...], list[_Request]] = {}
+        for request in requests:
+            equal.setdefault((request.gate_text, *(image.key for image in request.images)), []).append(request)
+        groups = list(equal.values())
         firsts = [group[0] for group in groups]
-        prompts = [build_routing_prompt(row.asked, self.model.config.descriptions) for row in firsts]
-        batch = self._tokens([[("user", prompt)] for prompt in prompts], firsts, ROUTER_TOKENS, routing=True)
-        views = [_View(image.key) for row in firsts for image in row.images]
-        self._fuse(views, base, fused)
-        visual = self.model.coarsen(torch.stack([fused[view][0] for view in dict.fromkeys(views)]))
-        shown = dict(zip(dict.fromkeys(views), visual, strict=True))
-        embeds = self.model.embed(batch["input_ids"], [shown[view] for view in views])
+        descriptions = self.model.config.descriptions
+        prompts = [[("user", build_routing_prompt(request.gate_text, descriptions))] for request in firsts]
+        input_ids_BL, attention_mask_BL = self._tokenize(prompts, firsts, ROUTER_TOKENS, routing=True)
+        views = [ImageView(image.key) for request in firsts for image in request.images]
+        self._fuse(run, views)
+        distinct = list(dict.fromkeys(views))
+        coarse = self.model.coarsen(torch.stack([run.fused[view][0] for view in distinct]))
+        visual = dict(zip(distinct, coarse, strict=True))
+        embeds_BLD = self.model.embed(input_ids_BL, [visual[view] for view in views])
 
-        def heard(index: int, reply: str) -> None:
-            for row in groups[index]:
-                row.answer.router = reply
-                named = self._named(reply)
-                row.answer.readable = named is not None
-                self._choose(row, [self.pool[number] for number in named or ()], fetching)
+        def on_reply(index: int, reply: str) -> None:
+            named = self._named_experts(reply)
+            for request in groups[index]:
+                request.answer.router = reply
+                request.answer.readable = named is not None
+                self._choose(run, request, [self.pool[position] for position in named or ()])
 
-        listener = _Listener(self.processor, heard)
+        callback = RoutingReplyCallback(self.processor, on_reply)
         with self.model.expert_routing():
-            self._generate(embeds, batch["attention_mask"], ROUTER_TOKENS, [listener])
-        listener.finish()
+            self._generate(embeds_BLD, attention_mask_BL, ROUTER_TOKENS, [callback])
+        callback.finish()
 
-    def _named(self, reply: str) -> list[int] | None:
+    def _named_experts(self, reply: str) -> list[int] | None:
+        """Positions in the pool of the experts that a routing reply names; None for an unreadable reply."""
         if self.compat == "published":
-            return [
-                index for index, chosen in enumerate(parse_routing(reply, len(self.pool), compat="published")) if chosen
-            ]
+            mask = parse_routing(reply, len(self.pool), compat="published")
+            return [position for position, chosen in enumerate(mask) if chosen]
         return read_reply(reply, len(self.pool), len(self.pool))
 
-    def _ask_light_router(
-        self,
-        rows: Sequence[_Row],
-        base: Mapping[str, Tensor],
-        fused: dict[_View, tuple[Tensor, list[Tensor]]],
-        fetching: "_Fetching",
-    ) -> None:
-        assert self.model.light_router is not None
-        text = self._encode_texts([row.asked for row in rows])
-        seen = [torch.stack([base[image.key].mean(0) for image in row.images]).mean(0) for row in rows]
-        logits = self.model.light_router(torch.stack([text[row.asked] for row in rows]), torch.stack(seen))
-        for row, each in zip(rows, logits, strict=True):
-            chosen = self.model.light_router.choose(each, len(self.pool))
-            row.answer.router = ", ".join(f"{self.pool[index]} {chance:.2f}" for index, chance in chosen) or "none"
-            self._choose(row, [self.pool[index] for index, _ in chosen], fetching)
+    def _route_by_light_router(self, run: _Pass, requests: Sequence[_Request]) -> None:
+        """Classifies each question from its text and the mean of its images' base tokens."""
+        router = self.model.light_router
+        assert router is not None
+        texts = self._encode_texts([request.gate_text for request in requests])
+        text_BT = torch.stack([texts[request.gate_text] for request in requests])
+        image_BC = torch.stack(
+            [torch.stack([run.base[image.key].mean(0) for image in request.images]).mean(0) for request in requests]
+        )
+        for request, logits_E in zip(requests, router(text_BT, image_BC), strict=True):
+            chosen = router.choose(logits_E, len(self.pool))
+            request.answer.router = ", ".join(f"{self.pool[index]} {chance:.2f}" for index, chance in chosen) or "none"
+            self._choose(run, request, [self.pool[index] for index, _ in chosen])
 
-    def _tokens(
-        self, conversations: Sequence[Any], rows: Sequence[_Row], new_tokens: int, routing: bool = False
-    ) -> dict[str, Tensor]:
-        """Left-padded `input_ids` and `attention_mask` of one pass, in which every row leaves room for its reply."""
-        images = [row.images if len(row.images) > 1 else next(iter(row.images), None) for row in rows]
+    # Stage 2: fuse and generate
+
+    def _embed(self, run: _Pass, max_new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (B, L), attention mask (B, L) and embeddings (B, L, D) of the answer pass."""
+        requests = run.requests
+        with self._timed(run, "preprocess"):  # while features are being fetched
+            turns = [request.turns for request in requests]
+            input_ids_BL, attention_mask_BL = self._tokenize(turns, requests, max_new_tokens)
+            texts = self._encode_texts([request.gate_text for request in requests if request.answer.experts])
+        with self._timed(run, "experts"):
+            features = run.prefetcher.result()
+        with self._timed(run, "fusion"):
+            views = [view for request in requests for view in request.views]
+            self._fuse(run, views, texts, features)
+            embeds_BLD = self.model.embed(input_ids_BL, [run.fused[view][0] for view in views])
+        return input_ids_BL, attention_mask_BL, embeds_BLD
+
+    def _tokenize(
+        self, conversations: Sequence[Any], requests: Sequence[_Request], new_tokens: int, routing: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Left-padded token ids and attention mask (B, L) of one pass; raises ValueError where a reply has no room."""
+        images = [
+            request.images if len(request.images) > 1 else next(iter(request.images), None) for request in requests
+        ]
         batch = self.processor(conversations, images, routing=routing, pixels=False)
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        for row, length in zip(rows, batch["attention_mask"].sum(1).tolist(), strict=True):
+        for request, length in zip(requests, batch["attention_mask"].sum(1).tolist(), strict=True):
             if limit is not None and length + new_tokens > limit:
                 what = "routing prompt" if routing else "conversation"
                 raise ValueError(
-                    f"question {row.question.text[:40]!r}: its {what} has {length} tokens and the reply up to {new_tokens}, "
-                    f"but the LLM reads {limit}: shorten it"
+                    f"question {request.question.text[:40]!r}: its {what} has {length} tokens and the reply up to "
+                    f"{new_tokens}, but the LLM reads {limit}: shorten it"
                 )
-        return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-
-    def _read_by_llm(self, input_ids: Tensor, views: Sequence[_View]) -> list[int | _View]:
-        """What stands at each position of a prompt (L,): the token, or the picture's view whose visual token it is."""
-        visual = iter([view for view in views for _ in range(self.model.config.image_tokens)])
-        return [next(visual) if token == self.model.config.image_token_id else token for token in input_ids.tolist()]
-
-    def _gate_texts(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
-        """Gate features (T,) of what was asked where an expert was chosen."""
-        return self._encode_texts([row.asked for row in rows if row.answer.experts])
+        device = self.model.device
+        return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
     def _encode_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Gate features (T,) of each different text."""
         distinct = list(dict.fromkeys(texts))
         if not distinct:
             return {}
-        ids = {name: value.to(self.model.device) for name, value in self.processor.gate_text(distinct).items()}
-        return dict(
-            zip(
-                distinct, self.model.adapter.encode_text(ids["text_input_ids"], ids["text_attention_mask"]), strict=True
-            )
-        )
+        tokens = {name: value.to(self.model.device) for name, value in self.processor.gate_text(distinct).items()}
+        encoded_BT = self.model.adapter.encode_text(tokens["text_input_ids"], tokens["text_attention_mask"])
+        return dict(zip(distinct, encoded_BT, strict=True))
 
     def _fuse(
         self,
-        views: Sequence[_View],
-        base: Mapping[str, Tensor],
-        fused: dict[_View, tuple[Tensor, list[Tensor]]],
+        run: _Pass,
+        views: Sequence[ImageView],
         texts: Mapping[str, Tensor] | None = None,
         features: Mapping[tuple[str, str], Features] | None = None,
     ) -> None:
-        """Adds the visual tokens (n, D) and gate weights (E,) per block of the views that are not there yet.
+        """Adds the views to `run.fused` that are not there yet.
 
-        A view without experts is the same for every question, so it is kept for later ones as base tokens are.
+        A view without experts is equal for every question, so it is cached for later ones, as base tokens are.
+
+        Args:
+            texts: gate text -> its features (T,); not needed without experts.
+            features: (image key, expert) -> features; not needed without experts.
         """
         for view in dict.fromkeys(views):
-            if not view.experts and view not in fused and (plain := self._kept.get(view.key, PLAIN)) is not None:
-                fused[view] = plain.tokens, []
-        new = [view for view in dict.fromkeys(views) if view not in fused]
+            if view.experts or view in run.fused:
+                continue
+            if (plain := self._feature_cache.get((view.image_key, PLAIN))) is not None:
+                run.fused[view] = plain.tokens, []
+        new = [view for view in dict.fromkeys(views) if view not in run.fused]
         if not new:
             return
-        tokens = torch.stack([base[view.key] for view in new])
-        routing = torch.tensor([[name in view.experts for name in self.pool] for view in new])
-        rows = [{name: (features or {})[view.key, name] for name in view.experts} for view in new]
-        experts = stack_features(rows, self.pool, tokens.device, tokens.dtype)
-        text = None
+        base_BNC = torch.stack([run.base[view.image_key] for view in new])
+        routing_BE = torch.tensor([[name in view.experts for name in self.pool] for view in new])
+        rows = [{name: (features or {})[view.image_key, name] for name in view.experts} for view in new]
+        experts = stack_features(rows, self.pool, base_BNC.device, base_BNC.dtype)
+        text_BT = None
         if texts:
-            silent = torch.zeros_like(next(iter(texts.values())))
-            text = torch.stack([texts.get(view.asked, silent) for view in new])
-        visual, gates = self.model.encode_image(tokens, text, experts, routing.to(tokens.device))
+            no_text = torch.zeros_like(next(iter(texts.values())))
+            text_BT = torch.stack([texts.get(view.gate_text, no_text) for view in new])
+        visual_BnD, gates = self.model.encode_image(base_BNC, text_BT, experts, routing_BE.to(base_BNC.device))
         side = self.model.config.adapter["grid"] // 2
-        for at, view in enumerate(new):
-            fused[view] = visual[at], [gate[at] for gate in gates]
+        for index, view in enumerate(new):
+            run.fused[view] = visual_BnD[index], [gate_BE[index] for gate_BE in gates]
             if not view.experts:
-                self._kept.put(view.key, PLAIN, Features(visual[at].clone(), (side, side)))
+                plain = Features(visual_BnD[index].clone(), (side, side))
+                self._feature_cache.put((view.image_key, PLAIN), plain)
 
-    def _gates(self, row: _Row, fused: Mapping[_View, tuple[Tensor, list[Tensor]]]) -> list[dict[str, float]]:
-        """Per block the weights of the row's experts, averaged over its pictures."""
-        if not row.answer.experts:
-            return [{} for _ in range(self.model.adapter.config.blocks if row.images else 0)]
-        blocks = zip(*(fused[view][1] for view in row.views), strict=True)
+    def _gates(self, run: _Pass, request: _Request) -> list[dict[str, float]]:
+        """Per adapter block the weights of the request's experts, averaged over its images."""
+        if not request.answer.experts:
+            return [{} for _ in range(self.model.adapter.config.blocks if request.images else 0)]
+        blocks = zip(*(run.fused[view][1] for view in request.views), strict=True)
         means = [torch.stack(block).mean(0).tolist() for block in blocks]
-        return [{name: mean[self.pool.index(name)] for name in row.answer.experts} for mean in means]
+        return [{name: mean[self.pool.index(name)] for name in request.answer.experts} for mean in means]
+
+    def _generate_answers(
+        self,
+        run: _Pass,
+        input_ids_BL: Tensor,
+        attention_mask_BL: Tensor,
+        embeds_BLD: Tensor,
+        max_new_tokens: int,
+        sampling: Mapping[str, Any],
+    ) -> None:
+        """Fills in the answers' texts. A single reply reuses and stores keys and values."""
+        timer = FirstTokenTimer()
+        # transformers refuses `past_key_values` beside a cache implementation that the model names itself.
+        own_cache = self.model.language_model.generation_config.cache_implementation
+        reusable = len(run.requests) == 1 and sampling.keys() <= SINGLE_REPLY_OPTIONS and own_cache is None
+        past = None
+        if reusable:
+            prompt = self._prompt_content(input_ids_BL[0], run.requests[0].views)
+            past = self._prefix_cache.find(prompt)
+            run.requests[0].answer.reused_tokens = past.get_seq_length() if past else 0
+        out = self._generate(embeds_BLD, attention_mask_BL, max_new_tokens, [timer], past_key_values=past, **sampling)
+        if reusable:
+            self._prefix_cache.put(prompt, out.sequences[0].tolist(), out.past_key_values)
+        run.seconds["first token"] = timer.first_token
+        run.seconds["answer"] = time.perf_counter() - timer.started - timer.first_token
+        for request, reply_ids in zip(run.requests, out.sequences, strict=True):
+            request.answer.text = self.processor.decode(reply_ids)
+
+    def _prompt_content(self, input_ids_L: Tensor, views: Sequence[ImageView]) -> list[Hashable]:
+        """What stands at each position of a prompt: the token, or the view that its visual token belongs to."""
+        visual = (view for view in views for _ in range(self.model.config.image_tokens))
+        image_token = self.model.config.image_token_id
+        return [next(visual) if token == image_token else token for token in input_ids_L.tolist()]
 
     def _generate(
         self,
-        embeds: Tensor,
-        attention_mask: Tensor,
+        embeds_BLD: Tensor,
+        attention_mask_BL: Tensor,
         max_new_tokens: int,
-        listeners: Sequence[StoppingCriteria],
+        callbacks: Sequence[StoppingCriteria],
         **options: Any,
     ) -> Any:
         """What transformers' `generate` returns; greedy unless `options` say otherwise."""
@@ -407,191 +481,19 @@ class Answerer:
             "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         }
         return self.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
+            inputs_embeds=embeds_BLD,
+            attention_mask=attention_mask_BL,
             max_new_tokens=max_new_tokens,
-            stopping_criteria=StoppingCriteriaList(listeners),
+            stopping_criteria=StoppingCriteriaList(callbacks),
             return_dict_in_generate=True,
             **(defaults | options),
         )
 
     @contextmanager
-    def _step(self, name: str) -> Iterator[None]:
+    def _timed(self, run: _Pass, step: str) -> Iterator[None]:
+        """Adds the time of its body, the device's work included, to a step of `run.seconds`."""
         started = time.perf_counter()
         yield
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
-        self._seconds[name] += time.perf_counter() - started
-
-
-class _Listener(StoppingCriteria):
-    """Stops nothing; tells of each row's reply as soon as its end mark is there."""
-
-    def __init__(self, processor: MoVAProcessor, heard: Callable[[int, str], None]):
-        self.processor, self.heard = processor, heard
-        self.ids: Tensor | None = None
-        self.told: set[int] = set()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        self.ids = input_ids
-        ended = (input_ids[:, -1] == self.processor.tokenizer.eos_token_id).tolist()
-        self._tell([index for index, end in enumerate(ended) if end])
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def finish(self) -> None:
-        """Tells of the replies that came to no end."""
-        assert self.ids is not None
-        self._tell(range(len(self.ids)))
-
-    def _tell(self, rows: Sequence[int]) -> None:
-        for index in rows:
-            if index not in self.told:
-                self.told.add(index)
-                assert self.ids is not None
-                self.heard(index, self.processor.decode(self.ids[index]))
-
-
-class _Clock(StoppingCriteria):
-    """Stops nothing; knows when the first token was there, in seconds."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.first_token = 0.0
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        if not self.first_token:
-            input_ids[:, -1].tolist()  # waits for the device
-            self.first_token = time.perf_counter() - self.started
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class _Kept:
-    """Features by (picture key, expert) in memory, the longest unused let go first."""
-
-    def __init__(self, limit: int):
-        self.limit, self.bytes = limit, 0
-        self.entries: OrderedDict[tuple[str, str], Features] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, key: str, expert: str) -> Features | None:
-        with self.lock:
-            if (key, expert) in self.entries:
-                self.entries.move_to_end((key, expert))
-            return self.entries.get((key, expert))
-
-    def put(self, key: str, expert: str, features: Features) -> None:
-        with self.lock:
-            if (key, expert) not in self.entries:
-                self.entries[key, expert] = features
-                self.bytes += features.tokens.nbytes
-            while self.bytes > self.limit:
-                self.bytes -= self.entries.popitem(last=False)[1].tokens.nbytes
-
-
-@dataclass(frozen=True)
-class _Conversation:
-    """What the LLM read and said, and the keys and values (1, H, L, d) per layer that came of it."""
-
-    read: list[int | _View]  # per position; longer than L by what was said last
-    prompt: int  # how many of them were read before the reply
-    layers: list[tuple[Tensor, Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
-
-    def common(self, read: Sequence[int | _View]) -> int:
-        """How many positions from the first on hold the same, so have the same keys and values."""
-        length = min(len(read), self.layers[0][0].shape[-2])
-        return next((at for at in range(length) if self.read[at] != read[at]), length)
-
-
-class _Said:
-    """The last conversations with the LLM, for those that begin like one of them; the longest unused let go first."""
-
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.conversations: list[_Conversation] = []
-        self.lock = threading.Lock()
-
-    def begun(self, read: Sequence[int | _View]) -> DynamicCache | None:
-        """Keys and values of the longest beginning the LLM has read; the last token is left for it to go on from."""
-        with self.lock:
-            begun = [conversation.common(read[:-1]) for conversation in self.conversations]
-            length = max(begun, default=0)
-            if not length:
-                return None
-            last = self.conversations.pop(begun.index(length))
-            self.conversations.append(last)
-        return DynamicCache([(keys[..., :length, :], values[..., :length, :]) for keys, values in last.layers])
-
-    def put(self, read: Sequence[int | _View], said: Sequence[int], cache: Any) -> None:
-        """Keeps a reply's cache, in place of those of the turns before it, if it holds every position of one row."""
-        layers = getattr(cache, "layers", [])
-        if not layers or not all(type(layer) is DynamicLayer and layer.is_initialized for layer in layers):
-            return  # a sliding window or a state of its own: it cannot be cut back
-        kept = [(layer.keys, layer.values) for layer in layers]
-        new = _Conversation([*read, *said], len(read), kept)
-        if len(new.layers[0][0]) > 1 or new.nbytes > self.limit:
-            return
-        with self.lock:
-            others = [one for one in self.conversations if one.common(read) < one.prompt]
-            self.conversations = [*others, new][-CONVERSATIONS:]
-            while sum(one.nbytes for one in self.conversations) > self.limit:
-                del self.conversations[0]
-
-
-def _rescales(llm: Any) -> bool:
-    """Whether the LLM turns its keys by how long all it reads is, so that those of a beginning are not its own."""
-    rope = str(getattr(llm, "rope_parameters", None))
-    return "dynamic" in rope or "longrope" in rope
-
-
-class _Fetching:
-    """Fetches features in a thread of its own. What is wanted while a fetch runs goes into the next one, all together."""
-
-    def __init__(self, source: FeatureSource, kept: _Kept):
-        self.source, self.kept = source, kept
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="features")
-        self.wanted: dict[tuple[str, str], ImageRef] = {}
-        self.found: dict[tuple[str, str], Features] = {}
-        self.asked: set[tuple[str, str]] = set()
-        self.lock = threading.Lock()
-        self.fetches: list[Future[None]] = []
-
-    def __enter__(self) -> "_Fetching":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.thread.shutdown(wait=True, cancel_futures=True)
-
-    def want(self, images: Sequence[ImageRef], experts: Sequence[str]) -> None:
-        """Starts to fetch what is not kept, wanted or found already."""
-        new = {(image.key, name): image for image in images for name in experts if (image.key, name) not in self.asked}
-        self.asked |= new.keys()
-        for place in list(new):
-            if (features := self.kept.get(*place)) is not None:
-                self.found[place] = features
-                del new[place]
-        if new:
-            with self.lock:
-                self.wanted |= new
-            self.fetches.append(self.thread.submit(self._fetch))
-
-    def done(self) -> dict[tuple[str, str], Features]:
-        """All that was wanted, by (picture key, expert); an error of the source comes out here."""
-        for fetch in self.fetches:
-            fetch.result()
-        return self.found
-
-    def _fetch(self) -> None:
-        with self.lock:
-            wanted, self.wanted = self.wanted, {}
-        images = {key: image for (key, _), image in wanted.items()}
-        names = {key: [name for other, name in wanted if other == key] for key in images}
-        if images:
-            rows = self.source.fetch(list(images.values()), list(names.values()))
-            for key, row in zip(images, rows, strict=True):
-                for name in names[key]:
-                    self.found[key, name] = row[name]
-                    self.kept.put(key, name, row[name])
+        run.seconds[step] += time.perf_counter() - started

@@ -2,19 +2,20 @@ import random
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM, TextIteratorStreamer
 
+import mova_core.images
 from mova_core.answering import Answerer, Question
+from mova_core.answering.answerer import STEPS
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import Features
 from mova_core.features import FeatureStore, MissingFeatures, Tiered
 from mova_core.images import ImageError, ImageRef
 from mova_core.routing import build_routing_prompt
-
-STEPS = {"preprocess", "base encoder", "routing", "experts", "fusion", "first token", "answer"}
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_reply_tells_what_was_done(talkative, processor, local_experts, images):
         assert set(block) == {"sam", "dinov2"} and abs(sum(block.values()) - 1) < 1e-4
     assert routed.router is not None and all(set(block) == set(routed.experts) for block in routed.gates)
     assert plain.router is None and plain.experts == [] and plain.gates == []
-    assert set(forced.seconds) == STEPS and all(seconds >= 0 for seconds in forced.seconds.values())
+    assert tuple(forced.seconds) == STEPS and all(seconds >= 0 for seconds in forced.seconds.values())
     assert forced.seconds["routing"] > 0 and forced.seconds["first token"] > 0
 
 
@@ -158,6 +159,30 @@ def test_one_encoding_and_one_routing_pass_serve_several_questions(talkative, pr
     assert set(source.asked.values()) == {1}, "no features twice"
 
 
+def test_an_image_is_read_and_decoded_once(mini, processor, local_experts, images, monkeypatch):
+    """For the base encoder and every expert, also if two questions name the image by references of their own."""
+    calls: Counter[str] = Counter()
+
+    def count(name):
+        function = getattr(mova_core.images, name)
+
+        def counted(*arguments):
+            calls[name] += 1
+            return function(*arguments)
+
+        monkeypatch.setattr(mova_core.images, name, counted)
+
+    count("read_image")
+    count("_decode")
+    answerer = Answerer(mini, processor, local_experts)
+    fresh = [ImageRef(path=images[0].path) for _ in range(3)]
+    answerer.answer([Question(image=fresh[0], text="what?", experts=("sam", "vary", "pix2struct"))], 2)
+    assert calls == {"read_image": 1, "_decode": 1}
+    answerer = Answerer(mini, processor, local_experts)
+    answerer.answer([Question(image=image, text="what?", experts=("sam",)) for image in fresh[1:]], 2)
+    assert calls == {"read_image": 1 + 2, "_decode": 1 + 1}, "each reference is read, the picture is decoded once"
+
+
 def test_later_turns_find_features_again(talkative, processor, local_experts, images):
     source = Counted(local_experts)
     answerer = Answerer(talkative, processor, source)
@@ -175,7 +200,7 @@ def test_later_turns_find_features_again(talkative, processor, local_experts, im
     same(again, Answerer(talkative, processor, local_experts).answer([later], max_new_tokens=4)[0])
     small = Answerer(talkative, processor, source, keep_bytes=1000)
     small.answer([first], max_new_tokens=1)
-    assert small._kept.bytes <= 1000
+    assert small.cached_bytes["features"] <= 500
 
 
 def test_features_come_while_others_are_routed(talkative, processor, local_experts, images):
@@ -427,7 +452,7 @@ def test_later_turns_are_read_from_where_they_differ(talkative, processor, local
             different.add(tuple(tokens))
             prompt = all_read - len(all_tokens) + 1 if answer.router is None else 0
     assert len(different) > 20 and further > 4, "some replies are reused too"
-    assert len(remembering._said.conversations) > 4 and not forgetful._said.conversations
+    assert remembering.cached_bytes["prefixes"] > 0 and forgetful.cached_bytes == {"features": 0, "prefixes": 0}
 
 
 def test_questions_on_one_picture_share_its_keys_and_values(talkative, processor, local_experts, images):
@@ -464,8 +489,6 @@ def test_routing_leaves_no_keys_and_values(talkative, processor, local_experts, 
     answerer = Answerer(talkative, processor, local_experts)
     [answer] = answerer.answer([Question(text="what is in the picture?", image=images[0])], 4)
     assert answer.router is not None and answer.reused_tokens == 0
-    [kept] = answerer._said.conversations
-    assert kept.prompt > talkative.config.image_tokens
     prompt = build_routing_prompt("what is in the picture?", talkative.config.descriptions)
     question = Question(text=prompt, image=images[0], experts=())
     [again] = answerer.answer([question], 4)
@@ -473,19 +496,17 @@ def test_routing_leaves_no_keys_and_values(talkative, processor, local_experts, 
     same(again, Answerer(talkative, processor, local_experts).answer([question], 4)[0])
 
 
-def test_kept_keys_and_values_are_bounded(talkative, processor, local_experts):
+def test_memory_for_keys_and_values_is_bounded(talkative, processor, local_experts):
     answerer = Answerer(talkative, processor, local_experts, keep_bytes=200_000)
-    counts = []
+    sizes = []
     for number in range(12):
         answerer.answer([Question(text=f"{number} what is in the picture? " * (number % 4 + 1))], 4)
-        kept = answerer._said.conversations
-        counts.append(len(kept))
-        assert sum(one.nbytes for one in kept) <= 100_000
-    assert 1 < counts[-1] < 12
+        sizes.append(answerer.cached_bytes["prefixes"])
+    assert 0 < max(sizes) <= 100_000 and sizes != sorted(sizes), "something was evicted"
     longer = Question(text="0123456789 " * 40)
     answerer.answer([longer], 4)
-    assert answerer.answer([longer], 4)[0].reused_tokens < 10, "larger than all there is room for"
-    assert len(answerer._said.conversations) == counts[-1], "and nothing went for it"
+    assert answerer.answer([longer], 4)[0].reused_tokens < 10, "larger than the whole cache"
+    assert answerer.cached_bytes["prefixes"] == sizes[-1], "and nothing was evicted for it"
 
 
 @pytest.mark.parametrize(
@@ -499,7 +520,23 @@ def test_keys_and_values_that_cannot_be_cut_back_are_not_kept(mini, processor, l
     kind = (Gemma3ForCausalLM, Gemma3TextConfig) if "sliding_window" in more else (Qwen2ForCausalLM, Qwen2Config)
     answerer = Answerer(with_llm(mini, *kind, **more), processor, local_experts)
     assert [answer.reused_tokens for answer, _, _ in converse(answerer, ["what?", "left?"])] == [0, 0]
-    assert not answerer._said.conversations
+    assert answerer.cached_bytes["prefixes"] == 0
+
+
+def test_threads_may_share_an_answerer(talkative, processor, local_experts, images):
+    """The routing pass switches the LoRA of the one model that all threads use."""
+    talkative.add_routing_lora(rank=4)
+    for name, parameter in talkative.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    answerer = Answerer(talkative, processor, local_experts)
+    questions = [Question(text=text, image=image) for image in images for text in ("what?", "left?", "which?", "none?")]
+    alone = [answerer.answer([question], 4)[0] for question in questions]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda question: answerer.answer([question], 4)[0], questions))
+    for answer, expected in zip(together, alone, strict=True):
+        same(answer, expected)
+    assert len({id(answer.seconds) for answer in together}) == len(questions)
 
 
 def test_sources_are_interchangeable(mini, processor, local_experts, images, tmp_path):

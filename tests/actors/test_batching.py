@@ -1,0 +1,142 @@
+"""MicroBatcher without an expert; tests/actors/test_expert_server.py has it at work behind a server."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from actors.batching import FAULTS, MicroBatcher, ServerBusy, ServerError, State
+from mova_core.experts import Features
+from mova_core.images import ImageError, ImageRef
+
+
+def image(number: int) -> ImageRef:
+    return ImageRef(data=bytes([number]))
+
+
+def prepare(images):
+    return {"number": torch.tensor([[float(image.data[0])] for image in images])}
+
+
+def compute(batch):
+    return [Features(row[:, None], (1, 1)) for row in batch["number"]]
+
+
+@pytest.fixture
+def start():
+    """Starts a batcher; closed at the end."""
+    batchers = []
+
+    def start(**arguments) -> MicroBatcher:
+        defaults = {
+            "prepare": prepare,
+            "compute": compute,
+            "device": torch.device("cpu"),
+            "batch_size": 4,
+            "wait": 0.01,
+        }
+        more = {"queue": 16, "sizes": None, "prepare_threads": 1, "observe": lambda name, value: None}
+        batchers.append(MicroBatcher("numbers", **{**defaults, **more, **arguments}))
+        return batchers[-1]
+
+    yield start
+    for batcher in batchers:
+        batcher.close()
+
+
+def numbers(pending) -> list[float]:
+    return [request.result.result(timeout=30).tokens.item() for request in pending]
+
+
+def test_each_image_gets_its_own_features(start):
+    batcher = start(prepare_threads=4)
+    assert numbers(batcher.submit([image(number) for number in range(10)])) == list(range(10))
+    assert batcher.load() | {"computed": 10, "splits": 0, "waiting": 0} == batcher.load()
+
+
+def test_closing_while_a_batch_is_gathered_is_no_failure(start, caplog):
+    batcher = start(wait=60.0)
+    [pending] = batcher.submit([image(1)])
+    time.sleep(0.05)  # the gathering thread waits for more images
+    batcher.close()
+    with pytest.raises(ServerError, match="the server of numbers was closed"):
+        pending.result.result(timeout=30)
+    assert batcher.state is State.CLOSED and not caplog.records
+
+
+def test_breaking_while_a_batch_is_gathered_is_reported_once(start, caplog):
+    """The first batch breaks the batcher while later images wait for theirs to fill."""
+    gathering = threading.Event()
+
+    def lose_device(batch):
+        assert gathering.wait(30)
+        raise torch.AcceleratorError("the device is gone")
+
+    batcher = start(compute=lose_device, batch_size=2, wait=60.0)
+    pending = batcher.submit([image(number) for number in range(3)])
+    time.sleep(0.05)
+    gathering.set()
+    for request in pending:
+        with pytest.raises(ServerError, match="numbers lost cpu"):
+            request.result.result(timeout=30)
+    with pytest.raises(ServerError, match="numbers lost cpu"):
+        batcher.submit([image(4)])
+    batcher.close()
+    assert not caplog.records
+    with pytest.raises(ServerError, match="numbers lost cpu"):
+        batcher.check()
+
+
+def test_a_failure_of_the_batcher_itself_reaches_the_callers(start, caplog):
+    batcher = start(compute=lambda batch: [])  # no row for the image
+    [pending] = batcher.submit([image(1)])
+    with pytest.raises(ServerError, match=r"the server of numbers failed \(ValueError: zip"):
+        pending.result.result(timeout=30)
+    assert batcher.state is State.BROKEN and "the server of numbers failed" in caplog.text
+
+
+def test_time_of_all_preparing_threads_is_counted(start):
+    seconds, images = 0.02, 24
+
+    def prepare_slowly(images):
+        time.sleep(seconds)
+        return prepare(images)
+
+    batcher = start(prepare=prepare_slowly, prepare_threads=4)
+    numbers(batcher.submit([image(number) for number in range(images)][:16]))
+    numbers(batcher.submit([image(number) for number in range(images)][16:]))
+    assert batcher.load()["prepare"] >= images * seconds
+
+
+def test_sizes_that_were_not_warmed_up_are_not_fallen_back_to(start):
+    batches = []
+
+    def compute_three(batch):
+        batches.append(len(batch["number"]))
+        if batches[-1] > 3:
+            torch.empty(1 << 60)  # the allocator's own refusal
+        return compute(batch)
+
+    batcher = start(compute=compute_three, batch_size=8, sizes=(1, 2, 8))
+    assert numbers(batcher.submit([image(number) for number in range(8)])) == list(range(8))
+    assert batches == [8, 2, 2, 2, 2] and batcher.batch_size == 2
+
+
+def test_images_that_fail_in_a_row_break_it_but_not_with_others_between(start):
+    def compute_even(batch):
+        return ["odd" if row.item() % 2 else Features(row[:, None], (1, 1)) for row in batch["number"]]
+
+    batcher = start(compute=compute_even)
+    results = [request.result.result(timeout=30) for request in batcher.submit([image(n) for n in range(2 * FAULTS)])]
+    assert [isinstance(result, ImageError) for result in results] == [False, True] * FAULTS
+    odd = batcher.submit([image(1)] * FAULTS)
+    with pytest.raises(ServerError, match=f"numbers failed on {FAULTS} pictures in a row"):
+        odd[-1].result.result(timeout=30)
+
+
+def test_a_full_queue_refuses_unless_the_caller_waits(start):
+    batcher = start(queue=2)
+    with pytest.raises(ServerBusy, match="0 pictures waiting and room for 2, so it takes no 3 more"):
+        batcher.submit([image(number) for number in range(3)])
+    assert numbers(batcher.submit([image(number) for number in range(6)], wait_for_room=True)) == list(range(6))
