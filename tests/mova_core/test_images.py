@@ -1,4 +1,4 @@
-"""Every kind of picture that people have: the right RGB pixels, or one clear error."""
+"""Pictures of all formats and modes: the right RGB pixels, or one clear error."""
 
 import hashlib
 import io
@@ -193,7 +193,7 @@ class TestSources:
         grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
         assert np.array_equal(np.asarray(load_image(grey)), np.stack([grey] * 3, axis=-1))
 
-    def test_a_lying_extension_does_not_matter(self, tmp_path, picture):
+    def test_a_wrong_extension_does_not_matter(self, tmp_path, picture):
         file = tmp_path / "a.jpg"
         file.write_bytes(encoded(picture))
         assert np.array_equal(np.asarray(load_image(file)), np.asarray(picture))
@@ -238,7 +238,7 @@ class TestModes:
             assert [red for red, _, _ in colours(load_image(source))] == [0, 1, 128, 255]
 
     @pytest.mark.parametrize("image", [Image.new("F", (2, 2), 0.5), Image.new("I", (2, 2), 1_000_000)], ids=["F", "I"])
-    def test_no_agreed_range(self, image):
+    def test_pixels_without_an_agreed_range(self, image):
         with pytest.raises(ImageError, match="no agreed range"):
             load_image(encoded(image, "TIFF"))
 
@@ -265,7 +265,7 @@ class TestModes:
         assert turned.size == ((40, 30) if orientation < 5 else (30, 40))
         corner = [(0, 0), (39, 0), (39, 29), (0, 29), (0, 0), (0, 29), (39, 29), (39, 0)][orientation - 1]
         assert turned.getpixel((0, 0)) == picture.getpixel(corner)
-        assert np.array_equal(np.asarray(load_image(turned)), np.asarray(turned))  # not turned twice
+        assert np.array_equal(np.asarray(load_image(turned)), np.asarray(turned))  # not rotated twice
         assert load_image(data, "published").size == (40, 30)
 
     def test_broken_exif_does_not_cost_the_picture(self, picture):
@@ -274,7 +274,7 @@ class TestModes:
 
 
 class TestBadInput:
-    def test_not_there(self, tmp_path):
+    def test_missing_files(self, tmp_path):
         with pytest.raises(ImageError, match=r"gone\.png: cannot be read"):
             load_image(tmp_path / "gone.png")
         with pytest.raises(ImageError, match="cannot be read"):
@@ -298,7 +298,7 @@ class TestBadInput:
                 load_image(data[: len(data) // 2], compat)
 
     @pytest.mark.parametrize("side", [12_000, 20_000])
-    def test_a_bomb_costs_nothing(self, side):
+    def test_a_decompression_bomb_is_not_decoded(self, side):
         data = encoded(Image.new("1", (side, side)))
         start = time.perf_counter()
         with pytest.raises(ImageError, match="over the limit of 100,000,000 pixels"):
@@ -306,7 +306,7 @@ class TestBadInput:
         assert time.perf_counter() - start < 0.1
 
     def test_a_header_that_claims_too_much(self):
-        """30,000 x 30,000, told by 41 bytes."""
+        """A header of 41 bytes that claims 30,000 x 30,000 pixels."""
         header = struct.pack(">4sIIBBBBB", b"IHDR", 30_000, 30_000, 8, 2, 0, 0, 0)
         data = (
             b"\x89PNG\r\n\x1a\n"
@@ -320,7 +320,7 @@ class TestBadInput:
                 load_image(data, compat)
 
     def test_cmyk_of_a_printer(self, picture):
-        """Adobe's JPEG keeps inverted inks, which Pillow turns; a file of half its length is refused."""
+        """Adobe's CMYK JPEG stores inverted inks, which Pillow inverts back; half of such a file is refused."""
         data = encoded(picture.resize((200, 150)).convert("CMYK"), "JPEG", quality=95)
         assert load_image(data).size == (200, 150)
         assert colours(load_image(encoded(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG")))[0][0] > 240
@@ -362,7 +362,7 @@ class TestSquarePixels:
 
     @pytest.mark.parametrize("side", [672, 1024])
     @pytest.mark.parametrize("longer", [640, 800, 1024, 1920, 2016])
-    def test_most_of_the_padding_is_never_filtered(self, side, longer):
+    def test_most_of_the_padding_is_not_filtered(self, side, longer):
         for shorter in (1, longer // 2 + 1, longer * 3 // 4):
             (start, stop), (top, bottom) = images._touched(shorter, longer, side)
             assert (
@@ -379,7 +379,7 @@ class TestSquarePixels:
             pixels = clip_pixels([noise(*size)], 168)
             assert pixels.shape == (1, 3, 168, 168) and bool(torch.isfinite(pixels).all())
 
-    def test_published_flaws_stay_behind_the_switch(self):
+    def test_published_flaws_need_the_published_mode(self):
         three = noise(3, 3)
         right, flawed = clip_pixels([three], 32)[0], clip_pixels([three], 32, "published")[0]
         assert not torch.equal(right, flawed)
@@ -390,6 +390,6 @@ class TestSquarePixels:
         one = clip_pixels([Image.new("RGB", (1, 1), RED)], 32)[0]
         assert bool((one == one[:, :1, :1]).all())
 
-    def test_one_bad_picture_names_itself(self, picture):
+    def test_the_error_names_the_bad_picture(self, picture):
         with pytest.raises(ImageError, match="image of 3 bytes"):
             clip_pixels([picture, b"abc"], 32)

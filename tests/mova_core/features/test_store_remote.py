@@ -1,4 +1,4 @@
-"""The feature store on an object store: moto's S3 server as it is, and one that fails one call in twenty."""
+"""The feature store on an object store: moto's S3 server, reliable or failing one request in twenty."""
 
 import pickle
 import random
@@ -20,7 +20,7 @@ from tests.mova_core.features.test_store import KEYS, describe, features, fill, 
 
 
 class Server:
-    """moto's S3 behind a WSGI layer that counts what is asked, fails some of it, and may forget conditions."""
+    """moto's S3 behind a WSGI layer that records requests, fails some of them, and may ignore If-None-Match."""
 
     def __init__(self):
         self.moto = DomainDispatcherApplication(create_backend_app)
@@ -43,7 +43,7 @@ class Server:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(f"{fault} Out of order", [("Content-Length", "0")])
             return [b""]
-        if fault == "lost":  # it is done, and nobody hears of it
+        if fault == "lost":  # carried out, but the reply is lost
             self._carry_out(environ, lambda *_: None)
         if fault:
             connection = environ["werkzeug.socket"]
@@ -53,7 +53,7 @@ class Server:
         return self._carry_out(environ, start_response)
 
     def _carry_out(self, environ, start_response):
-        # S3 looks and puts as one; moto looks, then puts, and another thread may be between.
+        # S3 checks the condition and writes in one step; moto checks, then writes, and another thread may write between.
         with self.conditional if "HTTP_IF_NONE_MATCH" in environ else nullcontext():
             return [b"".join(self.moto(environ, start_response))]
 
@@ -71,7 +71,7 @@ def running():
 
 @pytest.fixture
 def server(running, monkeypatch, tmp_path):
-    """With an empty bucket, and the environment that leads fsspec there."""
+    """The server with an empty bucket, and the environment variables that direct fsspec to it."""
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{running.http.server_port}",
         "AWS_ACCESS_KEY_ID": "key",
@@ -80,7 +80,7 @@ def server(running, monkeypatch, tmp_path):
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # it keeps the endpoint of who asked first
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # cached instances keep the endpoint of an earlier test
     running.failing, running.forgets_conditions = 0.0, False
     bucket = f"bucket-{running.draw.randrange(10**9)}"
     ObjectStorage(f"s3://{bucket}")._fs.mkdir(bucket)
@@ -95,13 +95,13 @@ def objects(store):
 
 
 def test_requests(server):
-    """A row takes at most one request, rows side by side share one, and none is asked for its size first."""
+    """A row takes at most one request, neighbouring rows share one, and no request asks for a size first."""
     partition = FeatureStore(server.url, create=True).add_expert(describe())
     server.asked.clear()
     fill(partition, KEYS[:6])
     [put] = [path for method, path, _ in server.asked if method == "PUT" and "/shards/" in path]
     assert [method for method, *_ in server.asked if method == "PUT"] == ["PUT"] * 2, "shard and receipt"
-    big = features(KEYS[6:12], grid=(200, 200), channels=64)  # 10 MiB a row: more than what is read at once
+    big = features(KEYS[6:12], grid=(200, 200), channels=64)  # 10 MiB a row: more than one merged request may read
     partition.write("a" * 32, big)
     reader = FeatureStore(server.url).partition("clip")
     server.asked.clear()
@@ -113,7 +113,7 @@ def test_requests(server):
     assert len(server.asked) == 6 and {method for method, *_ in server.asked} == {"GET"}
 
 
-def test_snapshots_are_kept_here(server, tmp_path):
+def test_snapshots_are_cached_locally(server, tmp_path):
     store = FeatureStore(server.url, create=True)
     fill(store.add_expert(describe()), KEYS[:12])
     assert store.partition("clip").snapshot() == 1
@@ -121,8 +121,8 @@ def test_snapshots_are_kept_here(server, tmp_path):
     again = FeatureStore(server.url)
     server.asked.clear()
     assert same(pickle.loads(pickle.dumps(again)).partition("clip"), KEYS)
-    assert not any("/index/" in path for _, path, _ in server.asked), "the copy here serves"
-    assert sum("/receipts/" in path for _, path, _ in server.asked) == 2, "of the newer ones only"
+    assert not any("/index/" in path for _, path, _ in server.asked), "the local copy is used"
+    assert sum("/receipts/" in path for _, path, _ in server.asked) == 2, "receipts newer than the snapshot only"
     assert store.partition("clip").snapshot() == 2
     [kept] = (tmp_path / "cache").rglob("*-*")
     assert kept.stat().st_size and same(FeatureStore(server.url).partition("clip"), KEYS)
@@ -131,7 +131,7 @@ def test_snapshots_are_kept_here(server, tmp_path):
 
 
 def test_a_server_that_fails(server, monkeypatch):
-    """One call in twenty is refused, cut, or done without an answer, and the client itself asks only once."""
+    """One request in twenty is refused, cut off, or carried out without a reply; s3fs itself does not retry."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr("mova_core.features.storage.object_store._PAUSES", (0.01,) * 4)
     server.failing, server.failed, server.draw = 0.05, 0, random.Random(0)
@@ -184,7 +184,7 @@ def test_a_server_that_overwrites_is_refused(server):
     assert ObjectStorage(server.url).list_files("") == []
 
 
-def test_what_is_said(server, monkeypatch):
+def test_messages_name_the_store(server, monkeypatch):
     for url, said in [
         (server.url, "no feature store"),
         ("s3://nowhere-to-be-found/store", "no feature store"),

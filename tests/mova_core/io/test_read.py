@@ -73,16 +73,16 @@ class TestMembersAndCells:
         with pytest.raises(ImageUnavailable, match=r"parquet#image\[0,0\]: cannot be read"):
             read_image(cells[0])
 
-    def test_a_far_row_group_is_fetched_once(self, table, web):
+    def test_a_remote_row_group_is_fetched_once(self, table, web):
         pq.write_table(table, web.folder / "x.parquet", row_group_size=3)
         cells = [str(Cell(f"{web.url}/x.parquet", "image", 0, row)) for row in range(3)]
         assert [read_image(cell) for cell in cells] == [*map(encoded, range(3))]
         fetched = web.gets["/x.parquet"]
-        read._read_column.cache_clear()  # as another process has it
+        read._read_column.cache_clear()  # another process starts with an empty cache
         assert read_image(cells[2]) == encoded(2) and web.gets["/x.parquet"] == fetched > 0
 
 
-class TestFarAway:
+class TestRemote:
     def test_processes_that_want_the_same_fetch_it_once(self, web):
         names = [f"{number}.png" for number in range(20)]
         for number, name in enumerate(names):
@@ -103,21 +103,21 @@ class TestFarAway:
         assert ImageRef(path=urls[0], key=keys[0]).read() == encoded(0)
         assert web.gets["/0.png"] == 1
 
-    def test_what_changed_is_fetched_again_where_it_matters(self, web):
+    def test_changed_content_is_fetched_again_where_the_key_is_known(self, web):
         (web.folder / "a.png").write_bytes(encoded(1))
         url = f"{web.url}/a.png"
         before, version = ImageRef(path=url).key, file_version(url)
         (web.folder / "a.png").write_bytes(encoded(2))
         os.utime(web.folder / "a.png", (1, 1))
         assert file_version(url) != version
-        assert ImageRef(path=url).key == before, "whoever does not care gets what is kept"
+        assert ImageRef(path=url).key == before, "without a known key the cached bytes are returned"
         assert ImageRef(path=url, key=ImageRef(data=encoded(2)).key).read() == encoded(2)
         (web.folder / "a.png").write_bytes(encoded(3))
         assert read_image(url, newer_than=time.time() + 1) == encoded(3)
         with pytest.raises(ImageError, match="changed since it was listed"):
             ImageRef(path=url, key=before).read()
 
-    def test_a_network_that_fails_sometimes(self, web):
+    def test_transient_failures_are_retried(self, web):
         (web.folder / "a.png").write_bytes(encoded(1))
         web.failures["/a.png"] = 2
         assert read_image(f"{web.url}/a.png") == encoded(1) and web.gets["/a.png"] == 3
@@ -132,7 +132,7 @@ class TestFarAway:
         with pytest.raises(ImageUnavailable, match=r"cannot be read \(Protocol not known: nosuch"):
             read_image("nosuch://a.png")
 
-    def test_too_large_is_refused_before_it_is_fetched(self, web, monkeypatch):
+    def test_too_large_files_are_refused_before_the_fetch(self, web, monkeypatch):
         (web.folder / "a.png").write_bytes(encoded(1))
         monkeypatch.setattr(read, "MAX_BYTES", 100)
         for place in (f"{web.url}/a.png", str(web.folder / "a.png")):

@@ -11,11 +11,11 @@ class TestStrings:
     @pytest.mark.parametrize(
         "place", [Member("s3://b/x.tar", "a#1@2.png", 512, 7), Cell("/data/x.parquet", "image[0,1]", 3, 17)]
     )
-    def test_read_back(self, place):
+    def test_text_parses_back(self, place):
         assert parse(str(place)) == place
 
     @pytest.mark.parametrize("path", ["/data/a#b.png", "https://h/a.png#here", "/x.tar", "/x.tar#a.png", "x.parquet#3"])
-    def test_others_are_files(self, path):
+    def test_other_locators_are_whole_files(self, path):
         assert parse(path) == path
 
     def test_paths_and_urls(self, tmp_path):
