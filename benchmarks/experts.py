@@ -39,11 +39,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks.parts import parse_arguments
 from mova_core.experts import BASE, EXPERTS, VisionExpert, expert_card, expert_class, load_expert
 from mova_core.experts.cost import count_flops, example, shapes_of
 from mova_core.experts.dinov2 import MEAN, STD
 from mova_core.experts.window_vit import RelativeAttention
 from mova_core.images import CLIP_MEAN, CLIP_STD, DecodedImage, ImageSource, load_image, mean_colour, pad_to_square
+
+_GPU = ("--size", "full", "--dtype", "bfloat16")
+PARTS = {  # of benchmarks/gpu.py; each takes a few minutes on one H100, most of them for drawing and copying weights
+    "natural": (*_GPU, "--batch", "1", "8", "32", "--attention", "eager", "--experts", "clip", "dinov2", "biomedclip"),
+    "windowed": (*_GPU, "--batch", "1", "8", "--attention", "eager", "--experts", "vary", "codetr", "sam"),
+    "patches": (*_GPU, "--batch", "1", "8", "32", "--attention", "eager", "--experts", "pix2struct", "deplot"),
+    "sdpa": (*_GPU, "--batch", "8", "--no-memory"),
+    "compiled": (*_GPU, "--batch", "8", "--compile", "default", "--no-memory"),
+    "cuda-graphs": (*_GPU, "--batch", "1", "--compile", "reduce-overhead", "--experts", "biomedclip", "deplot"),
+    "positions": (*_GPU, "--batch", "8", "--experts", "sam", "vary", "--positions", "bias"),
+}
+QUICK = ("--size", "mini", "--batch", "1", "--dtype", "float32", "--repeat", "1", "--no-memory", "--compile", "no")
 
 Batch = Mapping[str, Tensor]
 POOL = (BASE, *EXPERTS)
@@ -271,7 +284,7 @@ def flops(expert: VisionExpert) -> int:
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    """Of one call: the mean over as many as fill some tens of milliseconds, so that none starts on a cold cache."""
+    """Of one call: the mean over as many calls as fill 0.03 s, on a GPU 0.2 s, so that none starts on a cold cache."""
     calls = 1
     clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     while True:
@@ -281,7 +294,7 @@ def seconds(run: Callable[[], Any], device: str) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         elapsed = clock() - start
-        if elapsed > 0.03:
+        if elapsed > (0.2 if device == "cuda" else 0.03):  # a GPU's clock rises and falls within tens of milliseconds
             return elapsed / calls
         calls *= 4
 
@@ -628,7 +641,7 @@ def main() -> None:
         help="sizes in pixels for --preprocess and --decoding; default: 640x480 1920x1080 1080x1920",
     )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    args = parser.parse_args()
+    args = parse_arguments(parser, PARTS, QUICK)
     if args.threads:
         torch.set_num_threads(args.threads)
 

@@ -21,6 +21,15 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
+from benchmarks.parts import parse_arguments
+
+_GPU = ("--case", "published", "--llm", "8b", "--dtype", "bfloat16", "--repeat", "2")
+PARTS = {  # of benchmarks/gpu.py
+    "batch-8": (*_GPU, "--batch", "8"),
+    "batch-32": (*_GPU, "--batch", "32", "--singles", "1"),
+}
+QUICK = ("--case", "mini", "--llm", "small", "--dtype", "float32", "--batch", "2", "--tokens", "4", "--singles", "1")
+
 CASES = {  # width of the adapter, side of its grid in tokens, blocks
     "mini": (128, 12, 2),
     "wide": (1024, 12, 3),
@@ -112,9 +121,7 @@ def build(case: str, args: argparse.Namespace) -> tuple[Any, Any]:
             model = MoVAForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(default)
-    processor = MoVAProcessor(
-        llm_tokens, text_tokens, config.base_arch, config.image_tokens, config.routing_tokens, llm_tokens.chat_template
-    )
+    processor = MoVAProcessor.for_model(config, llm_tokens, text_tokens)
     return model.to(args.device, getattr(torch, args.dtype)), processor
 
 
@@ -164,8 +171,8 @@ def fastest(run: Callable[[], Any], repeat: int, device: str) -> tuple[float, fl
 
 def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     """Answers per second one at a time and per batch size, each with seconds by step."""
-    from mova_core import answering
     from mova_core.answering import Answerer, Question
+    from mova_core.answering import answerer as module
 
     model, processor = build(case, args)
     questions = [Question(image=picture(number), text=QUESTION) for number in range(max(args.batch))]
@@ -175,14 +182,15 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     heard = iter(range(10**9))
     rows: list[dict[str, Any]] = []
     with (
-        patch.object(answering, "ROUTER_TOKENS", ROUTER_SAYS),
-        patch.object(answerer, "_named", lambda reply: names[next(heard) % pool]),
+        patch.object(module, "ROUTER_TOKENS", ROUTER_SAYS),
+        patch.object(module, "read_reply", lambda *_: names[next(heard) % pool]),
     ):
 
         def ask(some: Sequence[Question], tokens: int = args.tokens) -> Any:
             return answerer.answer(some, tokens, min_new_tokens=tokens)
 
         ask(questions, 2)  # base features are kept from here on
+        ask(questions[:1], 2)  # a GPU chooses its kernels anew for every batch size
         few = questions[: args.singles]
         seconds, cpu, answers = fastest(lambda: [ask([one])[0] for one in few], args.repeat, args.device)
         steps = {name: sum(one.seconds[name] for one in answers) / len(few) for name in answers[0].seconds}
@@ -247,7 +255,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    args = parser.parse_args()
+    args = parse_arguments(parser, PARTS, (*QUICK, "--repeat", "1"))
     if min(args.batch) < 1 or not 1 <= args.routed <= len(EXPERTS) or args.tokens < 2:
         parser.error("--batch from 1, --tokens from 2, --routed from 1 to the pool's 7")
     args.singles = min(args.singles, max(args.batch))
@@ -265,7 +273,8 @@ def main() -> None:
         print(
             f"\n{one['case']}: adapter of width {width}, grid {grid}x{grid}, {blocks} blocks; LLM {args.llm}; ", end=""
         )
-        print(f"{args.routed} experts a question, {args.tokens} tokens an answer; {args.device}, {args.dtype}")
+        where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+        print(f"{args.routed} experts a question, {args.tokens} tokens an answer; {where}, {args.dtype}")
         print(
             f"{'batch':>5} {'answers/s':>10} {'tokens/s':>9} {'LLM alone':>10} {'1st token':>10} {'LLM alone':>10} overhead"
         )
