@@ -12,6 +12,8 @@ from typing import Any, Literal, TypedDict, cast
 import peft
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,15 +26,15 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import cached_file
 
 from mova_core.adapter import AdapterConfig, MoVAdapter
 from mova_core.config import MoVAConfig
-from mova_core.experts import BASE, Features, expert_class
+from mova_core.experts import BASE, Features, expert_card, expert_class
 from mova_core.processing import IGNORE
 from mova_core.routing.light_router import LightRouter
 
 ROUTING_LORA = "expert_routing_lora"  # the peft adapter's name, and its folder in a checkpoint
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as peft names them
 
 
 class PictureInputs(TypedDict, total=False):
@@ -163,13 +165,13 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 text["attention_mask"] = mask
         visual, _ = self.encode_image(self.encode_base(pixels), text, pictures.get("experts"), pictures.get("routing"))
         coarse = pictures.get("coarse", False)
-        coarse = [coarse] * len(visual) if isinstance(coarse, bool) else [bool(one) for one in coarse]
+        coarse = [coarse] * len(visual) if isinstance(coarse, bool) else [bool(flag) for flag in coarse]
         if len(coarse) != len(visual):
             raise ValueError(f"coarse tells of {len(coarse)} pictures, there are {len(visual)}")
         if not any(coarse):
             return self.embed(input_ids, visual)
-        pairs = zip(self.coarsen(visual), visual, coarse, strict=True)
-        return self.embed(input_ids, [few if one else many for few, many, one in pairs])
+        pairs = zip(coarse, self.coarsen(visual), visual, strict=True)
+        return self.embed(input_ids, [pooled if flag else full for flag, pooled, full in pairs])
 
     def prepare_inputs(
         self,
@@ -313,6 +315,24 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for hook in hooks:
                 hook.remove()
 
+    def add_expert(self, name: str) -> None:
+        """Lets the pool grow by an expert, last in routing order; its answers stay the same until it is trained.
+
+        A light router is removed, because it knows the pool by position: add and train a new one.
+
+        Args:
+            name: a registered expert; its card gives channels, at `config.expert_size`, and description.
+
+        Raises:
+            ValueError: an unknown expert, or one that the pool has already.
+        """
+        card = expert_card(name)
+        channels = (card.mini if self.config.expert_size == "mini" else card.full)["channels"]
+        self.adapter.add_expert(name, channels)
+        self.config.adapter = self.adapter.config.to_dict()
+        self.config.pool.append({"name": name, "channels": channels, "description": card.description})
+        self.light_router, self.config.light_router = None, 0
+
     def add_light_router(self, hidden: int = 512) -> None:
         """Puts a fresh light router beside the LLM; it is saved and loaded with the model."""
         sizes = (self.config.adapter["text_width"], self.base_encoder.channels, len(self.config.pool))
@@ -343,25 +363,43 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
     ) -> "MoVAForConditionalGeneration":
+        """Loads a model from a folder or the hub, with its expert-routing LoRA, switched off, where the model has one.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            args, kwargs: as transformers' `from_pretrained` takes them; `cache_dir`, `local_files_only`, `revision` and
+                `token` also hold for the LoRA.
+
+        Returns:
+            The model in eval mode; with `output_loading_info=True` a tuple of model and info, as in transformers.
+
+        Raises:
+            OSError: no such model, or no connection to the hub.
+        """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info
-        where = {
-            name: kwargs[name] for name in ("cache_dir", "local_files_only", "revision", "token") if name in kwargs
-        }
-        names = ["adapter_config.json", "adapter_model.safetensors"]  # of a local folder or on the hub
-        found = [
-            cached_file(
-                pretrained_model_name_or_path,
-                f"{ROUTING_LORA}/{name}",
-                _raise_exceptions_for_missing_entries=False,
-                **where,
-            )
-            for name in names
-        ]
-        if all(found):
-            model.language_model.load_adapter(str(Path(str(found[0])).parent), adapter_name=ROUTING_LORA)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        names = ("cache_dir", "local_files_only", "revision", "token")
+        options = {name: kwargs[name] for name in names if name in kwargs}
+        if (folder := _routing_lora_folder(str(pretrained_model_name_or_path), options)) is not None:
+            model.language_model.load_adapter(str(folder), adapter_name=ROUTING_LORA)
             model.language_model.disable_adapters()
         return loaded
+
+
+def _routing_lora_folder(source: str, options: Mapping[str, Any]) -> Path | None:
+    """The folder of a model's expert-routing LoRA, fetched from the hub if `source` is no local folder; None: no LoRA."""
+    if Path(source).is_dir():
+        folder = Path(source) / ROUTING_LORA
+        return folder if all((folder / name).is_file() for name in LORA_FILES) else None
+    try:
+        files = [hf_hub_download(source, f"{ROUTING_LORA}/{name}", **options) for name in LORA_FILES]
+    except LocalEntryNotFoundError:
+        if options.get("local_files_only") or is_offline_mode():
+            return None  # not in the cache, although the model is: it was cached from a hub that has no LoRA
+        raise
+    except EntryNotFoundError:
+        return None
+    return Path(files[0]).parent
 
 
 AutoConfig.register("mova", MoVAConfig, exist_ok=True)

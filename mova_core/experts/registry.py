@@ -15,16 +15,16 @@ _Expert = TypeVar("_Expert", bound=type[VisionExpert])
 
 
 def register(expert: _Expert) -> _Expert:
-    """Class decorator: adds a VisionExpert to the pool under its card's name. docs/custom_expert.md shows a whole one.
+    """Class decorator: registers a VisionExpert under its card's name. docs/custom_expert.md shows a complete expert.
 
-    The same class again, as when its notebook cell is run twice, takes the place of the first.
+    A class of the same module and name replaces the registered one, as when its notebook cell runs twice.
 
     Raises:
         ValueError: the name is taken.
     """
     name = expert.card.name
-    of_before = _REGISTRY.get(name, expert)
-    same = (of_before.__module__, of_before.__qualname__) == (expert.__module__, expert.__qualname__)
+    registered = _REGISTRY.get(name, expert)
+    same = (registered.__module__, registered.__qualname__) == (expert.__module__, expert.__qualname__)
     if not same or _MODULES.get(name, expert.__module__) != expert.__module__:
         taken = _REGISTRY[name].__qualname__ if name in _REGISTRY else _MODULES[name]
         raise ValueError(f"expert name {name!r} is taken by {taken}; choose another for {expert.__qualname__}")
