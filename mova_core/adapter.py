@@ -67,11 +67,6 @@ class AdapterConfig:
         """Plain values for JSON; the pool as a list of pairs, JSON with sorted keys would lose a mapping's order."""
         return dataclasses.asdict(self) | {"expert_channels": [list(pair) for pair in self.expert_channels.items()]}
 
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> "AdapterConfig":
-        """The inverse of `to_dict`."""
-        return cls(**plain)
-
 
 def align(tokens_RLC: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Tokens of an (H, W) grid to (R, side*side, C) in their dtype: bilinear, no antialias, in float32 (Eq. 1)."""
@@ -108,6 +103,7 @@ class Rope2D(nn.Module):
         init.copy_(self.freqs_sin, angle_NK.sin())
 
     def forward(self, x_RNHK: Tensor) -> Tensor:
+        """Queries or keys (R, N, H, K), turned in float32 or wider, in their own dtype; N is the whole grid."""
         dtype = torch.promote_types(x_RNHK.dtype, torch.float32)  # there are no complex numbers of bf16
         turn_NK = torch.complex(self.freqs_cos[:, ::2].to(dtype), self.freqs_sin[:, ::2].to(dtype))
         pairs = torch.view_as_complex(x_RNHK.to(dtype).unflatten(-1, (-1, 2)))
@@ -136,12 +132,14 @@ class Attention(nn.Module):
         self.proj = ZeroLinear(width, width)
 
     def attend(self, q_RND: Tensor, k_RND: Tensor, v_RND: Tensor) -> Tensor:
+        """Projected queries, keys and values, all on the base grid, to the output (R, N, D) in their dtype."""
         q_RNHK, k_RNHK, v_RNHK = (t.unflatten(-1, (self.heads, -1)) for t in (q_RND, k_RND, v_RND))
         qkv_RHNK = (t.transpose(1, 2) for t in (self.rope(q_RNHK), self.rope(k_RNHK), v_RNHK))
         y_RHNK = F.scaled_dot_product_attention(*qkv_RHNK)
         return self.proj(self.inner_attn_ln(y_RHNK.transpose(1, 2).flatten(2)))
 
     def forward(self, x_RND: Tensor) -> Tensor:
+        """Tokens (R, N, D) of the base grid to what they learn from each other, (R, N, D)."""
         return self.attend(self.q_proj(x_RND), self.k_proj(x_RND), self.v_proj(x_RND))
 
 
@@ -169,7 +167,10 @@ class ExpertKnowledgeExtractor(Attention):
     def forward(  # type: ignore[override]
         self, x_RND: Tensor, tokens_RNC: Tensor, norm_x: nn.LayerNorm, norm_tokens: nn.LayerNorm
     ) -> Tensor:
-        """Both sides come normalised, but without their norm's scale and shift."""
+        """Base tokens (R, N, D) and an expert's aligned tokens (R, N, C) to what the former learn, (R, N, D).
+
+        Both sides come through `normalize`: their norm's scale and shift are applied here, see `project`.
+        """
         q_RND = project(x_RND, norm_x, self.q_proj)
         return self.attend(q_RND, *(project(tokens_RNC, norm_tokens, proj) for proj in (self.k_proj, self.v_proj)))
 
@@ -220,6 +221,7 @@ class SwiGLU(nn.Module):
         self.w3 = ZeroLinear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
         return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
 
 
@@ -234,6 +236,7 @@ class TransformerBlock(nn.Module):
         self.mlp = SwiGLU(width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        """Tokens of the base grid to tokens of the same shape and dtype."""
         x_BND = x_BND + self.self_attn(self.norm3(x_BND))
         return x_BND + self.mlp(self.norm4(x_BND))
 
@@ -289,11 +292,16 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        from transformers import BertConfig, BertModel  # three seconds that only who builds one should wait
+        from transformers import BertConfig, BertModel  # takes 3 s to import, so only where one is built
 
         self.bert = BertModel(BertConfig.from_dict(dict(config)), add_pooling_layer=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token ids and their mask, (B, length) int64, to the [CLS] feature (B, T).
+
+        Raises:
+            ValueError: more tokens than the encoder has positions for.
+        """
         limit = self.bert.config.max_position_embeddings
         if input_ids.shape[1] > limit:
             raise ValueError(f"the gate's text has {input_ids.shape[1]} tokens, its encoder reads {limit}: truncate it")
@@ -313,7 +321,7 @@ class MoVAdapter(nn.Module):
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
-        from timm.layers import LayerNormAct2d  # half a second that only who builds an adapter should wait
+        from timm.layers import LayerNormAct2d  # takes 0.5 s to import, so only where one is built
         from timm.models.regnet import RegStage
 
         self.config = config
@@ -335,22 +343,6 @@ class MoVAdapter(nn.Module):
         for name, parameter in self.downsample.named_parameters():
             if name.endswith("conv3.bn.weight"):  # a residual block starts as the identity
                 init.zeros_(parameter)
-
-    def init_weights(self) -> None:
-        """The published initialisation, of everything but the text encoder, which initialises itself.
-
-        A PreTrainedModel that holds an adapter gets the same from an `_init_weights(module)` that calls
-        `module.reset_parameters()` on the adapter's modules; what `from_pretrained` has loaded stays as it is.
-        """
-
-        def reset(module: nn.Module) -> None:
-            for child in module.children():  # before its parent, which may set some of it to zero
-                if child is not self.text_encoder:
-                    reset(child)
-            if own := getattr(module, "reset_parameters", None):
-                own()
-
-        reset(self)
 
     def train(self, mode: bool = True) -> "MoVAdapter":
         super().train(mode)

@@ -1,4 +1,4 @@
-"""A router without an LLM pass: the question's feature and the picture's mean base feature to one probability per expert.
+"""A router without an LLM pass: one probability per expert from the question's feature and the image's mean base feature.
 
 Legend: B questions, T text width, C base width, E experts of the pool.
 """
@@ -13,45 +13,47 @@ from transformers import initialization as init
 from mova_core.routing.prompt import MAX_EXPERTS
 
 
-class Standardise(nn.BatchNorm1d):
-    """Mean 0 and variance 1 per channel (B, C) by all that was seen in training, batches of over one.
+class FrozenFeatureNorm(nn.BatchNorm1d):
+    """Centres and scales each channel of (B, C) by the mean and variance of all batches seen in training.
 
-    Frozen features are mostly what all of them share; what tells them apart shows against their mean. Unlike in a plain
-    batch norm, training reads the same numbers that inference will.
+    Frozen features have a large mean in common; without it the variation that the MLP needs is a small part of them.
+    Unlike BatchNorm1d, training normalises by these running statistics, not by the batch's, so that training and
+    inference see the same inputs.
     """
 
     def __init__(self, width: int):
-        super().__init__(width, momentum=None, affine=False)  # momentum None: the mean over all batches
+        super().__init__(width, momentum=None, affine=False)  # momentum None: the plain mean over all batches
 
     def forward(self, input: Tensor) -> Tensor:
+        """Features (B, C) to features (B, C) in their dtype; in training B must be over 1."""
         if self.training:
             with torch.no_grad():
-                super().forward(input)  # takes note
+                super().forward(input)  # only for its side effect: it updates the running statistics
         return F.batch_norm(input, self.running_mean, self.running_var, eps=self.eps)
 
 
 class LightRouter(nn.Module):
-    """An MLP on frozen features that the answer needs anyway, so that routing costs next to nothing.
+    """An MLP on frozen features that the answer pass computes anyway, so that routing costs next to nothing.
 
-    It knows the pool it was trained on by position, not by description: a classifier trained on 2K samples scores 0 % on
-    experts it never saw, where the LLM router reads their descriptions and scores 92.5 % (paper Table 10), and trained on
-    all 1.6M labels it still routes worse than the LLM on 2K (Table 14). Use it where latency counts and the pool is fixed.
+    The MLP knows its pool by position, not by description. A classifier trained on 2K samples scores 0 % on experts that
+    it never saw, the LLM router, which reads descriptions, 92.5 % (paper Table 10); trained on all 1.6M labels the
+    classifier still routes worse than the LLM trained on 2K (Table 14). Use it where latency counts and the pool is fixed.
 
     Args:
         text_width, base_width: T and C.
         experts: E.
-        hidden: width of the layer between.
+        hidden: width of the hidden layer.
     """
 
     def __init__(self, text_width: int, base_width: int, experts: int, hidden: int = 512):
         super().__init__()
-        self.norms = nn.ModuleList(Standardise(width) for width in (text_width, base_width))
+        self.norms = nn.ModuleList(FrozenFeatureNorm(width) for width in (text_width, base_width))
         self.hidden = nn.Linear(text_width + base_width, hidden)
         self.out = nn.Linear(hidden, experts)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As torch does, but a fresh router says even odds for every expert."""
+        """A fresh router gives every expert the probability 0.5."""
         init.zeros_(self.out.weight)
         init.zeros_(self.out.bias)
 
@@ -67,6 +69,7 @@ class LightRouter(nn.Module):
 
     @staticmethod
     def choose(logits_E: Tensor, max_experts: int = MAX_EXPERTS) -> list[tuple[int, float]]:
-        """(expert, probability) of those more likely useful than not, likeliest first, at most `max_experts`."""
+        """(position in the pool, probability) of the experts with a probability over 0.5, highest first, at most `max_experts`."""
         ranked: Sequence[tuple[int, float]] = list(enumerate(logits_E.sigmoid().tolist()))
-        return sorted((one for one in ranked if one[1] > 0.5), key=lambda one: -one[1])[:max_experts]
+        useful = [(expert, probability) for expert, probability in ranked if probability > 0.5]
+        return sorted(useful, key=lambda pair: -pair[1])[:max_experts]
