@@ -18,6 +18,7 @@ from pipelines.cli.options import (
     ModelPath,
     Quiet,
     StorePath,
+    check_records,
     path_or_url,
 )
 from pipelines.cli.output import percent, print_result, results_only, table
@@ -54,6 +55,8 @@ def evaluate(
     The kind of a picture is the record's field `kind`.
     """
     with results_only(quiet or as_json):
+        check_records(data, images, bad_rows)
+
         from cluster.session import ray_session
         from pipelines.evaluate.run import evaluate as evaluate_records
 

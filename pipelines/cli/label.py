@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cli.options import RUN, BadRows, DataPath, Gpu, ImagesPath, Json, ModelPath, Quiet, StorePath
+from pipelines.cli.options import (
+    RUN,
+    BadRows,
+    DataPath,
+    Gpu,
+    ImagesPath,
+    Json,
+    ModelPath,
+    Quiet,
+    StorePath,
+    check_records,
+)
 from pipelines.cli.output import print_result, results_only, table
 
 
@@ -26,6 +37,8 @@ def label(
 ) -> None:
     """Label each sample with the experts that help: those that lower the LM loss below the loss without, at most 3."""
     with results_only(quiet or as_json):
+        check_records(data, images, bad_rows)
+
         from dataclasses import asdict
 
         from cluster.session import ray_session

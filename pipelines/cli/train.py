@@ -21,6 +21,7 @@ from pipelines.cli.options import (
     Quiet,
     StorePath,
     by_expert,
+    check_records,
     name_value,
     read_model_config,
 )
@@ -112,6 +113,7 @@ def _add_command(stage: Stage) -> None:
     def command(quiet: bool, as_json: bool, **settings: Any) -> None:
         with results_only(quiet or as_json):
             config = train_config(stage, settings)
+            check_records(config.data, config.images, config.bad_rows)
 
             from cluster.session import ray_session
             from pipelines.train.run import train

@@ -7,7 +7,6 @@ of them. An answer is either how the picture was made (which stamp in which corn
 and what is too close to call is not asked.
 """
 
-import argparse
 import csv
 import gzip
 import hashlib
@@ -1034,34 +1033,3 @@ def contact_sheet(data: DemoData, split: str = "test", per_kind: int = 12, seed:
             draw.text((x, y + cell - 4 + 20 * line), question[:46], fill=(90, 90, 90), font=_font("DejaVuSans", 9))
             draw.text((x + 6, y + cell + 6 + 20 * line), answer, fill=(180, 0, 0), font=_font("DejaVuSans-Bold", 9))
     return sheet
-
-
-def main() -> None:
-    """Builds the data, prints how many questions each form has and its chance level, and may draw a contact sheet."""
-    parser = argparse.ArgumentParser(
-        description="Build the demo's pictures and questions from what the installed packages ship."
-    )
-    parser.add_argument("folder", type=Path, help="where the data go: a new or empty folder, or one built before")
-    parser.add_argument("--seed", type=int, default=0, help="other pictures and questions for another seed (default 0)")
-    parser.add_argument("--images", type=int, default=480, help="how many pictures (default 480)")
-    parser.add_argument("--sheet", type=Path, help="write a PNG with examples of each kind here")
-    parser.add_argument(
-        "--split", choices=("train", "test"), default="test", help="what the sheet shows (default test)"
-    )
-    given = parser.parse_args()
-    data = build_demo_data(given.folder, given.seed, given.images)
-    answers: dict[str, dict[str, Counter[str]]] = {"train": {}, "test": {}}
-    for split, file in (("train", data.train), ("test", data.test)):
-        for record in json.loads(file.read_text(encoding="utf-8")):
-            answers[split].setdefault(record["form"], Counter())[record["conversations"][1]["value"]] += 1
-    print(f"{'form':22}{'train':>7}{'test':>7}{'chance':>8}")
-    for form, train in answers["train"].items():
-        test = answers["test"].get(form, Counter())
-        chance = test[train.most_common(1)[0][0]] / test.total() if test else 0.0
-        print(f"{form:22}{train.total():7}{test.total():7}{chance:8.0%}")
-    if given.sheet:
-        contact_sheet(data, given.split, seed=given.seed).save(given.sheet)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from mova_core.data import DataError
 from mova_core.experts import EXPERTS
 from pipelines.cli.main import app
 from pipelines.cli.options import NameValue, by_expert, cost_number, expert_settings, name_value, path_or_url
@@ -113,3 +114,14 @@ def test_a_model_decides_experts_size_and_dtype_where_the_options_do_not(model):
 
 def test_a_folder_without_a_model_is_a_usage_error(tmp_path):
     assert "no MoVA model" in usage_error("precompute", "x", "--store", "s", "--model", tmp_path)
+
+
+@pytest.mark.parametrize("command", ["train sft", "label", "evaluate"])
+def test_a_bad_record_is_reported_before_ray_starts(command, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.session.ray_session", lambda *_: pytest.fail("Ray was started"))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"image": "a.png"')
+    shared = ["--model", str(model), "--data", str(data), "--store", "s"]
+    output = [] if command == "evaluate" else ["--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*command.split(), *shared, *output])
+    assert isinstance(result.exception, DataError) and "line 1: broken JSON" in str(result.exception)
