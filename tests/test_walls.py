@@ -61,3 +61,49 @@ def test_command_line_starts_without_torch():
 def test_pictures_are_inspected_without_torch():
     code = "import sys, pipelines.precompute.inspect_images; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     assert run(code) == "[]"
+
+
+def _private_of_ray(path: Path) -> list[str]:
+    """Uses of private modules, arguments and attributes of Ray in a file, as far as its syntax shows them."""
+    found = []
+    uses_ray = "ray" in imported(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        elif uses_ray and isinstance(node, ast.keyword) and (node.arg or "").startswith("_"):
+            names = [f"ray.{node.arg}"]  # a private argument, e.g. `_internal=True`
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] in ("ray", "serve") and any(part.startswith("_") and part != "__version__" for part in parts):
+                found.append(f"line {getattr(node, 'lineno', 0)}: {name}")
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_only_the_public_api_of_ray_is_used(room):
+    """Private parts of Ray change in any release without a word."""
+    used = {
+        str(path.relative_to(ROOT)): found for path in (ROOT / room).rglob("*.py") if (found := _private_of_ray(path))
+    }
+    assert not used
+
+
+def test_pipelines_reach_into_no_private_attribute_of_another_object():
+    """Ray Data's executors and pools were once reached through attributes such as `pool._config`."""
+    used = {
+        f"{path.relative_to(ROOT)}:{node.lineno}": ast.unparse(node)
+        for path in (ROOT / "pipelines").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and node.attr not in ("_replace", "_asdict", "_fields", "_make")  # public members of named tuples
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    assert not used

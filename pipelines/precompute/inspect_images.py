@@ -38,14 +38,14 @@ INSPECTED = pa.schema(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspected:
+class Inspection:
     """What came of looking at images."""
 
     readable: pa.Table  # `key` (sha256), `image` (locator), `experts` (null: all); each key once, in the source's order
     refused: list[dict[str, str]]  # {"path", "reason"}, one per image, in the source's order
 
 
-def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> Inspected:
+def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> Inspection:
     """Hashes and decodes every image that is new or has changed since an earlier run. Needs an open Ray session.
 
     What is no picture goes to the store's quarantine with its reason, once; files that cannot be had do not: they may come
@@ -56,7 +56,6 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
     """
     import ray
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
     quarantined = {(row["image"], row["reason"]) for row in store.quarantined()}
     seen, covered = _seen_before(images["image"], store, quarantined)
     rows = pa.table({"row": np.arange(len(images)), "image": images["image"], **seen})
@@ -65,6 +64,7 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
     looked_at = ray.data.from_arrow(blocks).map_batches(
         inspect_images, batch_format="pyarrow", batch_size=None, fn_kwargs={"newer_than": time.time()}
     )
+    looked_at.context.enable_progress_bars = False  # of this Dataset alone
     del seen, rows, blocks  # they are in the object store now
     keys = np.zeros((len(images), 32), dtype=np.uint8)
     errors: dict[int, tuple[bool, str]] = {}  # row -> whether there were bytes, and what is wrong
@@ -98,7 +98,7 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
     if refused:
         good = np.setdiff1d(np.arange(len(images)), bad, assume_unique=True)
         images, keys = images.take(pa.array(good)), keys[good]
-    return Inspected(
+    return Inspection(
         readable=_each_once(images, keys), refused=[{"path": one["path"], "reason": one["reason"]} for one in refused]
     )
 

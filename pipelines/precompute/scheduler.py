@@ -1,438 +1,476 @@
-"""The executions of one precompute: each expert's pools side by side on one cluster, until no feature is missing."""
+"""The scheduler of a precompute: which pools run, grow, shrink and restart on one cluster, until no feature is missing.
 
+Each pool of an expert is one Ray Data execution, and one more each time the pool grows. Their actors draw shards from the
+expert's queue in the run's status actor (`shard_queue.py`), so an execution needs to know nothing of the others.
+"""
+
+import enum
 import gc
-import random
 import threading
+import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-from ray._private.state import available_resources_per_node  # what Ray tells of single nodes
 
-from actors.expert_server import ExpertServer
-from cluster.nodes import PlanError
-from cluster.pools import ROUNDING, PoolSpec
-from mova_core.features import FeaturePartition, StoreError
+from cluster.packing import FreeResources
+from cluster.pools import PlanError, PoolSpec
+from mova_core.features import StoreError
 from pipelines.errors import root_cause
 from pipelines.precompute.progress import ExpertLog, RunLog
-from pipelines.precompute.status_actor import LoadReporter, place, resized
-from pipelines.ray_data import Execution, executions_stopped
+from pipelines.precompute.status_actor import RunView, WorkerView, device_of, resized
+from pipelines.precompute.worker import ShardWorker
+from pipelines.precompute.workload import ExpertWorkload
+from pipelines.ray_data import run_actor_pool
 
-TICK = 1.0  # seconds between two looks at everything
-BLOCKS = 1024  # per pool: enough that no actor waits for another, few enough for the driver
-BLOCKS_PER_ACTOR = 32
-CALLS = 2  # shards at once in an actor: one is written while the other is computed
-RESTART = 300.0  # seconds that an execution waits for an actor that died and starts again, ...
-RESTART_ELSEWHERE = 30.0  # ... and if its node may be gone, so that it may find no other place
-LONG = 120.0  # seconds of work left from which it pays to divide it anew among an expert's pools
-
-
-@dataclass(kw_only=True, eq=False)
-class ExpertWorkload:
-    """What one expert computes in a run."""
-
-    expert: str
-    partition: FeaturePartition | None  # None: not in the store yet
-    images: pa.Table  # `key` and `image` of all wanted, those there already too
-    rows: int  # pictures per shard
-    feature_bytes: int
-    arguments: dict[str, Any]  # of its ExpertServer
-    pools: tuple[PoolSpec, ...] = ()
-    absent: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # positions in `images`
-
-    def look(self, failed: Mapping[str, Any] = {}) -> int:
-        """Asks the store what is absent, but for images that `failed`; returns how many that is."""
-        keys = binary(self.images["key"])
-        self.absent = np.arange(len(keys)) if self.partition is None else self.partition.missing_positions(keys)
-        if failed:
-            out = np.array([bytes.fromhex(key) for key in failed], "S32")
-            self.absent = self.absent[~np.isin(keys[self.absent], out)]
-        return len(self.absent)
-
-    def shards(self) -> pa.Table:
-        """The absent as work: one row per shard with its id `shard`, and the `keys` and `images` of its pictures."""
-        todo = self.images
-        if len(self.absent) < len(todo):
-            todo = todo.take(pa.array(self.absent))
-        todo = todo.combine_chunks()
-        keys = binary(todo["key"])
-        assert self.partition is not None
-        cuts = [*range(0, len(todo), self.rows), len(todo)]
-        ids = [self.partition.shard_id(keys[a:b]) for a, b in pairwise(cuts)]
-        offsets = pa.array(cuts, pa.int64())
-        columns = {"keys": _only_chunk(todo["key"]), "images": _only_chunk(todo["image"])}
-        lists = {name: pa.LargeListArray.from_arrays(offsets, column) for name, column in columns.items()}
-        return pa.table({"shard": pa.array(ids, pa.string()), **lists})
+TICK = 1.0  # seconds between two rounds of the scheduler
+CALLS = 2  # blocks at once in an actor: one is written while the next is computed
+LOST = 10.0  # seconds without a heartbeat after which an actor counts as dead; actors send one per second
+RELEASE = 30.0  # seconds without a heartbeat after which other actors compute a dead actor's blocks
+RESTART = 300.0  # seconds that an execution waits for its dead actors to be restarted, ...
+RESTART_ELSEWHERE = 30.0  # ... and where the node of one is gone, so that no other node may have room for it
+STOP = 15.0  # seconds that executions get to end when the run ends
 
 
-def binary(keys: pa.ChunkedArray) -> np.ndarray:
-    """A column of sha256 keys as an array of dtype S32, without a copy where it is of one piece."""
-    column = _only_chunk(keys)
-    start = column.offset * 32
-    return np.frombuffer(column.buffers()[1] or b"", np.uint8)[start : start + 32 * len(column)].view("S32")
+class State(enum.Enum):
+    """Of an expert in a run, and of an execution."""
+
+    WAITING = "waiting"  # for free CPUs and GPUs
+    RUNNING = "running"
+    DRAINING = "draining"  # (executions) finishes the blocks it holds, and draws no more
+    DONE = "done"
+    FAILED = "failed"
 
 
-def _only_chunk(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+TRANSITIONS: Mapping[State, tuple[State, ...]] = {
+    State.WAITING: (State.RUNNING, State.DONE, State.FAILED),
+    State.RUNNING: (State.WAITING, State.DRAINING, State.DONE, State.FAILED),
+    State.DRAINING: (State.DONE, State.FAILED),
+    State.DONE: (),
+    State.FAILED: (),
+}
+
+
+def enter(current: State, new: State) -> State:
+    """The one place where a state changes.
+
+    Raises:
+        RuntimeError: no such transition: a defect of the scheduler.
+    """
+    if new is not current and new not in TRANSITIONS[current]:
+        raise RuntimeError(f"no transition from {current.value} to {new.value}")
+    return new
 
 
 @dataclass(kw_only=True, eq=False)
-class Pool:
-    """A pool with its part of an expert's shards. It waits for room until it has an execution."""
+class Execution:
+    """One Ray Data execution: a fixed number of actors of one pool, followed by a thread of the driver."""
 
     spec: PoolSpec
-    blocks: list[pa.Table]
-    execution: Execution | None = None
-    ended: "Future[Exception | None] | None" = None
-    nodes: int = 0  # of the cluster as it began
+    size: int  # actors
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    state: State = State.WAITING
+    error: Exception | None = None
+    thread: threading.Thread | None = None
+    workers: dict[str, WorkerView] = field(default_factory=dict)
     stuck_since: float | None = None
 
     @property
-    def most(self) -> int:
-        """The most actors that have something to do."""
-        going = self.execution.size + self.execution.waiting if self.execution else len(self.blocks)
-        return min(self.spec.max_size, len(self.blocks), going)
+    def alive(self) -> list[str]:
+        """Workers that hold their share of a node: loading, computing or idle."""
+        return [name for name, worker in self.workers.items() if not worker.left and worker.age < LOST]
 
+    @property
+    def dead(self) -> list[str]:
+        """Workers that ended without saying so, while there was work for them."""
+        return [name for name, worker in self.workers.items() if not worker.idle and worker.age >= LOST]
 
-def divide(shards: pa.Table, pools: Sequence[PoolSpec]) -> list[Pool]:
-    """Shards among the pools of an expert, by the rate predicted for each, else by the most actors each may have.
+    @property
+    def actors(self) -> int:
+        """Workers that are ready to compute."""
+        return sum(bool(self.workers[name].load.get("ready")) for name in self.alive)
 
-    In any order: two runs at once on one store would compute the same ones at the same time, once one has caught up.
-    """
-    rates = [pool.rate or 0.0 for pool in pools]
-    if not all(rates):
-        rates = [float(pool.max_size) for pool in pools]
-    cuts = [0, *(round(len(shards) * part / sum(rates)) for part in np.cumsum(rates))]
-    divided = []
-    for spec, begin, end in zip(pools, cuts, cuts[1:], strict=False):
-        size = -(-(end - begin) // max(BLOCKS, BLOCKS_PER_ACTOR * spec.max_size)) or 1
-        blocks = [shards.slice(at, min(size, end - at)) for at in range(begin, end, size)]
-        random.shuffle(blocks)
-        if blocks:
-            divided.append(Pool(spec=spec, blocks=blocks))
-    return divided
+    @property
+    def starting(self) -> int:
+        """Actors that Ray has still to start, or to restart, on a node not known yet."""
+        ended = sum(worker.left or (worker.idle and worker.age >= LOST) for worker in self.workers.values())
+        return max(0, self.size - len(self.alive) - ended)
+
+    @property
+    def over(self) -> bool:
+        return self.state in (State.DONE, State.FAILED)
 
 
 class ExpertRun:
-    """One expert in a run: rounds of work, each divided among its pools, until nothing is missing."""
-
-    def __init__(self, work: ExpertWorkload, log: ExpertLog):
-        self.work, self.log = work, log
-        self.pools: list[Pool] = []
-        self.error: Exception | None = None
-        self.ended = False
-        self._done: set[str] = set()  # shards of this round
-        self._shards = work.shards()
-        self._missing = len(work.absent)
-        self._again = False  # ended at a shard boundary, to go on otherwise
-        self._divide()
-
-    def _divide(self) -> None:
-        if self._done:
-            there = pa.array(list(self._done), pa.string())
-            self._shards = self._shards.filter(pc.invert(pc.is_in(self._shards["shard"], value_set=there)))
-            self._done = set()
-        self.pools = divide(self._shards, self.work.pools)
-        self.log.pools = [str(pool) for pool in self.work.pools]
-
-    def account(self, row: Mapping[str, Any]) -> None:
-        """A shard is done. Called from the threads of its pools."""
-        self._done.add(row["shard"])
-        self.log.computed += row["stored"]
-        self.log.bytes += row["bytes"]
-        self.log.failed.update((failed["key"], failed) for failed in row["failed"])
-
-    def again(self) -> None:
-        """Ends its executions at a shard boundary and divides what is left anew, among the pools it has then."""
-        self._again = True
-        for pool in self.pools:
-            if pool.execution is not None:
-                pool.execution.end()
-        self.pools = [pool for pool in self.pools if pool.execution is not None]
-
-    def resize(self, pools: tuple[PoolSpec, ...]) -> None:
-        """Takes other sizes: at once where pools grow, else at the next shard boundary."""
-        self.work.pools = pools
-        self.log.pools = [str(pool) for pool in pools]
-        specs = {place(spec): spec for spec in pools}
-        if any(pool.execution and pool.execution.size > specs[place(pool.spec)].max_size for pool in self.pools):
-            self.again()
-        else:
-            for pool in self.pools:
-                pool.spec = specs[place(pool.spec)]
-
-    def collect(self, log: RunLog) -> None:
-        """Takes executions that ended; when all have, goes on with what is missing, or ends."""
-        for pool in [pool for pool in self.pools if pool.ended is not None and pool.ended.done()]:
-            assert pool.ended is not None
-            self.pools.remove(pool)
-            self.error = self.error or pool.ended.result()
-            if self.pools and not self.error and not self._again and self._unbalanced():
-                self.again()
-        if self.pools:
-            return
-        if self._again and not self.error:
-            self._again = False
-            self._divide()
-            if self.pools:
-                return
-        before, self._missing = self._missing, self.work.look(self.log.failed)
-        if not self._missing:
-            self.error, self.ended = None, True
-        elif self._missing < before and not isinstance(self.error, StoreError):  # whoever made room runs it again
-            reason = f": {self.error}" if self.error else ""
-            log.say(f"{self.work.expert}: {self._missing:,} features are still missing, going on with those{reason}")
-            self.error, self._again, self._done, self._shards = None, False, set(), self.work.shards()
-            self._divide()
-        else:
-            self.error = self.error or RuntimeError(
-                f"{self._missing} features are missing, and another round made none"
-            )
-            self.ended = True
-
-    def _unbalanced(self) -> bool:
-        """Whether its other pools have so much left that this expert should divide it anew."""
-        waiting = sum(pool.execution.waiting for pool in self.pools if pool.execution is not None)
-        left, rate = waiting / max(1, sum(len(pool.blocks) for pool in self.pools)), self.log.rate
-        return bool(rate) and (self.log.total - self.log.done) * left / rate > LONG
-
-
-class FreeResources:
-    """What the nodes have for more actors, but for one CPU in all that stays free for reading tasks (ray#44687).
+    """One expert in a run: rounds of work until nothing is missing.
 
     Args:
-        empty: as if nothing ran on them.
+        run: handle of the status actor.
     """
 
-    def __init__(self, empty: bool = False) -> None:
-        free = available_resources_per_node()
-        self.nodes = []
-        for node in ray.nodes():
-            has = node["Resources"] if empty else free.get(node["NodeID"])
-            if node["Alive"] and has is not None:
-                kinds = {key.removeprefix("accelerator_type:") for key in has if key.startswith("accelerator_type:")}
-                share = {"cpu": has.get("CPU", 0.0), "gpu": has.get("GPU", 0.0), "memory": has.get("memory", 0.0)}
-                self.nodes.append((share, kinds))
-        self.cpus = sum(share["cpu"] for share, _ in self.nodes) - 1
+    def __init__(self, work: ExpertWorkload, log: ExpertLog, run: Any):
+        self.work, self.log, self.run = work, log, run
+        self.executions: list[Execution] = []
+        self.state = State.WAITING
+        self.error: Exception | None = None
+        self.pending = 0  # blocks no worker has drawn
+        self._holders: frozenset[str] = frozenset()  # workers that hold blocks
+        self._failed: set[Any] = set()  # devices of the pools that failed in this round
+        self._missing = len(work.missing)
+        self.log.pools = [str(pool) for pool in work.pools]
+        self._start_round()
 
-    def take(self, pool: PoolSpec, actors: int) -> int:
-        """Takes room for up to so many actors; returns for how many there was."""
-        for taken in range(actors):
-            fitting = (
-                share
-                for share, kinds in self.nodes
-                if (not pool.accelerator or pool.accelerator in kinds)
-                and all(share[kind] + ROUNDING >= held for kind, held in pool.holds.items() if held)
-                and (not pool.cpus or self.cpus + ROUNDING >= pool.cpus)
-            )
-            if (share := max(fitting, key=lambda share: share["cpu"], default=None)) is None:
-                return taken
-            self.cpus -= pool.cpus
-            for kind, held in pool.holds.items():
-                share[kind] -= held
-        return actors
+    def _start_round(self) -> None:
+        self.error, self._failed = None, set()
+        chunks = self.work.images.chunks(self.work.missing)
+        block_shards = self.work.block_shards()
+        queue = (self.work.missing, self.work.shard_rows, block_shards, chunks)
+        ray.get(self.run.start_queue.remote(self.work.expert, *queue))
+        self.pending = -(-len(self.work.missing) // (self.work.shard_rows * block_shards))
+
+    @property
+    def over(self) -> bool:
+        return self.state in (State.DONE, State.FAILED)
+
+    def of_pool(self, spec: PoolSpec) -> list[Execution]:
+        return [execution for execution in self.executions if device_of(execution.spec) == device_of(spec)]
+
+    def size(self, spec: PoolSpec) -> int:
+        """Actors of a pool that draw shards, or will when they have started."""
+        return sum(execution.size for execution in self.of_pool(spec) if execution.state is State.RUNNING)
+
+    def room_to_grow(self, spec: PoolSpec) -> int:
+        """Further actors that a pool may have and that would find work."""
+        starting = sum(execution.starting for execution in self.executions if execution.state is State.RUNNING)
+        return max(0, min(spec.max_size - self.size(spec), self.pending - starting))
+
+    def waiting_pools(self) -> list[PoolSpec]:
+        """Pools without an actor that have work and may start."""
+        if self.over or not self.pending:
+            return []
+        return [spec for spec in self.work.pools if not self.of_pool(spec) and device_of(spec) not in self._failed]
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Counts a shard that is in the store. Called from the threads of the executions."""
+        with self.log.lock:
+            self.log.computed += row["stored"]
+            self.log.bytes += row["bytes"]
+            self.log.failed.update((failed["key"], failed) for failed in row["failed"])
+
+    def begin(self, execution: Execution) -> None:
+        ray.get(self.run.open.remote(execution.name, self.work.expert))
+        execution.state = enter(execution.state, State.RUNNING)
+        self.state = enter(self.state, State.RUNNING)
+        self.executions.append(execution)
+        self.log.started += execution.size
+
+    def drain(self, execution: Execution) -> None:
+        """Ends an execution at its next shard boundary."""
+        execution.state = enter(execution.state, State.DRAINING)
+        execution.stuck_since = time.monotonic()
+        self.run.drain.remote(execution.name)
+
+    def resize(self, pools: tuple[PoolSpec, ...]) -> None:
+        """Takes other sizes: a pool that grows does so with the scheduler's next round; one that shrinks drains executions,
+        the youngest first, and grows again to its new size."""
+        self.work.pools = pools
+        self.log.pools = [str(pool) for pool in pools]
+        for spec in pools:
+            for execution in reversed(self.of_pool(spec)):
+                execution.spec = spec
+                if execution.state is State.RUNNING and self.size(spec) > spec.max_size:
+                    self.drain(execution)
+
+    def update(self, view: RunView, nodes: set[str], log: RunLog) -> None:
+        """Takes what the status actor knows, and what came of the executions that ended.
+
+        Args:
+            nodes: ids of the nodes that are up.
+        """
+        known = self.work.expert in view.queues  # else Ray has restarted the status actor, which has lost the queue
+        self.pending, assigned = view.queues.get(self.work.expert, (0, 0))
+        self._holders = view.assigned.get(self.work.expert, frozenset())
+        for execution in list(self.executions):
+            execution.workers = {name: row for name, row in view.workers.items() if row.execution == execution.name}
+            if execution.thread is None or not execution.thread.is_alive():
+                self._ended(execution)
+            else:
+                self._detect_lost_actors(execution, nodes, log)
+        if self.over or self.executions or self.state is State.WAITING:
+            return
+        if known and not self.error and self.pending + assigned:
+            self.state = enter(self.state, State.WAITING)  # shrunk, or an execution was given up: the queue goes on
+        else:
+            self._end_round(log, lost_queue=not known)
+
+    def _ended(self, execution: Execution) -> None:
+        self.executions.remove(execution)
+        self.run.close.remote(execution.name)
+        if execution.error is not None and execution.state is State.RUNNING:
+            self.error = self.error or execution.error
+            self._failed.add(device_of(execution.spec))
+        execution.state = enter(execution.state, State.FAILED if execution.error else State.DONE)
+
+    def _end_round(self, log: RunLog, lost_queue: bool) -> None:
+        """Asks the store what is missing: ends, or goes on with that as long as a round computed anything."""
+        before, self._missing = self._missing, self.work.refresh_missing(self.log.failed)
+        if not self._missing:
+            self.error, self.state = None, enter(self.state, State.DONE)
+        elif (self._missing < before and not isinstance(self.error, StoreError)) or lost_queue:
+            reason = f": {self.error}" if self.error else ""
+            log.event(f"{self.work.expert}: {self._missing:,} features are still missing, going on with those{reason}")
+            self.state = enter(self.state, State.WAITING)
+            self._start_round()
+        else:
+            missing = f"{self._missing} features are missing, and another round computed none of them"
+            self.fail(self.error or RuntimeError(missing))
+
+    def fail(self, error: Exception) -> None:
+        self.error, self.state = error, enter(self.state, State.FAILED)
+
+    def _detect_lost_actors(self, execution: Execution, nodes: set[str], log: RunLog) -> None:
+        """Gives blocks of dead actors to others, and gives up an execution that only waits for dead actors.
+
+        Ray restarts an actor that died, but only where a node has room for it, and Ray Data never moves the call that the
+        actor had to another actor. So an execution whose node is gone may wait for ever.
+        """
+        dead = execution.dead
+        if overdue := [name for name in dead if execution.workers[name].age > RELEASE and name in self._holders]:
+            self.run.release.remote(overdue)
+        works = any(name in self._holders for name in execution.alive) or (execution.alive and self.pending)
+        draining = execution.state is State.DRAINING
+        if works or not (draining or (dead and execution.starting)):
+            execution.stuck_since = None
+            return
+        execution.stuck_since = execution.stuck_since or time.monotonic()
+        homeless = any(execution.workers[name].node not in nodes for name in dead)
+        if time.monotonic() - execution.stuck_since > (RESTART_ELSEWHERE if homeless or draining else RESTART):
+            if dead:
+                log.event(f"{self.work.expert}: {len(dead)} actors died and Ray found no place to restart them")
+            self.executions.remove(execution)
+            self.run.abort.remote(execution.name)
 
 
 def check_nodes(pools: Sequence[PoolSpec]) -> None:
-    """Whether single nodes can hold the least actors of an expert's pools; `fit_pools` looks at all of them together.
+    """Checks that single nodes can hold the least actors of an expert's pools; `fit_pools` looks at the whole cluster.
 
     Raises:
         PlanError: they cannot, even if nothing else ran there.
     """
-    room = FreeResources(empty=True)
+    free = FreeResources.from_live(ray.nodes())
     for pool in sorted(pools, key=lambda pool: (-pool.gpu, -pool.cpus)):
-        if (actors := room.take(pool, pool.min_size)) < pool.min_size:
+        if (actors := len(free.take_several(pool, pool.min_size))) < pool.min_size:
             holds = " and ".join(f"{held:g} {kind}" for kind, held in pool.holds.items() if held)
             raise PlanError(
                 f"pool {pool}: each actor holds {holds}, and no more than {actors} of {pool.min_size} find that "
-                f"on one of {len(room.nodes)} nodes: lower the size, cpu= or gpu= of --pool {pool.expert}"
+                f"on one of {len(free)} nodes: lower the size, cpu= or gpu= of --pool {pool.expert}"
             )
 
 
 class PrecomputeScheduler:
-    """Runs the work of several experts as one: who starts, who grows, who goes on.
+    """Runs the work of several experts as one run.
 
     Args:
-        board: what other processes look at and write to.
+        store: location of the feature store.
+        work: of the experts, in the order in which they start.
+        run: handle of the status actor.
     """
 
-    def __init__(self, store: str, work: Sequence[ExpertWorkload], log: RunLog, board: Any):
-        self.store, self.log, self.board = store, log, board
-        self.experts = {one.expert: ExpertRun(one, log.experts[one.expert]) for one in work if len(one.absent)}
+    def __init__(self, store: str, work: Sequence[ExpertWorkload], log: RunLog, run: Any):
+        self.store, self.log, self.run = store, log, run
+        self.experts = {
+            workload.expert: ExpertRun(workload, log.experts[workload.expert], run)
+            for workload in work
+            if len(workload.missing)
+        }
         self._changed = threading.Event()
-        self._waited = 0.0
+        self._waited = 0.0  # seconds without room for any pool
 
-    def all(self) -> dict[str, Exception]:
-        """Runs it; an expert that fails does not stop the others. Returns what failed."""
-        most = sum(len(expert.work.pools) for expert in self.experts.values())
-        threads = ThreadPoolExecutor(max(1, most), thread_name_prefix="precompute")
+    def run_all(self) -> dict[str, Exception]:
+        """Computes everything; an expert that fails does not stop the others. Returns the errors of those that failed."""
         try:
-            while running := [expert for expert in self.experts.values() if not expert.ended]:
-                for expert in running:
-                    expert.collect(self.log)
-                    if expert.ended and not expert.error and expert.work.partition is not None:
-                        # What neither this run computed nor failed, another one did meanwhile.
-                        expert.log.reused = expert.log.total - expert.log.computed - len(expert.log.failed)
-                        expert.work.partition.snapshot()
-                self._share(threads)
-                self._exchange()
+            while any(not expert.over for expert in self.experts.values()):
+                self._sync()
+                self._start_pools()
                 self._changed.wait(TICK)
                 self._changed.clear()
         finally:
-            with executions_stopped():
-                threads.shutdown(cancel_futures=True)  # whoever closes Ray next must find nothing that uses it
-            self._count()
+            self._stop()
         return {name: expert.error for name, expert in self.experts.items() if expert.error is not None}
 
-    def _exchange(self) -> None:
-        """Tells the board and the log how things stand, and takes from the board what is asked for."""
-        self._count()
-        self.log.sample()
+    def _sync(self) -> None:
+        """One exchange with the status actor, and what follows from it."""
         try:
-            loads, asked = ray.get(self.board.exchange.remote(self.log.now()))
-        except ray.exceptions.RayActorError:  # it is started again
+            view: RunView = ray.get(self.run.sync.remote(self.log.status()))
+        except ray.exceptions.RayActorError:  # Ray restarts the actor
             return
-        for name, servers in loads.items():
-            self.log.experts[name].servers.update(servers)
-        for text in asked:
-            spec = PoolSpec.parse(text)
-            expert = self.experts.get(spec.expert)
-            if expert is None or expert.ended:
-                self.log.say(f"resize {text}: {spec.expert} has nothing left to compute")
-                continue
-            try:
-                pools = resized(expert.work.pools, spec, ray.cluster_resources())
-            except PlanError as error:
-                self.log.say(f"resize {text} refused: {error}")
-                continue
-            self.log.say(f"resize {text}")
-            expert.resize(pools)
-
-    def _count(self) -> None:
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        experts = {execution.name: expert for expert in self.experts.values() for execution in expert.executions}
+        for name, worker in view.workers.items():
+            if worker.load.get("ready") and worker.execution in experts:
+                experts[worker.execution].log.workers[name] = dict(worker.load)
         for expert in self.experts.values():
-            executions = [pool.execution for pool in expert.pools if pool.execution is not None]
-            expert.log.actors = sum(one.actors for one in executions)
-            expert.log.queue = sum(
-                len(pool.blocks) if pool.execution is None else pool.execution.waiting for pool in expert.pools
-            )
+            if not expert.over:
+                expert.update(view, nodes, self.log)
+                if expert.state is State.DONE and expert.work.partition is not None:
+                    # Another run computed what this one neither computed nor failed on.
+                    expert.log.reused = expert.log.total - expert.log.computed - len(expert.log.failed)
+                    expert.work.partition.snapshot()
+            expert.log.actors = sum(execution.actors for execution in expert.executions)
+            expert.log.pending = 0 if expert.over else expert.pending
+        self.log.sample()
+        for text in view.resizes:
+            self._resize(text)
 
-    def _pools(self) -> Iterator[tuple[ExpertRun, Pool]]:
-        return ((expert, pool) for expert in self.experts.values() for pool in expert.pools)
+    def _resize(self, text: str) -> None:
+        spec = PoolSpec.parse(text)
+        expert = self.experts.get(spec.expert)
+        if expert is None or expert.over:
+            self.log.event(f"resize {text}: {spec.expert} has nothing left to compute")
+            return
+        try:
+            pools = resized(expert.work.pools, spec, ray.cluster_resources())
+        except PlanError as error:
+            self.log.event(f"resize {text} refused: {error}")
+            return
+        self.log.event(f"resize {text}")
+        expert.resize(pools)
 
-    def _share(self, threads: ThreadPoolExecutor) -> None:
-        """Starts pools that find room for their least size, in order; what room is left goes to those with most to do."""
-        room = FreeResources()
-        going = []
-        for expert, pool in self._pools():
-            if pool.execution is not None:
-                self._unstick(pool, len(room.nodes))
-                # Those that end for want of work leave their room.
-                coming = pool.execution.size - pool.execution.actors if pool.execution.waiting else 0
-                room.take(pool.spec, max(coming, pool.execution.starting))
-                going.append((expert, pool))
-        waiting = [(expert, pool) for expert, pool in self._pools() if pool.execution is None]
-        starting = []
-        for expert, pool in waiting:
-            least = min(pool.spec.min_size, len(pool.blocks))
-            if room.take(pool.spec, least) == least:
-                pool.execution, pool.nodes = self._execution(expert, pool, least), len(room.nodes)
-                starting.append((expert, pool))
-        if len(starting) == len(waiting):  # else what is free is kept for who waits
-            self._grow(room, [*going, *starting])
-        for expert, pool in starting:
-            assert pool.execution is not None
-            expert.log.started += pool.execution.size
-            pool.ended = threads.submit(self._follow, expert, pool.execution)
-        if waiting and not starting and not going:
-            for expert, _ in waiting:
-                try:
-                    check_nodes(expert.work.pools)
-                except PlanError as error:  # since nodes have gone
-                    expert.error, expert.ended, expert.pools = error, True, []
-            self._waited += TICK
-            if self._waited % 60 < TICK:
-                names = ", ".join(dict.fromkeys(expert.work.expert for expert, _ in waiting))
-                self.log.say(f"{names}: the cluster has no room now, waiting for it")
+    def _executions(self) -> Iterator[Execution]:
+        return (execution for expert in self.experts.values() for execution in expert.executions)
 
-    def _unstick(self, pool: Pool, nodes: int) -> None:
-        """An actor that waits for a place to start again keeps its blocks for ever; the next round has them elsewhere."""
-        assert pool.execution is not None
-        if not pool.execution.stuck:
-            pool.stuck_since = None
-        elif pool.stuck_since is None:
-            pool.stuck_since = self.log.seconds
-        elif self.log.seconds - pool.stuck_since > (RESTART_ELSEWHERE if nodes < pool.nodes else RESTART):
-            pool.execution.give_up(
-                f"{pool.execution.restarting} actors of {pool.spec.expert} died and found no place to start again"
-            )
+    def _start_pools(self) -> None:
+        """Starts pools whose least size finds room, in order; the room left goes to the pools with most to do."""
+        executions = list(self._executions())
+        free = FreeResources.from_live(
+            ray.nodes(),
+            [(execution.workers[name].node, execution.spec) for execution in executions for name in execution.alive],
+            [execution.spec for execution in executions for _ in range(execution.starting)],
+            ray.available_resources(),
+        )
+        waiting = [(expert, spec) for expert in self.experts.values() for spec in expert.waiting_pools()]
+        actors: Counter[tuple[ExpertRun, PoolSpec]] = Counter()
+        for expert, spec in waiting:
+            least = min(spec.min_size, expert.pending)
+            if free.take_several(spec, least, least):
+                actors[expert, spec] += least
+        if len(actors) == len(waiting):  # else the room is kept for the pools that wait
+            self._grow(free, actors)
+        for (expert, spec), size in actors.items():
+            self._start(expert, spec, size)
+        if waiting and not actors and not any(self._executions()):
+            self._wait_for_room(waiting)
 
-    def _grow(self, room: FreeResources, pools: list[tuple[ExpertRun, Pool]]) -> None:
-        def to_do(expert: ExpertRun, pool: Pool) -> float:
+    def _wait_for_room(self, waiting: Sequence[tuple[ExpertRun, PoolSpec]]) -> None:
+        for expert in dict.fromkeys(expert for expert, _ in waiting):
+            try:
+                check_nodes(expert.work.pools)
+            except PlanError as error:  # nodes have left the cluster since the run began
+                expert.fail(error)
+        self._waited += TICK
+        if self._waited % 60 < TICK:
+            names = ", ".join(dict.fromkeys(expert.work.expert for expert, _ in waiting))
+            self.log.event(f"{names}: the cluster has no room now, waiting for it")
+
+    def _grow(self, free: FreeResources, actors: "Counter[tuple[ExpertRun, PoolSpec]]") -> None:
+        """Adds actors to pools, one more for each in turn, those with most to do first, while there is room."""
+
+        def most_to_do(pool: tuple[ExpertRun, PoolSpec]) -> float:
             """Seconds to go, or blocks per actor where no rate is known yet."""
-            assert pool.execution is not None
-            left = pool.execution.waiting / pool.execution.size
-            return left if expert.log.eta is None else expert.log.eta * pool.execution.waiting / len(pool.blocks)
+            expert, spec = pool
+            blocks = expert.pending / max(1, expert.size(spec) + actors[pool])
+            return blocks if expert.log.eta is None else expert.log.eta
 
-        growing = [(expert, pool) for expert, pool in pools if pool.ended is None or not pool.ended.done()]
+        growing = [
+            (expert, spec)
+            for expert in self.experts.values()
+            for spec in expert.work.pools
+            if expert.size(spec) + actors[expert, spec]
+        ]
         while growing:
-            growing = [(expert, pool) for expert, pool in growing if pool.execution and pool.execution.size < pool.most]
-            growing.sort(key=lambda one: to_do(*one), reverse=True)
-            for expert, pool in list(growing):  # one more for each in turn
-                assert pool.execution is not None
-                if room.take(pool.spec, 1):
-                    pool.execution.size += 1
-                    if pool.ended is not None:
-                        expert.log.started += 1
+            added = Counter({expert: 0 for expert, _ in growing})
+            for (expert, _), count in actors.items():
+                added[expert] += count
+            growing = [
+                (expert, spec)
+                for expert, spec in growing
+                if actors[expert, spec] < expert.room_to_grow(spec) and added[expert] < expert.pending
+            ]
+            for pool in sorted(growing, key=most_to_do, reverse=True):
+                if free.take(pool[1]) is not None:
+                    actors[pool] += 1
                 else:
-                    growing.remove((expert, pool))
+                    growing.remove(pool)
+        for pool in [pool for pool, count in actors.items() if not count]:
+            del actors[pool]
 
-    def _execution(self, expert: ExpertRun, pool: Pool, size: int) -> Execution:
-        spec = pool.spec
-        return Execution(
-            ExpertServer,
-            pool.blocks,
+    def _start(self, expert: ExpertRun, spec: PoolSpec, size: int) -> None:
+        execution = Execution(spec=spec, size=size)
+        expert.begin(execution)
+        # A ticket per block that is pending: the actors may have to compute all of them.
+        tickets = [pa.table({"ticket": [f"{execution.name}-{number}"]}) for number in range(max(size, expert.pending))]
+        rows = run_actor_pool(
+            ShardWorker,
+            tickets,
             arguments={
-                **expert.work.arguments,
-                "expert": spec.expert,
-                "batch_size": spec.batch,
-                "store": self.store,
-                "watch": LoadReporter(self.board, spec.expert),
-                "device": "cuda" if spec.gpu else "cpu",
-                "memory_share": min(1.0, spec.gpu or 1.0),
+                "run": self.run,
+                "execution": execution.name,
+                "server": {
+                    **expert.work.arguments,
+                    "expert": spec.expert,
+                    "batch_size": spec.batch,
+                    "store": self.store,
+                    "device": "cuda" if spec.gpu else "cpu",
+                    "memory_share": min(1.0, spec.gpu or 1.0),
+                },
             },
             size=size,
-            batch_size=max(len(block) for block in pool.blocks),
             calls=CALLS,
             cpus=spec.cpus,
             gpus=spec.gpu,
             memory=spec.memory,
             accelerator=spec.accelerator,
         )
+        follow = threading.Thread(
+            target=self._follow, args=(rows, expert.record, execution), name=f"precompute-{spec.expert}", daemon=True
+        )
+        execution.thread = follow
+        follow.start()
 
-    def _follow(self, expert: ExpertRun, execution: Execution) -> Exception | None:
-        """One execution, on a thread of its own; returns what ended it early."""
-        failure: Exception | None = None
+    def _follow(
+        self, rows: Iterator[dict[str, Any]], record: Callable[[Mapping[str, Any]], None], execution: Execution
+    ) -> None:
+        """Consumes one execution, on a thread of its own."""
         try:
-            for row in execution.rows():
-                expert.account(row)
-                expert.log.last = self.log.seconds
+            for row in rows:
+                record(row)
         except Exception as error:
-            failure = _without_frames(error)
-        gc.collect()
+            execution.error = _without_frames(error)
+        del rows
+        gc.collect()  # Ray Data's executor holds its actors' handles in reference cycles: free the actors' CPUs now
         self._changed.set()
-        return failure
+
+    def _stop(self) -> None:
+        """Ends the executions of this run, and waits for their threads: Ray must not be closed while they use it."""
+        executions = list(self._executions())
+        for execution in executions:
+            self.run.abort.remote(execution.name)
+        deadline = time.monotonic() + STOP
+        for execution in executions:
+            if execution.thread is not None:
+                execution.thread.join(max(0.0, deadline - time.monotonic()))
+        for expert in self.experts.values():
+            expert.log.actors = expert.log.pending = 0
 
 
 def _without_frames(error: Exception) -> Exception:
-    """What an execution failed of. Frames hold its actors, and those the room that others wait for."""
-    told, cause = traceback.format_exc(), root_cause(error)
-    cause.add_note(told)
+    """The cause of an error, without its frames: these hold the execution's actors, and so their CPUs and GPUs."""
+    text, cause = traceback.format_exc(), root_cause(error)
+    cause.add_note(text)
     cause.__traceback__ = cause.__cause__ = cause.__context__ = None
     return cause if isinstance(cause, Exception) else RuntimeError(str(cause))

@@ -1,73 +1,196 @@
-"""The board of a precompute run: an actor without a CPU where its servers and its driver tell how far they are, and where
-other processes on the cluster look, and ask for other pools. It ends with its driver, however that ends."""
+"""The status actor of a precompute run: workers draw their shards from it and report their load, the driver reports its
+progress, and other processes on the cluster read the status and ask for other pools. It ends with its driver, however that ends.
+"""
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.nodes import PlanError
-from cluster.pools import PoolSpec, fit_pools
+from cluster.pools import PlanError, PoolSpec, fit_pools
+from pipelines.precompute.shard_queue import Block, ShardQueue
 
 NAMESPACE = "mova"
 PREFIX = "precompute:"
+ANSWER_SECONDS = 30.0  # longest wait for an answer of a status actor
 
 
 class RunError(ValueError):
     """No such run, or none of its experts; the message says which there are."""
 
 
+@dataclass(kw_only=True)
+class Worker:
+    """An actor of a Ray Data execution, as the status actor knows it."""
+
+    execution: str
+    expert: str
+    node: str  # Ray's node id
+    handle: Any  # None once the worker has nothing left to do: a handle would keep the actor alive
+    load: dict[str, Any] = field(default_factory=dict)  # as last reported
+    seen: float = field(default_factory=time.monotonic)
+    left: bool = False  # the actor ended in good order
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerView:
+    """What the driver sees of a worker."""
+
+    execution: str
+    node: str
+    load: Mapping[str, Any]
+    age: float  # seconds since the last report
+    idle: bool  # has found the queue empty, or ended
+    left: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """What the driver sees of a run."""
+
+    workers: Mapping[str, WorkerView]
+    queues: Mapping[str, tuple[int, int]]  # expert -> blocks pending, blocks assigned
+    assigned: Mapping[str, frozenset[str]]  # expert -> workers that hold blocks
+    resizes: Sequence[str]  # pools that other processes ask for, as `PoolSpec.parse` reads them
+
+
 class RunStatusActor:
-    """What the actor holds."""
+    """The class of the actor. Ray runs its methods one at a time."""
 
     def __init__(self, job: str, store: str) -> None:
-        self.loads: dict[str, dict[str, dict[str, Any]]] = {}  # expert -> server -> the last it told
-        self.asked: list[str] = []
+        self.workers: dict[str, Worker] = {}
+        self.queues: dict[str, ShardQueue] = {}
+        self.executions: dict[str, str] = {}  # those that may draw shards -> their expert
+        self.resizes: list[str] = []
         self.progress: dict[str, Any] = {"job": job, "store": store, "seconds": 0.0, "experts": {}}
 
-    def tell(self, expert: str, load: dict[str, Any]) -> None:
-        """A server's load."""
-        self.loads.setdefault(expert, {})[load["server"]] = load | {"told": time.time()}
+    # For workers
 
-    def exchange(self, progress: dict[str, Any]) -> tuple[dict[str, dict[str, dict[str, Any]]], list[str]]:
-        """The driver's progress, for what servers told and the pools asked for since."""
-        self.progress = progress | {"told": time.time()}
-        asked, self.asked = self.asked, []
-        return self.loads, asked
+    def register(self, name: str, execution: str, node: str, handle: Any) -> bool:
+        """A worker that starts; False where its execution has been told to end."""
+        if execution not in self.executions:
+            return False
+        self.workers[name] = Worker(execution=execution, expert=self.executions[execution], node=node, handle=handle)
+        return True
+
+    def heartbeat(self, name: str, load: dict[str, Any]) -> None:
+        if (worker := self.workers.get(name)) is not None:
+            worker.load, worker.seen = load, time.monotonic()
+
+    def take(self, name: str, ticket: str) -> Block | None:
+        """The next block for a worker; None where it has nothing left to do."""
+        worker = self.workers.get(name)
+        if worker is None:
+            return None
+        expert = self.executions.get(worker.execution)
+        if expert is not None and (block := self.queues[expert].take(ticket, name)) is not None:
+            return block
+        if not any(queue.held_by([name]) for queue in self.queues.values()):
+            worker.handle = None
+        return None
+
+    def finish(self, name: str, block: int, load: dict[str, Any]) -> None:
+        """A block is in the store."""
+        self.heartbeat(name, load)
+        if (worker := self.workers.get(name)) is not None and worker.expert in self.queues:
+            self.queues[worker.expert].finish(block)
+
+    def leave(self, name: str) -> None:
+        """A worker that ends in good order."""
+        if (worker := self.workers.get(name)) is not None:
+            worker.left, worker.handle = True, None
+
+    # For the driver
+
+    def start_queue(
+        self, expert: str, positions: np.ndarray, shard_rows: int, block_shards: int, chunks: dict[int, Any]
+    ) -> None:
+        """Gives an expert work, as `ShardQueue` takes it, in place of what it had before."""
+        self.queues[expert] = ShardQueue(positions, shard_rows, block_shards, chunks)
+
+    def open(self, execution: str, expert: str) -> None:
+        """Lets the workers of an execution draw shards."""
+        self.executions[execution] = expert
+
+    def drain(self, execution: str) -> None:
+        """The workers of an execution finish the blocks they hold and draw no more."""
+        self.executions.pop(execution, None)
+
+    def abort(self, execution: str) -> None:
+        """Kills the workers of an execution and makes their blocks pending again."""
+        self.drain(execution)
+        names = [name for name, worker in self.workers.items() if worker.execution == execution]
+        for name in names:
+            handle, self.workers[name].handle = self.workers[name].handle, None
+            if handle is not None:
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.kill(handle, no_restart=True)
+        self.close(execution)
+
+    def close(self, execution: str) -> None:
+        """An execution is over: drops the handles of its workers, and makes blocks they still held pending again."""
+        self.drain(execution)
+        names = [name for name, worker in self.workers.items() if worker.execution == execution]
+        for name in names:
+            self.workers[name].handle, self.workers[name].left = None, True
+        self.release(names)
+
+    def release(self, names: Sequence[str]) -> None:
+        """Makes the blocks of workers that died pending again."""
+        for queue in self.queues.values():
+            queue.release(names)
+
+    def sync(self, progress: dict[str, Any]) -> RunView:
+        """Takes the driver's progress, and returns what it has to know."""
+        self.progress = progress
+        resizes, self.resizes = self.resizes, []
+        now = time.monotonic()
+        return RunView(
+            workers={
+                name: WorkerView(
+                    execution=worker.execution,
+                    node=worker.node,
+                    load=worker.load,
+                    age=now - worker.seen,
+                    idle=worker.handle is None,
+                    left=worker.left,
+                )
+                for name, worker in self.workers.items()
+            },
+            queues={expert: (len(queue.pending), len(queue.assigned)) for expert, queue in self.queues.items()},
+            assigned={
+                expert: frozenset(worker for _, worker in queue.assigned.values())
+                for expert, queue in self.queues.items()
+            },
+            resizes=resizes,
+        )
+
+    # For other processes
 
     def resize(self, pools: list[str]) -> None:
         """Asks for pools as `PoolSpec.parse` reads them."""
-        self.asked += pools
+        self.resizes += pools
 
     def status(self) -> dict[str, Any]:
         """The driver's last progress."""
         return self.progress
 
 
-class LoadReporter:
-    """Tells a board the loads of one expert's servers; travels to them."""
-
-    def __init__(self, board: Any, expert: str):
-        self.board, self.expert = board, expert
-
-    def __call__(self, load: dict[str, Any]) -> None:
-        self.board.tell.remote(self.expert, load)
-
-
 def start_status_actor(job: str, store: str) -> Any:
-    """The board of a new run into a store.
+    """The status actor of a new run into a store.
 
     Raises:
         RunError: a run of that name is under way.
     """
     if job in running():
         raise RunError(f"a run named {job} is under way on this cluster: give another --name")
-    here = NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )  # dies with no other node
+    # On the driver's node, so that no other node's death ends it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": PREFIX + job, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1}
     return ray.remote(RunStatusActor).options(**options, scheduling_strategy=here).remote(job, store)
 
@@ -76,14 +199,14 @@ def running() -> list[str]:
     """Names of the runs on this cluster."""
     names = ray.util.list_named_actors(all_namespaces=True)
     return sorted(
-        one["name"].removeprefix(PREFIX)
-        for one in names
-        if one["namespace"] == NAMESPACE and one["name"].startswith(PREFIX)
+        actor["name"].removeprefix(PREFIX)
+        for actor in names
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(PREFIX)
     )
 
 
 def status_actor_of(job: str) -> Any:
-    """The board of a run.
+    """The status actor of a run.
 
     Raises:
         RunError: there is none of that name.
@@ -91,56 +214,74 @@ def status_actor_of(job: str) -> Any:
     try:
         return ray.get_actor(PREFIX + job, namespace=NAMESPACE)
     except ValueError:
-        there = ", ".join(running())
+        names = ", ".join(running())
         raise RunError(
-            f"no precompute named {job} runs on this cluster "
-            + (f"(running: {there})" if there else "(none does): set RAY_ADDRESS to the cluster it runs on")
+            f"no precompute named {job} runs on this cluster: it has ended, or runs elsewhere "
+            + (f"(running here: {names})" if names else "(none runs here; RAY_ADDRESS chooses the cluster)")
         ) from None
 
 
+@contextlib.contextmanager
+def _ended(job: str) -> Iterator[None]:
+    """Says in our words that a run ended between two calls."""
+    try:
+        yield
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        raise RunError(f"run {job} has ended") from None
+
+
 def status(job: str | None = None) -> list[dict[str, Any]]:
-    """How far a run is, or all of them: job, store, seconds, and per expert what `RunLog.now` tells."""
-    boards = [status_actor_of(name) for name in ([job] if job else running())]
-    return list(ray.get([board.status.remote() for board in boards], timeout=30))
+    """How far a run is, or all of them: job, store, seconds, and per expert what `RunLog.status` returns.
+
+    Raises:
+        RunError: no run of that name.
+    """
+    progress = []
+    for name in [job] if job else running():
+        # Where all runs are asked for, one that ends meanwhile is left out.
+        with contextlib.nullcontext() if job else contextlib.suppress(RunError), _ended(name):
+            progress.append(ray.get(status_actor_of(name).status.remote(), timeout=ANSWER_SECONDS))
+    return progress
 
 
 def resize(job: str, pools: list[str]) -> dict[str, list[str]]:
-    """Asks a run for other pools, `sam=12` or with the place of one of several, `sam=2..8,gpu=1,accelerator=A100`.
+    """Asks a run for other pools: `sam=12`, or `sam=2..8,gpu=1,accelerator=A100` where the expert has several pools.
 
     Returns:
-        Expert -> the pools that it takes up within a second or two.
+        Expert -> the pools that it will have within a second or two.
 
     Raises:
-        PlanError: a pool the cluster cannot hold, or one of several and it is not said which.
+        PlanError: a pool the cluster cannot hold, or the expert has several pools and the text fits none or more than one.
         RunError: no such run, or an expert it does not compute.
     """
-    board = status_actor_of(job)
-    told: dict[str, Any] = ray.get(board.status.remote(), timeout=30)["experts"]
-    new: dict[str, list[str]] = {}
-    for text in pools:
-        if (name := PoolSpec.parse(text).expert) not in told:
-            raise RunError(f"{job} computes no {name} ({', '.join(told) or 'it is still looking at its pictures'})")
-        there = [PoolSpec.parse(pool) for pool in new.get(name, told[name]["pools"])]
-        new[name] = [str(pool) for pool in resized(there, PoolSpec.parse(text), ray.cluster_resources())]
-    ray.get(board.resize.remote(pools), timeout=30)
+    with _ended(job):
+        actor = status_actor_of(job)
+        experts: dict[str, Any] = ray.get(actor.status.remote(), timeout=ANSWER_SECONDS)["experts"]
+        new: dict[str, list[str]] = {}
+        for text in pools:
+            if (name := PoolSpec.parse(text).expert) not in experts:
+                raise RunError(f"{job} computes no {name} ({', '.join(experts) or 'the pictures are still inspected'})")
+            current = [PoolSpec.parse(pool) for pool in new.get(name, experts[name]["pools"])]
+            new[name] = [str(pool) for pool in resized(current, PoolSpec.parse(text), ray.cluster_resources())]
+        ray.get(actor.resize.remote(pools), timeout=ANSWER_SECONDS)
     return new
 
 
-def place(pool: PoolSpec) -> tuple[str | None, float, float]:
-    """What makes two pools of an expert different."""
+def device_of(pool: PoolSpec) -> tuple[str | None, float, float]:
+    """What tells two pools of an expert apart: accelerator, GPUs and CPUs per actor."""
     return pool.accelerator, pool.gpu, pool.cpus
 
 
-def resized(pools: Sequence[PoolSpec], asked: PoolSpec, resources: Mapping[str, float]) -> tuple[PoolSpec, ...]:
-    """An expert's pools with the sizes asked for: of the one at that place, or of the only one.
+def resized(pools: Sequence[PoolSpec], wanted: PoolSpec, resources: Mapping[str, float]) -> tuple[PoolSpec, ...]:
+    """An expert's pools after one of them, on the same device as `wanted` or the only one, takes the size of `wanted`.
 
     Raises:
-        PlanError: it has several, or none at that place, or the cluster cannot hold them.
+        PlanError: the expert has several pools or none on that device, or the cluster cannot hold them.
     """
-    anywhere = not asked.gpu and not asked.accelerator and asked.cpu is None
-    chosen = list(pools) if anywhere else [pool for pool in pools if place(pool) == place(asked)]
+    any_device = not wanted.gpu and not wanted.accelerator and wanted.cpu is None
+    chosen = list(pools) if any_device else [pool for pool in pools if device_of(pool) == device_of(wanted)]
     if len(chosen) != 1:
-        there = " and ".join(str(pool) for pool in pools)
-        raise PlanError(f"{asked.expert} has the pools {there}: say which, with the same gpu= and accelerator=")
-    new = replace(chosen[0], min_size=asked.min_size, max_size=asked.max_size)
-    return fit_pools({asked.expert: [new if pool is chosen[0] else pool for pool in pools]}, resources)[asked.expert]
+        names = " and ".join(str(pool) for pool in pools)
+        raise PlanError(f"{wanted.expert} has the pools {names}: say which, with the same gpu= and accelerator=")
+    new = replace(chosen[0], min_size=wanted.min_size, max_size=wanted.max_size)
+    return fit_pools({wanted.expert: [new if pool is chosen[0] else pool for pool in pools]}, resources)[wanted.expert]

@@ -4,11 +4,13 @@ import importlib
 import json
 import threading
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from PIL import Image
 
 from cluster.nodes import PlanError
@@ -17,9 +19,12 @@ from mova_core.experts import load_expert
 from mova_core.features import FeatureStore
 from pipelines.precompute import status_actor
 from pipelines.precompute.listing import image_table
-from pipelines.precompute.progress import SAMPLES, ExpertLog, RunLog, Sample
+from pipelines.precompute.progress import SAMPLES, ExpertLog, RunLog
 from pipelines.precompute.run import precompute, preview
-from pipelines.precompute.scheduler import ExpertWorkload, divide
+from pipelines.precompute.scheduler import Execution, State, enter
+from pipelines.precompute.shard_queue import CHUNK_ROWS, Block, ShardQueue, rows_at
+from pipelines.precompute.status_actor import WorkerView
+from pipelines.precompute.workload import ExpertWorkload, ImageTable
 
 KEYS = np.random.default_rng(0).bytes(32 * 100)
 
@@ -33,53 +38,87 @@ def pictures(folder, count: int, width: int = 16) -> list[str]:
     return [str(path) for path in paths]
 
 
-def work(tmp_path, rows: int) -> ExpertWorkload:
+def work(tmp_path, shard_rows: int) -> ExpertWorkload:
     images = pa.table(
         {
             "key": pa.array([KEYS[at : at + 32] for at in range(0, len(KEYS), 32)], pa.binary(32)),
-            "image": pa.array([f"{number}.png" for number in range(100)], pa.large_string()),
+            "image": pa.array([f"{number}.png" for number in range(100)], pa.string()),
         }
     )
-    partition = FeatureStore(tmp_path / "store", create=True).add_expert(load_expert("sam", size="mini").describe())
-    return ExpertWorkload(expert="sam", partition=partition, images=images, rows=rows, feature_bytes=1, arguments={})
+    return ExpertWorkload(
+        expert="sam",
+        partition=FeatureStore(tmp_path / "store", create=True).add_expert(load_expert("sam", size="mini").describe()),
+        images=ImageTable(images),
+        wanted=None,
+        shard_rows=shard_rows,
+        feature_bytes=1,
+        arguments={},
+    )
 
 
-def test_work_is_what_is_absent_cut_into_shards(tmp_path):
-    todo = work(tmp_path, rows=16)
-    assert todo.look() == 100
-    shards = todo.shards()
-    assert [len(keys) for keys in shards["keys"].to_pylist()] == [16] * 6 + [4]
-    assert [image for images in shards["images"].to_pylist() for image in images] == [
-        f"{number}.png" for number in range(100)
-    ]
-    assert todo.partition is not None
-    hexed = [key.hex() for key in shards["keys"][1].as_py()]
-    assert shards["shard"][1].as_py() == todo.partition.shard_id(hexed)
-    assert todo.look(dict.fromkeys(hexed)) == 84
-    assert todo.shards()["shard"].to_pylist()[0] == shards["shard"][0].as_py(), "whole shards keep their names"
-    assert not set(hexed) & {key.hex() for keys in todo.shards()["keys"].to_pylist() for key in keys}
+def test_work_is_what_the_store_misses_without_what_failed(tmp_path):
+    todo = work(tmp_path, shard_rows=16)
+    assert todo.refresh_missing() == 100 and todo.block_shards() == 1
+    failed = [KEYS[at * 32 : at * 32 + 32].hex() for at in (3, 50)]
+    assert todo.refresh_missing(failed) == 98
+    assert sorted(set(range(100)) - set(todo.missing.tolist())) == [3, 50]
+    todo.wanted = np.arange(0, 100, 2)
+    assert len(todo) == 50 and todo.refresh_missing(failed) == 49 and set(todo.missing % 2) == {0}
 
 
-def test_shards_are_divided_by_rate_among_the_pools_of_an_expert(tmp_path):
-    todo = work(tmp_path, rows=1)
-    todo.look()
-    shards = todo.shards()
+def test_a_queue_hands_out_every_shard_once_and_again_when_a_worker_died():
+    queue = ShardQueue(np.arange(100), shard_rows=8, block_shards=2, chunks={0: "rows"})
+    assert len(queue.pending) == 7
 
-    def sizes(*pools: str) -> list[int]:
-        return [sum(len(block) for block in pool.blocks) for pool in divide(shards, [PoolSpec.parse(p) for p in pools])]
+    def take(ticket: str, worker: str) -> Block:
+        block = queue.take(ticket, worker)
+        assert block is not None
+        return block
 
-    assert sizes("sam=2,gpu=1,accelerator=A100,rate=80", "sam=1,gpu=1,accelerator=T4,rate=20") == [80, 20]
-    assert sizes("sam=2,gpu=1,accelerator=A100", "sam=1..3,gpu=1,accelerator=T4") == [40, 60], "by size where unknown"
-    assert sizes("sam=1,rate=1000", "sam=1,gpu=1,rate=1") == [100]
-    [pool] = divide(shards, [PoolSpec.parse("sam=1..200")])
-    assert len(pool.blocks) == 100 and pool.most == 100, "an actor has at least a block"
+    blocks = [take(f"t{number}", "a") for number in range(3)]
+    assert take("t1", "restarted a").number == blocks[1].number, "Ray calls the restarted actor with the same ticket"
+    queue.finish(blocks[0].number)
+    queue.release(["a"])
+    assert queue.held_by(["a"]) == [] and queue.held_by(["restarted a"]) == [blocks[1].number]
+    rest = [take(f"u{number}", "b") for number in range(5)]
+    assert rest[-1].number == blocks[2].number and queue.take("u5", "b") is None
+    drawn = np.concatenate([block.positions for block in [blocks[0], blocks[1], *rest]])
+    assert sorted(drawn.tolist()) == list(range(100))
+    for block in [blocks[1], *rest]:
+        queue.finish(block.number)
+    assert queue.unfinished == 0
+
+
+def test_rows_of_a_block_come_from_the_chunks_of_the_image_table():
+    table = pa.table({"image": [str(number) for number in range(3 * CHUNK_ROWS)]})
+    chunks = {number: table.slice(number * CHUNK_ROWS, CHUNK_ROWS) for number in (0, 2)}
+    positions = np.array([1, CHUNK_ROWS - 1, 2 * CHUNK_ROWS, 3 * CHUNK_ROWS - 1], np.uint32)
+    assert rows_at(chunks, positions)["image"].to_pylist() == [str(position) for position in positions]
+
+
+def test_states_change_only_along_the_table():
+    assert enter(State.WAITING, State.RUNNING) is State.RUNNING
+    for state, new in ((State.DONE, State.RUNNING), (State.DRAINING, State.RUNNING), (State.FAILED, State.DONE)):
+        with pytest.raises(RuntimeError, match=f"from {state.value} to {new.value}"):
+            enter(state, new)
+
+
+def test_an_execution_knows_which_of_its_actors_are_alive():
+    def worker(age: float, idle: bool = False, left: bool = False) -> WorkerView:
+        return WorkerView(execution="e", node="n", load={"ready": True}, age=age, idle=idle, left=left)
+
+    execution = Execution(spec=PoolSpec.parse("sam=4"), size=4)
+    assert execution.starting == 4
+    execution.workers = {"computes": worker(0), "died": worker(60), "ended": worker(60, idle=True, left=True)}
+    assert execution.alive == ["computes"] and execution.dead == ["died"]
+    assert execution.starting == 2, "one that has never started, and the one that died and is restarted"
 
 
 def test_a_resize_names_one_pool():
     cluster = {"CPU": 9, "GPU": 4, "accelerator_type:A100": 1, "accelerator_type:T4": 1}
     pools = [PoolSpec.parse(text) for text in ("sam=1,gpu=1,accelerator=A100,batch=8", "sam=1,gpu=1,accelerator=T4")]
-    told = status_actor.resized(pools, PoolSpec.parse("sam=2..3,gpu=1,accelerator=A100"), cluster)
-    assert [str(pool) for pool in told] == [
+    resized = status_actor.resized(pools, PoolSpec.parse("sam=2..3,gpu=1,accelerator=A100"), cluster)
+    assert [str(pool) for pool in resized] == [
         "sam=2..3,gpu=1,accelerator=A100,batch=8",
         "sam=1,gpu=1,accelerator=T4",
     ]
@@ -87,30 +126,27 @@ def test_a_resize_names_one_pool():
         status_actor.resized(pools, PoolSpec.parse("sam=2"), cluster)
     with pytest.raises(PlanError, match="4 GPUs"):
         status_actor.resized(pools[:1], PoolSpec.parse("sam=5"), cluster)
-    for pool in told:
+    for pool in resized:
         assert PoolSpec.parse(str(pool)) == pool
 
 
-def test_a_long_run_is_remembered_in_few_samples():
-    one = ExpertLog(total=10**6)
-    log = RunLog("long", "store", {"sam": one}, show=False)
-    for second in range(2 * SAMPLES):
-        one.servers["a"] = {
-            "computed": 10 * second,
-            "stored": 10 * second,
-            "busy": second / 2,
-            "prepare": 0.0,
-            "splits": 0,
-        }
-        one.actors = 1
+def test_a_long_run_is_kept_in_few_samples_and_its_numbers_come_from_the_actors():
+    expert = ExpertLog(total=10**6)
+    assert expert.images_per_second is None and expert.busy is None
+    log = RunLog("long", "store", {"sam": expert}, show=False)
+    for second in range(1, 2 * SAMPLES):
+        counts = {"computed": 10 * second, "stored": 10 * second, "busy": second / 2, "prepare": 0.0, "splits": 0}
+        expert.workers["a"] = counts | {"first_at": 1000.0, "last_at": 1000.0 + second, "up": float(second)}
+        expert.actors = 1
         log.began = time.monotonic() - second
         log.sample()
-    assert len(one.samples) <= SAMPLES + 1
-    assert one.samples[-1].computed == 10 * (2 * SAMPLES - 1) and one.samples[0].computed == 0
-    assert one.rate == pytest.approx(10, rel=0.01) and one.busy == pytest.approx(0.5, rel=0.01)
-    assert one.eta == pytest.approx((10**6 - one.done) / 10, rel=0.01)
-    assert all(a.seconds < b.seconds for a, b in zip(one.samples, one.samples[1:], strict=False))
-    assert isinstance(one.samples[0], Sample)
+    assert len(expert.samples) <= SAMPLES + 1
+    assert expert.samples[-1].computed == 10 * (2 * SAMPLES - 1) and expert.samples[0].computed == 10
+    assert expert.recent_rate == pytest.approx(10, rel=0.01)
+    assert expert.images_per_second == pytest.approx(10) and expert.busy == pytest.approx(0.5)
+    assert expert.status()["images_per_second"] == expert.summary()["images_per_second"] == 10
+    assert expert.eta == pytest.approx((10**6 - expert.done) / 10, rel=0.01)
+    assert all(a.seconds < b.seconds for a, b in pairwise(expert.samples))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +188,7 @@ def test_pools_grow_into_free_room_and_are_resized_from_outside(slow, tmp_path):
 
     try:
         wait_for_actors(2)
-        with pytest.raises(status_actor.RunError, match=r"named other .*running: grown"):
+        with pytest.raises(status_actor.RunError, match=r"named other .*running here: grown"):
             status_actor.resize("other", ["slow=1"])
         with pytest.raises(status_actor.RunError, match="computes no sam"):
             status_actor.resize("grown", ["sam=1"])
@@ -206,3 +242,28 @@ def test_each_expert_gets_the_pictures_named_for_it_and_stores_them_its_way(slow
     retried = precompute(images, tmp_path / "store", retry_quarantined=True, **run)
     assert retried.computed["slow"] == 0 and retried.experts["slow"]["quarantined"] == 2
     assert "earlier run" not in retried.quarantined[0]["reason"]
+
+
+@pytest.mark.ray
+def test_the_end_of_one_run_leaves_another_run_of_the_process_and_its_datasets_alone(slow, tmp_path):
+    before = ray.data.DataContext.get_current().copy()
+    images = pictures(tmp_path / "pictures", 300)
+    run: dict[str, Any] = {"experts": ["slow"], "size": "mini", "shard_mb": 0.02, "progress": False}
+    done: list[Any] = []
+    long = threading.Thread(
+        target=lambda: done.append(
+            precompute(image_table(images), tmp_path / "long", pools=["slow=1,cpu=1,batch=4"], name="long", **run)
+        )
+    )
+    long.start()
+    while not any(row["done"] for status in status_actor.status() for row in status["experts"].values()):
+        assert long.is_alive()
+        time.sleep(0.1)
+    short = precompute(image_table(images[:4]), tmp_path / "short", pools=["slow=1,cpu=1,batch=4"], **run)
+    assert short.computed == {"slow": 4} and long.is_alive()
+    long.join()
+    [summary] = done
+    assert summary.computed == {"slow": 300} and summary.experts["slow"]["restarts"] == 0
+    after = ray.data.DataContext.get_current()
+    assert after.enable_progress_bars == before.enable_progress_bars
+    assert after.raise_original_map_exception == before.raise_original_map_exception
