@@ -1,55 +1,71 @@
-"""Bad rows of a data file: fatal, or left out and told of."""
+"""Records of a data file that cannot be used: the first one ends the command, or all are left out and reported."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
-from mova_core.data import DataError, Sample, read_samples
+from mova_core.data import DataError, Sample, iterate_samples
+from pipelines.data_args import BadRows
 
-BadRows = Literal["raise", "skip"]
-SHOWN = 5  # of the rows left out
+__all__ = ["BadRows", "read_valid_samples", "report_left_out", "report_skipped"]
+
+SHOWN = 5  # invalid records reported in full
 
 
-def read_rows(
+def read_valid_samples(
     path: str | Path,
     images: str | Path | None = None,
     bad_rows: BadRows = "raise",
     check: Callable[[Sample], Any] | None = None,
+    pool: Sequence[str] | None = None,
 ) -> tuple[list[Sample], list[str]]:
-    """Samples of a data file, and of each bad row that was left out what was wrong with it, which names file and line.
+    """The samples of a data file, and the error of each invalid record left out, which names its file and line.
 
     Args:
-        path, images: as `read_samples` takes them.
-        bad_rows: whether the first bad row ends it, or all are left out.
-        check: raises DataError for a sample that is sound but of no use to the caller.
+        path, images, pool: as `read_samples` takes them.
+        bad_rows: "raise" ends at the first invalid record, "skip" leaves invalid records out.
+        check: raises DataError for a sample that the caller cannot use.
 
     Raises:
-        DataError: a bad row where `bad_rows` says so, or no good one.
+        DataError: an invalid record with "raise"; a file without a valid record.
     """
     errors: list[DataError] = []
+
+    def invalid(error: DataError) -> None:
+        if bad_rows == "raise":
+            raise DataError(f"{error} (--bad-rows skip leaves such records out)")
+        errors.append(error)
+
     samples = []
-    for sample in read_samples(path, images, bad_rows, errors):
+    for sample in iterate_samples(path, images, invalid, pool):
         try:
             if check is not None:
                 check(sample)
-            samples.append(sample)
         except DataError as error:
-            if bad_rows == "raise":
-                raise
-            errors.append(error)
+            invalid(error)
+            continue
+        samples.append(sample)
     if not samples:
-        raise DataError(f"{path} holds no usable record, the first error: {errors[0]}")
+        reason = f"no usable record, the first error: {errors[0]}" if errors else "no record"
+        raise DataError(f"{path} holds {reason}: give a LLaVA JSON array or one JSON object per line")
     return samples, [str(error) for error in errors]
 
 
 def report_skipped(skipped: Sequence[str]) -> None:
-    """Says on stderr, beside the progress bars, how many bad rows were left out, and what was wrong with the first."""
+    """Writes to stderr how many invalid records were left out, and the errors of the first `SHOWN`."""
     if skipped:
         tqdm.write(f"bad rows skipped: {len(skipped)}", file=sys.stderr)
         for line in skipped[:SHOWN]:
             tqdm.write(f"  {line}", file=sys.stderr)
         if len(skipped) > SHOWN:
             tqdm.write(f"  and {len(skipped) - SHOWN} more", file=sys.stderr)
+
+
+def report_left_out(left_out: Mapping[str, Sequence[Sample]]) -> None:
+    """Writes to stderr how many valid records cannot be used, by reason: "3 records left out: no picture (first: ...)"."""
+    for reason, samples in left_out.items():
+        count = f"{len(samples)} record{'' if len(samples) == 1 else 's'}"
+        tqdm.write(f"{count} left out: {reason} (the first: {samples[0].where})", file=sys.stderr)

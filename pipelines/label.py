@@ -1,12 +1,11 @@
 """Label: which experts help which sample, by the paper's criterion (section 3.3), as a Ray Data pipeline.
 
 An expert is useful for a sample when the LM loss of the answer with it is below the loss without any. The paper trains one
-model per expert; here one model that was trained on every expert alone and in company is asked with each of them in turn.
+model per expert; here one model, trained with random sets of experts, is evaluated with each expert alone.
 """
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,16 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from mova_core.assemble import stack_features
-from mova_core.config import MoVAConfig
-from mova_core.data import Sample, read_records, usable_samples, write_records
+from mova_core.data import Sample, read_records, write_records
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
-from mova_core.io.uris import absolute
+from mova_core.io.uris import absolute, local_path
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import label_experts
-from pipelines.invalid_records import BadRows, read_rows, report_skipped
+from pipelines.data_args import BadRows, DataArgs
 from pipelines.ray_data import map_with_actors
+from pipelines.read_data import ReadData, check_label_data
 
 WITHOUT = "none"  # column of the loss without any expert
 
@@ -42,9 +41,9 @@ class ExpertLoss:
     @torch.inference_mode()
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Rows with id, image (path) and turns (JSON) to rows with id and one loss (nats per token) per column."""
-        asked = rows.to_pylist()
-        images = [ImageRef(path=row["image"]) for row in asked]
-        turns = [[tuple(turn) for turn in json.loads(row["turns"])] for row in asked]
+        samples = rows.to_pylist()
+        images = [ImageRef(path=row["image"]) for row in samples]
+        turns = [[tuple(turn) for turn in json.loads(row["turns"])] for row in samples]
         batch = self.processor(turns, images, labels=True, padding_side="right").to(self.device)
         base = self.model.encode_base(batch["pixel_values"])
         text = self.model.adapter.encode_text(batch["text_input_ids"], batch["text_attention_mask"])
@@ -52,7 +51,7 @@ class ExpertLoss:
         losses = {WITHOUT: self._loss(batch, base, text, None, features)}
         for name in self.pool:
             losses[name] = self._loss(batch, base, text, name, features)
-        columns: dict[str, Any] = {"id": [row["id"] for row in asked]}
+        columns: dict[str, Any] = {"id": [row["id"] for row in samples]}
         return pa.table(columns | {name: pa.array(loss.tolist(), pa.float64()) for name, loss in losses.items()})
 
     def _loss(
@@ -76,14 +75,15 @@ class ExpertLoss:
 
 @dataclass(kw_only=True)
 class LabelSummary:
-    """How often each expert was found useful."""
+    """How many samples each expert helps."""
 
     samples: int
-    unlabelled: int  # records that stay as they are
+    unlabelled: int  # records that stay unchanged
     experts: dict[str, int]
     per_sample: float  # mean number of experts
     output: str
-    skipped: list[str]  # what was wrong with each bad row; the output lacks them
+    skipped: list[str]  # error of each invalid record; the output lacks these records
+    left_out: dict[str, int]  # reason -> number of the unlabelled records
 
 
 def label(
@@ -99,27 +99,35 @@ def label(
     batch_size: int = 32,
     max_experts: int = 3,
     progress: bool = True,
+    read: ReadData | None = None,
 ) -> LabelSummary:
     """Writes the data file again with `routing` (expert names, lowest loss first) and `routing_losses` per record.
 
-    Needs an open Ray session. Records without an answer, without a picture or with one in quarantine stay as they are; bad
-    rows end it, or with `bad_rows` "skip" are left out.
+    Needs an open Ray session. Records that cannot be labelled stay unchanged: those without an answer, without a picture or
+    with a quarantined picture.
+
+    Args:
+        model: local folder of a MoVA model.
+        data, store, images, bad_rows: as `DataArgs`; the output lacks invalid records.
+        output: local JSON file.
+        actors, gpu: actors that measure losses, and GPUs of each.
+        batch_size: samples per forward pass.
+        max_experts: most experts in a label.
+        progress: show a progress bar.
+        read: what `check_label_data` returned, if the caller has checked already.
 
     Raises:
         DataError, StoreError: bad data; features missing from the store.
     """
-    config = MoVAConfig.from_pretrained(model)
-    opened = FeatureStore(store, fingerprints=config.fingerprints)  # refuses other weights before any actor starts
-    pool = config.experts
-    read, skipped = read_rows(data, images, bad_rows, check=lambda sample: sample.image)
-    report_skipped(skipped)
-    usable = [sample for sample in usable_samples(read, opened.quarantined()) if sample.answer]
+    args = DataArgs(model=model, data=data, store=store, images=images, bad_rows=bad_rows)
+    read = read or check_label_data(args, output)
+    read.report()
+    pool, usable = read.pool, read.samples
     rows = [{"id": sample.where, "image": _path(sample), "turns": json.dumps(sample.turns)} for sample in usable]
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
     measured = map_with_actors(
         ExpertLoss,
         rows,
-        arguments={"model": model, "store": str(Path(store).resolve()), "device": "cuda" if gpu else "cpu"},
+        arguments={"model": args.model, "store": args.store, "device": "cuda" if gpu else "cpu"},
         total=len(rows),
         what="label",
         unit="samples",
@@ -129,10 +137,11 @@ def label(
         gpus=gpu,
     )
     losses = {row.pop("id"): row for row in measured}
-    good, records = {sample.where for sample in read}, []
+    valid = {sample.where for samples in (usable, *read.left_out.values()) for sample in samples}
+    records: list[dict[str, Any]] = []
     counts = dict.fromkeys(pool, 0)
-    for line, record in read_records(data, on_invalid=lambda _: None):  # reported above
-        if (where := f"{data}, line {line}") not in good:
+    for line, record in read_records(args.data, on_invalid=lambda _: None):  # reported above
+        if (where := f"{args.data}, line {line}") not in valid:
             continue
         if (by_expert := losses.get(where)) is not None:
             chosen = label_experts(by_expert[WITHOUT], {name: by_expert[name] for name in pool}, max_experts)
@@ -140,14 +149,15 @@ def label(
             for name in chosen:
                 counts[name] += 1
         records.append(record)
-    write_records(output, records)
+    write_records(local_path(output) or output, records)
     return LabelSummary(
         samples=len(usable),
         unlabelled=len(records) - len(usable),
         experts=counts,
         per_sample=sum(counts.values()) / max(1, len(usable)),
         output=output,
-        skipped=skipped,
+        skipped=read.skipped,
+        left_out=read.counts(),
     )
 
 

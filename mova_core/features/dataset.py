@@ -1,7 +1,7 @@
-"""Features for training: random access by position, and shuffled batches that can be broken off and resumed.
+"""Features for training: random access by position, and shuffled batches that can be interrupted and resumed.
 
 `FeatureReader` is a torch map-style Dataset, so any DataLoader takes it. `FeatureBatches` adds what a training run needs:
-an order that seed and epoch decide, each rank its share of every batch, reading ahead, and a state to go on from.
+an order that seed and epoch decide, each rank's share of every batch, reading ahead, and a state to resume from.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from mova_core.features.index import binary_keys
 from mova_core.features.store import FeatureStore, MissingFeatures
 from mova_core.images import ImageRef
+from mova_core.samplers import epoch_order
 
 if TYPE_CHECKING:
     from mova_core.experts import Features
@@ -28,17 +30,17 @@ KEY_BYTES = 32
 class FeatureReader(Dataset["dict[str, Features]"]):
     """Position -> expert -> Features, tokens (H*W, C) in the dtype stored.
 
-    What it holds is 32 bytes an image and a number for its experts, so workers get it quickly; features are read there.
+    Holds 32 bytes per image and a number for its experts, so a reader pickles fast to worker processes, which read there.
 
     Args:
-        store: where they are.
-        experts: names, for every image; or for each image its own.
+        store: the feature store.
+        experts: names, for every image; or one list of names per image.
         images: keys (hex sha256) or references, in the order of the positions; default all images of which the store
             has the features of all `experts`, ordered by key.
 
     Raises:
         ValueError: no image, no expert, or experts for another number of images.
-        MissingFeatures: tells every pair that is not stored.
+        MissingFeatures: lists every (image, expert) pair that is not stored.
         StoreError: the store has no such expert, or several and cannot tell which.
     """
 
@@ -54,15 +56,15 @@ class FeatureReader(Dataset["dict[str, Features]"]):
             if not everywhere:
                 raise ValueError("without images, give the names of the experts whose images are wanted")
             held = [store.partition(name).keys() for name in everywhere]
-            found = held[0]
+            image_keys = held[0]
             for keys in held[1:]:
-                found = np.intersect1d(found, keys, assume_unique=True)
+                image_keys = np.intersect1d(image_keys, keys, assume_unique=True)
         else:
             hexes = [image.key if isinstance(image, ImageRef) else image for image in images]
-            found = binary_keys(hexes).astype(f"S{KEY_BYTES}")
-        if not len(found):
+            image_keys = binary_keys(hexes).astype(f"S{KEY_BYTES}")
+        if not len(image_keys):
             raise ValueError(f"{store!r} has no image with features of {', '.join(everywhere)}: run `mova precompute`")
-        self._keys = np.ascontiguousarray(found).view(np.uint8).reshape(-1, KEY_BYTES)
+        self._keys = np.ascontiguousarray(image_keys).view(np.uint8).reshape(-1, KEY_BYTES)
         self._choices: list[tuple[str, ...]] = [tuple(everywhere)]  # the different lists of experts
         self._choice: np.ndarray | None = None  # of each image; None: the first
         if not everywhere:
@@ -105,7 +107,7 @@ class FeatureReader(Dataset["dict[str, Features]"]):
         return [{name: read[name][self.key(at)] for name in self.experts(at)} for at in positions]
 
     def _check(self) -> None:
-        """Refuses to start what would end in the middle of an epoch."""
+        """Raises MissingFeatures now rather than in the middle of an epoch."""
         missing: list[tuple[str, str]] = []
         for name in dict.fromkeys(name for choice in self._choices for name in choice):
             with_it = [number for number, choice in enumerate(self._choices) if name in choice]
@@ -119,23 +121,25 @@ class FeatureReader(Dataset["dict[str, Features]"]):
 class FeatureBatches:
     """Shuffled batches of a reader; iterating gives the rest of the epoch.
 
-    A batch is `batch_size` positions over all ranks, dealt by turns, and the last incomplete one of an epoch is left out.
-    So the batches are the same for any number of ranks and workers, and a run of two ranks can go on with three.
+    A batch is `batch_size` positions over all ranks, dealt round-robin; the last incomplete batch of an epoch is left out.
+    So the batches are the same for any number of ranks and workers, and a run of two ranks can resume with three.
 
     Args:
-        reader: what to read; anything with `__len__` and `__getitems__`.
+        reader: a `FeatureReader`, or any object with `__len__` and `__getitems__(positions)`, which returns the batch. If
+            the reader has `set_epoch(epoch)`, it is called before an epoch is read.
         batch_size: positions per batch, over all ranks.
-        seed: decides, with the epoch, the order.
+        seed: decides, with the epoch, the order (`mova_core.samplers.epoch_order`).
         shuffle: False keeps the order of the positions in every epoch.
-        rank, world: this rank's number, and how many there are.
-        workers: DataLoader processes; 0: a thread reads ahead, which is as fast unless pictures are decoded too.
-        ahead: batches read ahead, of each worker.
+        lengths: of the samples, to put samples of one modality and of similar length into one batch; None: any samples.
+        rank, world: number of this rank, and how many ranks there are.
+        workers: DataLoader processes; 0: a thread reads ahead, as fast as processes unless pictures are decoded, too.
+        ahead: batches read ahead, by each worker.
 
     Attributes:
-        epoch, batch: what comes next.
+        epoch, batch: of the next batch.
 
     Raises:
-        ValueError: not one whole batch, or more ranks than positions in it.
+        ValueError: fewer samples than one batch, more ranks than positions in a batch, or lengths that do not fit.
     """
 
     def __init__(
@@ -145,6 +149,7 @@ class FeatureBatches:
         *,
         seed: int = 0,
         shuffle: bool = True,
+        lengths: Sequence[int] | None = None,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
@@ -155,7 +160,7 @@ class FeatureBatches:
                 f"batch_size {batch_size} must be at least the {world} ranks and at most the {len(reader)} samples"
             )
         self.reader = reader
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.batch_size, self.seed, self.shuffle, self.lengths = batch_size, seed, shuffle, lengths
         self.rank, self.world = rank, world
         self.workers, self.ahead = workers, ahead
         self.epoch = self.batch = 0
@@ -165,69 +170,78 @@ class FeatureBatches:
         return len(self.reader) // self.batch_size
 
     def positions(self, epoch: int) -> np.ndarray:
-        """The order of an epoch: int64."""
-        if not self.shuffle:
-            return np.arange(len(self.reader))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.reader))
+        """The order of an epoch: (samples,) int64."""
+        return epoch_order(
+            len(self.reader),
+            self.seed,
+            epoch,
+            shuffle=self.shuffle,
+            lengths=self.lengths,
+            batch_size=self.batch_size,
+        )
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[Any]:
+        if hasattr(self.reader, "set_epoch"):
+            self.reader.set_epoch(self.epoch)
         order = self.positions(self.epoch)
         starts = range(self.batch * self.batch_size, len(self) * self.batch_size, self.batch_size)
-        mine = (order[at : at + self.batch_size][self.rank :: self.world].tolist() for at in starts)
-        for batch in self._in_processes(list(mine)) if self.workers else self._in_a_thread(mine):
-            self.batch += 1  # counted when it is handed over, however many were read ahead
+        shares = (order[at : at + self.batch_size][self.rank :: self.world].tolist() for at in starts)
+        for batch in self._in_processes(list(shares)) if self.workers else self._in_a_thread(shares):
+            self.batch += 1  # counted when the batch is handed over, however many were read ahead
             if self.batch == len(self):
                 self.epoch, self.batch = self.epoch + 1, 0
             yield batch
 
-    def _in_processes(self, batches: list[list[int]]) -> Iterator[list[Any]]:
+    def _in_processes(self, shares: list[list[int]]) -> Iterator[Any]:
         return iter(
             DataLoader(
                 self.reader,
-                batch_sampler=batches,
+                batch_sampler=shares,
                 num_workers=self.workers,
                 prefetch_factor=self.ahead,
-                collate_fn=_as_they_are,
+                collate_fn=_unchanged,
             )
         )
 
-    def _in_a_thread(self, batches: Iterator[list[int]]) -> Iterator[list[Any]]:
+    def _in_a_thread(self, shares: Iterator[list[int]]) -> Iterator[Any]:
         with ThreadPoolExecutor(1, thread_name_prefix="mova-read-ahead") as thread:
-            reading: deque[Future[list[Any]]] = deque(
-                thread.submit(self.reader.__getitems__, batch) for batch in islice(batches, self.ahead)
+            reading: deque[Future[Any]] = deque(
+                thread.submit(self.reader.__getitems__, share) for share in islice(shares, self.ahead)
             )
             try:
                 while reading:
-                    ready = reading.popleft().result()
-                    reading.extend(thread.submit(self.reader.__getitems__, batch) for batch in islice(batches, 1))
-                    yield ready
+                    batch = reading.popleft().result()
+                    reading.extend(thread.submit(self.reader.__getitems__, share) for share in islice(shares, 1))
+                    yield batch
             finally:
                 for future in reading:
                     future.cancel()
 
     def state_dict(self) -> dict[str, int]:
-        """Where to go on: after the batch that was handed over last. Plain numbers."""
-        return {"epoch": self.epoch, "batch": self.batch, **self._decides()}
+        """Where to resume: after the batch that was handed over last. Plain numbers."""
+        return {"epoch": self.epoch, "batch": self.batch, **self._order_settings()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from there at the next iteration.
+        """Resumes from `state` at the next iteration.
 
         Raises:
-            ValueError: a state of other batches, which would repeat some samples and leave others out.
+            ValueError: the state of other batches, which would repeat some samples and leave others out.
         """
-        for name, value in self._decides().items():
-            if state[name] != value:
-                raise ValueError(f"the state is of batches with {name} {state[name]}, these have {value}")
+        for name, value in self._order_settings().items():
+            stored = state.get(name, 0)  # states written before `lengths` existed lack the key
+            if stored != value:
+                raise ValueError(f"the state is of batches with {name} {stored}, these have {value}")
         self.epoch, self.batch = state["epoch"], state["batch"]
 
-    def _decides(self) -> dict[str, int]:
+    def _order_settings(self) -> dict[str, int]:
         return {
             "samples": len(self.reader),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "shuffle": int(self.shuffle),
+            "lengths": 0 if self.lengths is None else crc32(np.asarray(self.lengths, np.int64).tobytes()),
         }
 
 
-def _as_they_are(batch: list[Any]) -> list[Any]:
+def _unchanged(batch: Any) -> Any:
     return batch

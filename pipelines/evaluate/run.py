@@ -1,20 +1,18 @@
-"""Evaluate: answers to a test set by a pool of answer servers, judged per kind of picture."""
+"""Evaluation: a pool of answer servers answers a test set; accuracy per kind of picture."""
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from actors.answer_server import AnswerServer
-from mova_core.config import MoVAConfig
-from mova_core.data import Sample, usable_samples
-from mova_core.features import FeatureStore
-from mova_core.io.uris import absolute
-from mova_core.metrics import exact_match, normalise
-from pipelines.invalid_records import BadRows, read_rows, report_skipped
-from pipelines.ray_data import map_with_actors
+from tqdm import tqdm
 
-KIND, FORM = "kind", "form"  # fields a record may have: what is pictured, and which question template it is
+from actors.answer_server import AnswerServer
+from mova_core.io.uris import absolute
+from mova_core.metrics import exact_match
+from pipelines.data_args import BadRows, DataArgs
+from pipelines.evaluate.data import FORM, KIND, TestData, check_data
+from pipelines.ray_data import map_with_actors
 
 
 def evaluate(
@@ -31,31 +29,44 @@ def evaluate(
     batch_size: int = 16,
     max_new_tokens: int = 16,
     progress: bool = True,
+    read: TestData | None = None,
 ) -> dict[str, Any]:
-    """Answers every record with a picture and compares with its truth. Needs an open Ray session.
+    """Answers every record with a picture and compares the answer with the record's. Needs an open Ray session.
+
+    The user turns of a conversation are joined to one question, and the last assistant turn is its truth; a line on stderr
+    says for how many records.
 
     Args:
-        train: training file; gives the chance level, which is the accuracy of always giving the answer most frequent there
-            for the same `form` of question.
-        bad_rows: whether a bad row of either file ends it or is left out.
+        model, data, store, images, bad_rows: as `DataArgs`.
+        train: training file or URL; gives the baseline, which always answers with the most frequent training answer to
+            the same `form` of question.
+        limit: first questions only.
+        actors, gpu: answer servers, and GPUs of each.
+        batch_size: questions per batch.
+        max_new_tokens: longest answer, in tokens.
+        progress: show a progress bar.
+        read: what `check_data` returned, if the caller has checked already.
 
     Returns:
-        {"kinds": {kind: {"questions", "accuracy", "chance", "experts"}}, "answers": [one mapping per record]}; accuracy and
-        chance from 0 to 1, `chance` None without `train`, `experts` how often each was routed; "unanswered", the number
-        of records without a picture or with one in quarantine; and "skipped": what was wrong with each bad row.
+        {"kinds": {kind: {"questions", "accuracy", "chance", "experts"}}, "answers": [one mapping per record]}; accuracy
+        and chance (accuracy of the baseline, None without `train`) from 0 to 1, `experts` how often each was routed;
+        "unanswered": number of records without a picture or with a quarantined one; "left_out": the same by reason;
+        "unreadable": number of router replies that name no expert and are not "none"; "skipped": the error of each
+        invalid record.
 
     Raises:
-        DataError, StoreError: bad data; no features of the weights this model was trained on.
+        DataError, StoreError: bad data; no features of the weights that this model was trained on.
     """
-    opened = FeatureStore(store, fingerprints=MoVAConfig.from_pretrained(model).fingerprints)
-    read, skipped = read_rows(data, images, bad_rows, check=lambda sample: sample.image)
-    guesses = None
-    if train:
-        seen, bad = read_rows(train, bad_rows=bad_rows)
-        guesses, skipped = most_frequent(seen), skipped + bad
-    report_skipped(skipped)
-    usable = usable_samples(read, opened.quarantined())
-    samples = usable[:limit]
+    args = DataArgs(model=model, data=data, store=store, images=images, bad_rows=bad_rows)
+    read = read or check_data(args, train)
+    read.report()
+    samples = read.samples[:limit]
+    if joined := sum(sum(role == "user" for role, _ in sample.turns) > 1 for sample in samples):
+        tqdm.write(
+            f"{joined} of {len(samples)} records have several questions: each was joined to one question, "
+            "and the last answer is its truth",
+            file=sys.stderr,
+        )
     rows = [
         {"id": str(n), "image": absolute(sample.image.path or ""), "question": sample.question}
         for n, sample in enumerate(samples)
@@ -65,8 +76,8 @@ def evaluate(
         AnswerServer,
         rows,
         arguments={
-            "model": model,
-            "store": str(Path(store).resolve()),
+            "model": args.model,
+            "store": args.store,
             "max_new_tokens": max_new_tokens,
             "device": "cuda" if gpu else "cpu",
         },
@@ -99,36 +110,35 @@ def evaluate(
                 "seconds": dict(row["seconds"]),
             }
         )
+    unreadable = sum(not answer["readable"] for answer in answers)
+    if unreadable:
+        tqdm.write(f"{unreadable} of {len(answers)} router replies named no expert", file=sys.stderr)
     return {
-        "kinds": by_kind(answers, guesses),
+        "kinds": by_kind(answers, read.guesses),
         "answers": answers,
-        "unanswered": len(read) - len(usable),
-        "skipped": skipped,
+        "unanswered": sum(read.counts().values()),
+        "left_out": read.counts(),
+        "unreadable": unreadable,
+        "skipped": read.skipped,
     }
 
 
-def most_frequent(samples: Sequence[Sample]) -> dict[str, str]:
-    """Form of question -> its most frequent answer."""
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for sample in samples:
-        counts[sample.extra.get(FORM, "")][normalise(sample.answer)] += 1
-    return {form: answers.most_common(1)[0][0] for form, answers in counts.items()}
-
-
 def by_kind(answers: Sequence[dict[str, Any]], guesses: dict[str, str] | None) -> dict[str, dict[str, Any]]:
-    """Questions, accuracy, chance and routed experts per kind of picture, kinds sorted by name."""
+    """Questions, accuracy, the baseline's accuracy ("chance") and routed experts per kind of picture, sorted by kind."""
     kinds: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for answer in answers:
         kinds[answer["kind"]].append(answer)
     table = {}
-    for kind, given in sorted(kinds.items()):
-        routed = Counter(name for answer in given for name in answer["experts"])
+    for kind, members in sorted(kinds.items()):
+        routed = Counter(name for answer in members for name in answer["experts"])
         chance = None
         if guesses is not None:
-            chance = sum(exact_match(guesses.get(answer["form"], ""), answer["truth"]) for answer in given) / len(given)
+            chance = sum(exact_match(guesses.get(answer["form"], ""), answer["truth"]) for answer in members) / len(
+                members
+            )
         table[kind] = {
-            "questions": len(given),
-            "accuracy": sum(answer["correct"] for answer in given) / len(given),
+            "questions": len(members),
+            "accuracy": sum(answer["correct"] for answer in members) / len(members),
             "chance": chance,
             "experts": dict(routed.most_common()),
         }

@@ -1,7 +1,10 @@
-"""What a training run keeps to go on from: the model as users load it, the optimizer's moments, and the steps made."""
+"""What a training run needs to resume: the model as users load it, AdamW's moments, and its position in the data."""
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,70 +15,95 @@ from torch import Tensor, nn
 
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
-from pipelines.train.config import TrainConfig
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"  # beside the model in a checkpoint
 
 
+@dataclass(kw_only=True)
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        metrics: reported last; `steps` done, and `loss`.
+        batches: `FeatureBatches.state_dict`; empty before the first step.
+    """
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    batches: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return int(self.metrics.get("steps", 0))
+
+
+@contextmanager
+def start_folder(model: str) -> Iterator[str]:
+    """The folder to start from, in a Ray Train worker: that of the run's last checkpoint, else the model's."""
+    if (checkpoint := ray.train.get_checkpoint()) is None:
+        yield model
+    else:
+        with checkpoint.as_directory() as folder:
+            yield folder
+
+
+def read_state(folder: str) -> tuple[RunState, dict[str, Tensor]]:
+    """State and AdamW's moments (parameter/key -> tensor) of a checkpoint; empty for a model that is no checkpoint."""
+    if not Path(folder, STATE).exists():
+        return RunState(), {}
+    return RunState(**json.loads(Path(folder, STATE).read_text())), load_file(Path(folder, OPTIMIZER))
+
+
+def steps_of_last_checkpoint(run_folder: Path) -> int:
+    """Steps that the last complete checkpoint of a Ray Train run holds; 0 where there is none."""
+    try:
+        metrics = ray.train.Result.from_path(str(run_folder)).metrics or {}
+    except (OSError, RuntimeError):  # the run has not started, or has no checkpoint yet
+        return 0
+    return int(metrics.get("steps", 0))
+
+
 def report(
-    metrics: dict[str, Any],
+    state: RunState,
     model: MoVAForConditionalGeneration,
     processor: MoVAProcessor,
     optimizer: torch.optim.Optimizer,
-    learning: dict[str, nn.Parameter],
+    trained: dict[str, nn.Parameter],
 ) -> None:
-    """Reports to Ray Train; rank 0 adds a checkpoint: the model as users load it, and what is needed to go on."""
+    """Reports to Ray Train; rank 0 adds a checkpoint, from which `read_state` and `restore_optimizer` resume.
+
+    Args:
+        trained: name -> parameter that the optimizer updates.
+    """
     if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(metrics)
+        ray.train.report(state.metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         moments = {
             f"{name}/{key}": value.contiguous()
-            for name, parameter in learning.items()
+            for name, parameter in trained.items()
             for key, value in optimizer.state[parameter].items()
         }
         save_file(moments, f"{folder}/{OPTIMIZER}")
-        Path(folder, STATE).write_text(json.dumps(metrics))
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        Path(folder, STATE).write_text(json.dumps(asdict(state)))
+        ray.train.report(state.metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    learning: dict[str, nn.Parameter],
+    trained: dict[str, nn.Parameter],
     moments: dict[str, Tensor],
-    done: int,
+    steps: int,
 ) -> None:
-    """Puts AdamW's moments (name/key -> tensor) and the schedule where they were after `done` steps."""
-    for name, parameter in learning.items():
-        kept = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
-        if kept:
+    """Sets AdamW's moments (parameter/key -> tensor) and the schedule to what they were after `steps` steps."""
+    for name, parameter in trained.items():
+        stored = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
+        if stored:
             optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in kept.items()
+                key: value if key == "step" else value.to(parameter.device) for key, value in stored.items()
             }
-    if done:
-        schedule.last_epoch = done - 1
+    if steps:
+        schedule.last_epoch = steps - 1
         schedule.step()
-
-
-class _start_folder:
-    """The folder to start from: the last checkpoint's if there is one, else the model's."""
-
-    def __init__(self, config: TrainConfig):
-        self.checkpoint, self.model = ray.train.get_checkpoint(), config.model
-
-    def __enter__(self) -> str:
-        self.opened = self.checkpoint.as_directory() if self.checkpoint else None
-        return self.opened.__enter__() if self.opened else self.model
-
-    def __exit__(self, *error: Any) -> None:
-        if self.opened:
-            self.opened.__exit__(*error)
-
-
-def _progress_of(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a checkpoint says of its run, and its optimizer's moments; nothing for a model that is no checkpoint."""
-    state = Path(folder, STATE)
-    return (json.loads(state.read_text()), load_file(Path(folder, OPTIMIZER))) if state.exists() else ({}, {})

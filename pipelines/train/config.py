@@ -6,6 +6,9 @@ Imports neither torch nor Ray, so that the command line can show the defaults at
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mova_core.io.uris import absolute
+from pipelines.data_args import DataArgs
+
 Stage = Literal["pretrain", "sft", "router", "light-router"]
 LABEL_STAGES: tuple[Stage, ...] = ("router", "light-router")  # learn from routing labels and read no expert features
 
@@ -52,17 +55,13 @@ STAGES: dict[Stage, StageDefaults] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(DataArgs):
     """One training run. `learning_rate` and `batch_size` default to those of the stage (`STAGES`).
 
     Attributes:
         stage: what learns.
-        model: folder of the model to start from.
-        data: LLaVA JSON or JSONL file, or its URL.
-        store: feature store, a folder or a URL.
+        model, data, store, images, bad_rows: as `DataArgs`; `model` is the model to start from.
         output: local folder that the trained model is written to.
-        images: folder or URL that the records' images are relative to; default the data file's folder.
-        bad_rows: "raise" ends the run at the first bad record, "skip" leaves bad records out and lists them.
         learning_rate: peak of the cosine schedule.
         batch_size: samples per optimizer step, over all workers.
         epochs: passes over the data; fractions allowed, at least one step is made.
@@ -71,6 +70,8 @@ class TrainConfig:
         clip_norm: largest norm of the gradient.
         max_length: tokens of the longest sample; a longer one loses its end.
         seed: decides the order of the samples and every random choice.
+        group_by_length: batches of samples of similar length and of one modality, as the published code trains in
+            supervised fine-tuning; else plain shuffling.
         checkpoint_every: steps between two checkpoints.
         workers: Ray Train workers.
         gpu: one GPU per worker, else one CPU.
@@ -81,20 +82,16 @@ class TrainConfig:
     """
 
     stage: Stage
-    model: str
-    data: str
-    store: str
     output: str
-    images: str | None = None
-    bad_rows: Literal["raise", "skip"] = "raise"
     learning_rate: float = None  # type: ignore[assignment]  # never None after __post_init__
-    batch_size: int = None  # type: ignore[assignment]
+    batch_size: int = None  # type: ignore[assignment]  # as learning_rate
     epochs: float = 1.0
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     max_length: int = 2048
     seed: int = 0
+    group_by_length: bool = False
     checkpoint_every: int = 200
     workers: int = 2
     gpu: bool = False
@@ -104,6 +101,8 @@ class TrainConfig:
     fingerprints: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "output", absolute(self.output))
         for name in ("learning_rate", "batch_size"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(STAGES[self.stage], name))

@@ -1,143 +1,89 @@
-"""The samples a stage learns from, and the batches a worker reads of them."""
+"""The samples that a stage learns from, checked before torch and Ray start (neither is imported here)."""
 
 import random
-from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
 
-import ray.train
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from mova_core.assemble import stack_features
-from mova_core.config import MoVAConfig
-from mova_core.data import DataError, Sample, usable_samples
-from mova_core.features import FeatureStore
-from mova_core.processing import MoVAProcessor
-from mova_core.routing.augmentation import REWRITTEN, routing_turns
-from pipelines.invalid_records import read_rows
+from mova_core.data import DataError, Sample
+from mova_core.features import FeatureStore, MissingFeatures
+from mova_core.io.uris import local_path
+from pipelines.read_data import ReadData, read_data
 from pipelines.train.config import LABEL_STAGES, TrainConfig
 
+PROBES = 64  # samples whose features are looked up before any worker starts
 
-def training_samples(config: TrainConfig) -> tuple[list[Sample], list[str]]:
-    """The records a stage can learn from: with an answer and a picture that is not in quarantine, for a router with a label.
 
-    Returns:
-        them, and what was wrong with each bad row left out.
+@dataclass(kw_only=True)
+class TrainingData(ReadData):
+    """`ReadData`, and the config with every fingerprint settled: the run means the same in every process.
+
+    Attributes:
+        config: `fingerprints` names what the store serves for every expert.
+    """
+
+    config: TrainConfig
+
+
+def check_data(config: TrainConfig) -> TrainingData:
+    """Reads the data of a run and refuses what would fail later, in a second or two for the first invalid record.
 
     Raises:
-        DataError: too few of them, or a bad row: broken, with several pictures, or naming an expert the pool does not have.
+        DataError: an output that is no local folder, an invalid data file or record, or too few samples.
+        StoreError: no store; features of other weights, or of several and none was chosen.
+        MissingFeatures: the store lacks features of some of `PROBES` random samples.
     """
-    pool = MoVAConfig.from_pretrained(config.model).experts
+    if local_path(config.output) is None:
+        raise DataError(f"--output {config.output}: training writes to a local folder; upload the folder afterwards")
+    data, store = read_training_data(config)
+    check_features(data.config, data.samples, data.pool, store)
+    return data
 
-    def check(sample: Sample) -> None:
-        if unknown := sorted(set(sample.routing or ()) - set(pool)):
-            raise DataError(f"{sample.where}: `routing` names {', '.join(unknown)}; the model has {', '.join(pool)}")
-        _ = sample.image  # one at most
 
-    read, skipped = read_rows(config.data, config.images, config.bad_rows, check)
-    samples = [sample for sample in usable_samples(read, FeatureStore(config.store).quarantined()) if sample.answer]
+def read_training_data(config: TrainConfig) -> tuple[TrainingData, FeatureStore]:
+    """The samples that the stage can use: each has an answer and a picture; for a router also a label.
+
+    Raises:
+        DataError, StoreError: as `check_data`.
+    """
+    data, store = read_data(config, need_answer=True, fingerprints=config.fingerprints)
     if config.stage in LABEL_STAGES:
-        samples = [sample for sample in samples if sample.routing is not None]
-        if not samples:
+        data.leave_out("no routing label", [sample for sample in data.samples if sample.routing is None])
+        if not data.samples:
             raise DataError(f"{config.data} holds no routing label: run `mova label` and give the file it writes")
-    least = config.workers * (2 if config.stage == "light-router" else 1)  # one sample has no statistics
-    if config.batch_size < least:
-        raise DataError(f"--batch-size {config.batch_size} is too small for --workers {config.workers}: give {least}")
-    if len(samples) < config.batch_size:
+    # Batch statistics of the light router need two samples per worker.
+    smallest = config.workers * (2 if config.stage == "light-router" else 1)
+    if config.batch_size < smallest:
         raise DataError(
-            f"{config.data} holds {len(samples)} usable samples, fewer than --batch-size {config.batch_size}"
+            f"--batch-size {config.batch_size} is too small for --workers {config.workers}: give {smallest}"
         )
-    return samples, skipped
+    if len(data.samples) < config.batch_size:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in data.counts().items())
+        raise DataError(
+            f"{config.data} holds {len(data.samples)} usable samples{f' (left out: {reasons})' if reasons else ''}, "
+            f"fewer than --batch-size {config.batch_size}"
+        )
+    settled = replace(config, fingerprints=dict(store.fingerprints))
+    return TrainingData(**vars(data), config=settled), store
 
 
-def check_features(config: TrainConfig, samples: list[Sample], probes: int = 64) -> None:
-    """Looks for the features of a few samples before any worker starts; the routers' stages read none.
+def check_features(config: TrainConfig, samples: list[Sample], pool: tuple[str, ...], store: FeatureStore) -> None:
+    """Looks up the features of `PROBES` random samples; the label stages read no features.
 
     Raises:
         MissingFeatures: some are not in the store.
     """
     if config.stage in LABEL_STAGES:
         return
-    pool = MoVAConfig.from_pretrained(config.model).experts
-    probed = random.Random(config.seed).sample(samples, min(probes, len(samples)))
-    store = FeatureStore(config.store, fingerprints=config.fingerprints)
-    store.fetch(
-        [sample.image for sample in probed if sample.image is not None],
-        [pool if sample.routing is None else sample.routing for sample in probed],
-    )
+    probed = random.Random(config.seed).sample(samples, min(PROBES, len(samples)))
+    keys: dict[str, dict[str, None]] = {}  # expert -> image keys, each once
+    for sample in probed:
+        for name in pool if sample.routing is None else sample.routing:
+            if sample.image is not None:
+                keys.setdefault(name, {})[sample.image.key] = None
+    missing = [(key, name) for name, wanted in keys.items() for key in store.missing(list(wanted), name)]
+    if missing:
+        raise MissingFeatures.of(store.location, missing)
 
 
-class Batches(Dataset):
-    """Step number -> this worker's share of that step's batch. The same for any worker count, so a run can resume anywhere."""
-
-    def __init__(
-        self, config: TrainConfig, samples: list[Sample], processor: MoVAProcessor, pool: list[dict[str, Any]]
-    ):
-        self.config, self.samples, self.processor, self.pool = config, samples, processor, pool
-        self.names = [expert["name"] for expert in pool]
-        self.store = FeatureStore(config.store, fingerprints=config.fingerprints)
-        self.rank, self.world = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-        self.per_epoch = len(samples) // config.batch_size
-        self.steps = max(1, round(self.per_epoch * config.epochs))
-        self.order: tuple[int, list[int]] = (-1, [])  # epoch, its order of the samples
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        epoch, at = divmod(step, self.per_epoch)
-        if self.order[0] != epoch:
-            everyone = range(len(self.samples))
-            self.order = epoch, random.Random(f"{self.config.seed}/{epoch}").sample(everyone, len(everyone))
-        mine = self.order[1][at * self.config.batch_size : (at + 1) * self.config.batch_size][self.rank :: self.world]
-        chosen = [(self.samples[index], random.Random(f"{self.config.seed}/{epoch}/{index}")) for index in mine]
-        if self.config.stage == "router":
-            return self.routing_batch(chosen)
-        return self.label_batch(chosen) if self.config.stage == "light-router" else self.answer_batch(chosen)
-
-    def answer_batch(self, chosen: list[tuple[Sample, random.Random]]) -> dict[str, Any]:
-        """Questions with the features of their labelled experts; a sample nobody labelled gets 0 to 3 experts by chance."""
-        routed = [
-            list(sample.routing) if sample.routing is not None else rng.sample(self.names, rng.randint(0, 3))
-            for sample, rng in chosen
-        ]
-        images = [sample.image for sample, _ in chosen if sample.image is not None]
-        batch = dict(self._process([sample.turns for sample, _ in chosen], images, False, None))
-        features = self.store.fetch(images, routed)
-        batch["experts"] = stack_features(features, self.names, torch.device("cpu"), torch.float32)
-        batch["routing"] = self._mask(routed)
-        return batch
-
-    def routing_batch(self, chosen: list[tuple[Sample, random.Random]]) -> dict[str, Any]:
-        """Routing instructions: the pool (shuffled and cut by chance) and the question in, the labelled letters out."""
-        turns, questions = [], []
-        for sample, rng in chosen:
-            augment = rng if self.config.shuffle_pool else None
-            turns.append(routing_turns(sample.question, sample.routing or (), self.pool, augment, REWRITTEN))
-            questions.append(sample.question)
-        images = [sample.image for sample, _ in chosen if sample.image is not None]
-        return {**self._process(turns, images, True, questions), "coarse": True}
-
-    def label_batch(self, chosen: list[tuple[Sample, random.Random]]) -> dict[str, Any]:
-        """What `LightRouting` takes: pictures and questions in, the labelled experts out."""
-        images = [sample.image for sample, _ in chosen if sample.image is not None]
-        return {
-            "pixel_values": self.processor.base.preprocess(images)["pixel_values"],
-            **self.processor.gate_text([sample.question for sample, _ in chosen]),
-            "routing": self._mask([sample.routing or () for sample, _ in chosen]),
-        }
-
-    def _mask(self, routed: Sequence[Collection[str]]) -> Tensor:
-        return torch.tensor([[name in experts for name in self.names] for experts in routed])
-
-    def _process(self, turns: Any, images: Any, routing: bool, questions: list[str] | None) -> Any:
-        return self.processor(
-            turns,
-            images,
-            routing=routing,
-            labels=True,
-            padding_side="right",
-            max_length=self.config.max_length,
-            questions=questions,
-        )
+def total_steps(config: TrainConfig, samples: int) -> int:
+    """Optimizer steps of a run; the incomplete batch at the end of an epoch is left out."""
+    return max(1, round(samples // config.batch_size * config.epochs))

@@ -1,80 +1,82 @@
 """The training loop of one Ray Train worker."""
 
-from pathlib import Path
+from collections import deque
+from itertools import chain, repeat
 from typing import Any
 
 import ray.train
 import torch
 from ray.train.torch import prepare_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
-from pipelines.progress_bar import write_progress
-from pipelines.train.checkpoint import _progress_of, _start_folder, report, restore_optimizer
+from pipelines.train.batches import open_batches
+from pipelines.train.checkpoint import RunState, read_state, report, restore_optimizer, start_folder
 from pipelines.train.config import TrainConfig
-from pipelines.train.data import Batches, training_samples
+from pipelines.train.data import read_training_data, total_steps
 from pipelines.train.stages import LightRouting, choose_parameters
 
-PROGRESS = "progress.json"  # in the run's folder
+LOSS_WINDOW = 50  # steps over which the reported loss is averaged
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """What one Ray Train worker does."""
-    config = TrainConfig(**settings)
+def train_worker(arguments: dict[str, Any]) -> None:
+    """Trains on this rank's share of every batch.
+
+    Args:
+        arguments: "config", the fields of a `TrainConfig`, and "progress", a `ProgressReporter`.
+    """
+    config = TrainConfig(**arguments["config"])
     torch.manual_seed(config.seed)
-    with _start_folder(config) as folder:
+    with start_folder(config.model) as folder:
         model = MoVAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        processor = MoVAProcessor.from_pretrained(config.model)
-        before, moments = _progress_of(folder)
-    done = before.get("steps", 0)
+        resumed, moments = read_state(folder)
     choose_parameters(model, config)
-    samples, _ = training_samples(config)
-    batches = Batches(config, samples, processor, model.config.pool)
+    data, store = read_training_data(config)
+    steps, context = total_steps(config, len(data.samples)), ray.train.get_context()
+    rank = context.get_world_rank()
+    # Two processors: a thread reads ahead with one while the other is saved, and a fast tokenizer allows no two threads.
+    reading, saved = (MoVAProcessor.from_pretrained(config.model) for _ in range(2))
+    batches = open_batches(config, data.samples, store, reading, model.config.pool, rank, context.get_world_size())
+    if resumed.batches:
+        batches.load_state_dict(resumed.batches)
     for expert in model.config.pool:
-        partition = batches.store.partition(expert["name"])
+        partition = store.partition(expert["name"])
         expert.update(fingerprint=partition.fingerprint, dtype=partition.description["dtype"])
     device = ray.train.torch.get_device()
     learner = LightRouting(model) if config.stage == "light-router" else model
     wrapped = prepare_model(learner, parallel_strategy_kwargs={"find_unused_parameters": True})
-    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(learning.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * len(batches)), len(batches))
-    restore_optimizer(optimizer, schedule, learning, moments, done)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
+    restore_optimizer(optimizer, schedule, trained, moments, resumed.steps)
 
     wrapped.train()
-    loader = DataLoader(
-        batches, batch_size=None, sampler=range(done, len(batches)), num_workers=config.loader_processes
-    )
-    losses: list[float] = []
-    for step, batch in enumerate(loader, start=done):
+    resumed_from = resumed.steps or None
+    losses: deque[float] = deque(maxlen=LOSS_WINDOW)
+    rest_of_epochs = chain.from_iterable(repeat(batches))  # each iteration of `batches` gives the rest of its epoch
+    # The range comes first: zip then ends without reading a batch that no step uses.
+    for step, batch in zip(range(resumed.steps + 1, steps + 1), rest_of_epochs, strict=False):
         loss = wrapped(**_to(batch, device)).loss
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(learning.values(), config.clip_norm)
+        nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
         optimizer.step()
         schedule.step()
-        losses = [*losses[-49:], loss.item()]
-        if batches.rank == 0:
-            write_progress(
-                run_folder(config) / PROGRESS, step + 1, len(batches), f"loss {sum(losses) / len(losses):.3f}"
-            )
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == len(batches):
-            metrics = {"steps": step + 1, "loss": sum(losses) / len(losses), "resumed_from": done}
-            report(metrics, model, processor, optimizer, learning)
-    if done == len(batches):  # cut off between its last step and the copy to its output
-        report(before | {"resumed_from": done}, model, processor, optimizer, learning)
-
-
-def run_folder(config: TrainConfig) -> Path:
-    """Where a run keeps its checkpoints until it is finished: beside its output, on a disk that every worker sees."""
-    return Path(f"{config.output}.ray").resolve()
+        losses.append(loss.item())
+        if rank == 0:
+            arguments["progress"].report(step, steps, f"loss of worker 0: {sum(losses) / len(losses):.3f}")
+        if step % config.checkpoint_every == 0 or step == steps:
+            metrics = {"steps": step, "loss": sum(losses) / len(losses), "resumed_from": resumed_from}
+            report(RunState(metrics=metrics, batches=batches.state_dict()), model, saved, optimizer, trained)
+    if resumed.steps == steps:  # the run was killed between its last step and the copy to its output
+        metrics = {**resumed.metrics, "resumed_from": resumed_from}
+        report(RunState(metrics=metrics, batches=resumed.batches), model, saved, optimizer, trained)
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch on the device; features move with their grid kept."""
+    """The batch on the device; features keep their grid."""
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     if "experts" in batch:
         moved["experts"] = {name: f._replace(tokens=f.tokens.to(device)) for name, f in batch["experts"].items()}

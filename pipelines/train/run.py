@@ -1,4 +1,4 @@
-"""Train: the paper's stages as Ray Train workers that read features from the store.
+"""Training: the paper's stages as Ray Train workers that read features from the store.
 
 pretrain: MoV-Adapter and base encoder learn, the LLM is frozen.   sft: everything learns but the experts (paper section 3.3).
 router:   only the expert-routing LoRA learns, on routing labels.   light-router: only the light router, on the same labels.
@@ -7,55 +7,70 @@ router:   only the expert-routing LoRA learns, on routing labels.   light-router
 import hashlib
 import json
 import shutil
+import signal
+import sys
+import threading
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 from ray.train.torch import TorchTrainer
+from tqdm import tqdm
 
-from mova_core.config import MoVAConfig
-from mova_core.features import FeatureStore
-from pipelines.invalid_records import report_skipped
-from pipelines.progress_bar import follow_progress
-from pipelines.train.checkpoint import OPTIMIZER, STATE
+from pipelines.progress_actor import ProgressReporter, follow_progress
+from pipelines.train.checkpoint import OPTIMIZER, STATE, steps_of_last_checkpoint
 from pipelines.train.config import TrainConfig
-from pipelines.train.data import check_features, training_samples
-from pipelines.train.loop import PROGRESS, run_folder, train_worker
+from pipelines.train.data import TrainingData, check_data, total_steps
+from pipelines.train.loop import train_worker
 
 
-def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
+def train(config: TrainConfig, progress: bool = True, data: TrainingData | None = None) -> dict[str, Any]:
     """Runs one stage to its end, from the last checkpoint if an earlier run of the same config was cut off.
 
-    Needs an open Ray session. Returns {"stage", "steps", "samples", "skipped", "loss", "seconds", "output", "resumed_from"},
-    `skipped` telling of each bad row what was wrong with it.
+    Needs an open Ray session.
+
+    Args:
+        progress: show a progress bar.
+        data: what `check_data(config)` returned, if the caller has checked already.
+
+    Returns:
+        {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from"}. `skipped`: the
+        error of each invalid record left out; `left_out`: reason -> number of valid records that the stage cannot use;
+        `loss`: mean of worker 0 (not of all workers) over its last 50 steps; `resumed_from`: step, None for a fresh run.
 
     Raises:
         DataError: the data cannot be read or lacks what the stage needs.
         StoreError: the store lacks features of this model's experts.
+        KeyboardInterrupt: Ctrl-C; the message says from which step the same command resumes.
     """
     started = time.perf_counter()
-    config = pinned(config)
-    samples, skipped = training_samples(config)  # refuse bad input before any worker starts
-    report_skipped(skipped)
-    check_features(config, samples)
-    storage = run_folder(config)
+    data = data or check_data(config)
+    data.report()
+    config = data.config
+    storage, name = checkpoint_folder(config), f"{config.stage}-{identity(config)}"
     storage.mkdir(parents=True, exist_ok=True)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=asdict(config),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
-        ),
-        run_config=ray.train.RunConfig(
-            name=f"{config.stage}-{identity(config)}",
-            storage_path=str(storage),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            failure_config=ray.train.FailureConfig(max_failures=1),
-        ),
-    )
-    with follow_progress(storage / PROGRESS, config.stage, "steps", progress):
+    steps = total_steps(config, len(data.samples))
+    if resumed_from := steps_of_last_checkpoint(storage / name):
+        tqdm.write(f"{config.stage}: resumes at step {resumed_from} of {steps}", file=sys.stderr)
+    with follow_progress(config.stage, "steps", progress) as reporter, _stop_message(reporter, storage / name):
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"config": asdict(config), "progress": reporter},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
+            ),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=str(storage),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+                failure_config=ray.train.FailureConfig(max_failures=1),
+            ),
+        )
         result = trainer.fit()
     assert result.checkpoint is not None  # every run reports its last step
     if Path(config.output, "config.json").exists():
@@ -66,31 +81,45 @@ def train(config: TrainConfig, progress: bool = True) -> dict[str, Any]:
     metrics = result.metrics or {}
     return {
         "stage": config.stage,
-        "samples": len(samples),
-        "skipped": skipped,
+        "samples": len(data.samples),
+        "skipped": data.skipped,
+        "left_out": data.counts(),
         "seconds": time.perf_counter() - started,
         "output": config.output,
         **{key: metrics[key] for key in ("steps", "loss", "resumed_from") if key in metrics},
     }
 
 
-def pinned(config: TrainConfig) -> TrainConfig:
-    """The same run with absolute paths and every fingerprint settled, so that it means the same in every process.
-
-    A model that was trained before keeps its features; a fresh one takes those that are there, or those that were chosen.
-
-    Raises:
-        StoreError: no store, it holds features of other weights, or of several and none was chosen.
-    """
-    wanted = {**config.fingerprints, **MoVAConfig.from_pretrained(config.model).fingerprints}
-    names = ("model", "data", "store", "output", "images")
-    paths: dict[str, Any] = {
-        name: str(Path(path).resolve()) for name in names if (path := getattr(config, name)) is not None
-    }
-    return replace(config, **paths, fingerprints=dict(FeatureStore(config.store, fingerprints=wanted).fingerprints))
+def checkpoint_folder(config: TrainConfig) -> Path:
+    """Holds a run's checkpoints until the run has finished: beside its output, on a disk that every worker sees."""
+    return Path(f"{config.output}.ray")
 
 
 def identity(config: TrainConfig) -> str:
-    """Names a run by all that decides it: only a run of the same settings from the same model goes on from its checkpoints."""
+    """Names a run by all its settings and the files of its model: only such a run resumes from its checkpoints."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(config.model).glob("*.*"))
     return hashlib.sha256(json.dumps([asdict(config), files], sort_keys=True).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _stop_message(reporter: ProgressReporter, run_folder: Path) -> Iterator[None]:
+    """Ends with a KeyboardInterrupt that says where the run stopped and where it resumes.
+
+    Ray Train replaces the handler of SIGINT; its own aborts the workers, exits with code 0 and stays installed.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and stop.code:
+            raise
+        done = ray.get(reporter.actor.read.remote())[0] if ray.is_initialized() else 0
+        kept = steps_of_last_checkpoint(run_folder)
+        where = f"the last checkpoint is of step {kept}: the same command continues from there"
+        raise KeyboardInterrupt(
+            f"stopped at step {done}; {where if kept else 'no checkpoint was written yet'}"
+        ) from None
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, handler)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mova_core.data import DataError
-from pipelines.invalid_records import read_rows, report_skipped
+from pipelines.invalid_records import read_valid_samples, report_skipped
 from pipelines.precompute.listing import find_images
 
 
@@ -26,13 +26,13 @@ def test_bad_rows_end_it_or_are_left_out_and_told(tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert told == ["bad rows skipped: 7", *(f"  {line}" for line in skipped[:5]), "  and 2 more"]
 
-    samples, left_out = read_rows(path, None, "skip", check=lambda sample: sample.image)
+    samples, left_out = read_valid_samples(path, None, "skip", check=lambda sample: sample.image)
     assert [sample.where for sample in samples] == [f"{path}, line 1", f"{path}, line 10"]
-    assert len(left_out) == 8 and any("line 3: it has 2 pictures" in line for line in left_out)
+    assert len(left_out) == 8 and any("line 3: the record has 2 pictures" in line for line in left_out)
     path.write_text(record(["b.png", "c.png"]))
     for how in ("raise", "skip"):
-        with pytest.raises(DataError, match="line 1: it has 2 pictures"):
-            read_rows(path, None, how, check=lambda sample: sample.image)
-    assert len(read_rows(path)[0]) == 1
+        with pytest.raises(DataError, match="line 1: the record has 2 pictures"):
+            read_valid_samples(path, None, how, check=lambda sample: sample.image)
+    assert len(read_valid_samples(path)[0]) == 1
     report_skipped([])
     assert capsys.readouterr().err == ""

@@ -1,0 +1,109 @@
+"""Reads and checks what training, labelling and evaluation work on. Imports neither torch nor Ray.
+
+The command line calls these checks first: torch and Ray take 10 to 30 s to start, an invalid record is found in one.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mova_core.data import DataError, Sample, split_usable
+from mova_core.features import FeatureStore
+from mova_core.io.filesystem import read_file
+from mova_core.io.uris import joined, local_path
+from pipelines.data_args import DataArgs
+from pipelines.invalid_records import read_valid_samples, report_left_out, report_skipped
+
+
+@dataclass(kw_only=True)
+class ReadData:
+    """The samples of a data file.
+
+    Attributes:
+        samples: those that can be used.
+        left_out: reason -> valid samples that cannot be used.
+        skipped: the error of each invalid record left out, which names its file and line.
+        pool: the model's experts in routing order.
+    """
+
+    samples: list[Sample]
+    left_out: dict[str, list[Sample]]
+    skipped: list[str]
+    pool: tuple[str, ...] = field(default=())
+
+    def counts(self) -> dict[str, int]:
+        """Reason -> number of samples left out."""
+        return {reason: len(samples) for reason, samples in self.left_out.items()}
+
+    def leave_out(self, reason: str, samples: list[Sample]) -> None:
+        """Moves samples from the usable ones to those left out."""
+        if samples:
+            leaving = {id(sample) for sample in samples}
+            self.samples = [sample for sample in self.samples if id(sample) not in leaving]
+            self.left_out[reason] = samples
+
+    def report(self) -> None:
+        """Writes to stderr what was skipped and left out."""
+        report_skipped(self.skipped)
+        report_left_out(self.left_out)
+
+
+def read_pool(model: str) -> list[dict[str, Any]]:
+    """The expert pool in a model's config.json, as `MoVAConfig.pool`.
+
+    Raises:
+        DataError: the folder holds no MoVA model.
+    """
+    try:
+        pool = json.loads(read_file(joined(model, "config.json")))["pool"]
+        return [{**expert, "name": str(expert["name"])} for expert in pool]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = "no config.json" if isinstance(error, FileNotFoundError) else f"{type(error).__name__} in config.json"
+        raise DataError(f"{model} is no MoVA model ({reason}): make one with `mova init` or `mova convert`") from None
+
+
+def read_data(
+    args: DataArgs, *, need_answer: bool = False, fingerprints: Mapping[str, str] | None = None
+) -> tuple[ReadData, FeatureStore]:
+    """Reads the data file and opens the store.
+
+    Args:
+        need_answer: leave out samples without an answer.
+        fingerprints: expert -> features to read where the store has several; those of the model come first.
+
+    Returns:
+        The samples, and the store, opened for the features that the model was trained on.
+
+    Raises:
+        DataError: no model, or an invalid data file or record.
+        StoreError: no store, or features of other weights than the model's.
+    """
+    pool = read_pool(args.model)
+    trained_on = {expert["name"]: expert["fingerprint"] for expert in pool if expert.get("fingerprint")}
+    store = FeatureStore(args.store, fingerprints={**(fingerprints or {}), **trained_on})
+    names = tuple(expert["name"] for expert in pool)
+
+    def check(sample: Sample) -> None:
+        _ = sample.image  # raises where a sample has several pictures
+        if unknown := sorted(set(sample.routing or ()) - set(names)):
+            raise DataError(f"{sample.where}: `routing` names {', '.join(unknown)}; the model has {', '.join(names)}")
+
+    valid, skipped = read_valid_samples(args.data, args.images, args.bad_rows, check, names)
+    samples, left_out = split_usable(valid, store.quarantined())
+    data = ReadData(samples=samples, left_out=left_out, skipped=skipped, pool=names)
+    if need_answer:
+        data.leave_out("no answer", [sample for sample in samples if not sample.answer])
+    return data, store
+
+
+def check_label_data(args: DataArgs, output: str) -> ReadData:
+    """The samples that `mova label` can label.
+
+    Raises:
+        DataError: invalid data, or an output that is no local file.
+        StoreError: no store, or features of other weights than the model's.
+    """
+    if local_path(output) is None:
+        raise DataError(f"--output {output}: labels are written to a local file; upload the file afterwards")
+    return read_data(args, need_answer=True)[0]
