@@ -35,7 +35,7 @@ def model(tmp_path):
     return str(folder)
 
 
-def place(root: str, records: list[dict[str, Any]]) -> dict[str, str]:
+def place(root: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     """A data file, two pictures and an empty store at a folder or URL; returns the arguments that name them."""
     for name in ("a.png", "b.png"):
         with fsspec.open(f"{root}/images/{name}", "wb", auto_mkdir=True) as file:
