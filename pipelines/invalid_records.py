@@ -32,22 +32,24 @@ def read_valid_samples(
     Raises:
         DataError: an invalid record with "raise"; a file without a valid record.
     """
-    errors: list[DataError] = []
+    invalid: list[DataError] = []
+    refused: list[DataError] = []  # by `check`
 
-    def invalid(error: DataError) -> None:
+    def leave_out(error: DataError, errors: list[DataError]) -> None:
         if bad_rows == "raise":
             raise DataError(f"{error} (--bad-rows skip leaves such records out)")
         errors.append(error)
 
     samples = []
-    for sample in iterate_samples(path, images, invalid, pool):
+    for sample in iterate_samples(path, images, lambda error: leave_out(error, invalid), pool):
         try:
             if check is not None:
                 check(sample)
         except DataError as error:
-            invalid(error)
+            leave_out(error, refused)
             continue
         samples.append(sample)
+    errors = invalid + refused
     if not samples:
         reason = f"no usable record, the first error: {errors[0]}" if errors else "no record"
         raise DataError(f"{path} holds {reason}: give a LLaVA JSON array or one JSON object per line")
