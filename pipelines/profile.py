@@ -55,7 +55,7 @@ def profile(
                 module=expert_module(name),
             )
             try:
-                measured.append(ray.get(actor.__ray_call__.remote(lambda self: self.profile)))
+                measured.append(ray.get(actor.measured.remote()))
             finally:
                 ray.kill(actor)
             write_profiles(output, measured[-1:])

@@ -23,27 +23,13 @@ from mova_core.features import FeatureStore, StoreError
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from pipelines.cli.main import app
-from pipelines.demo.run import DemoConfig, demo
+from pipelines.demo.run import demo
 from pipelines.evaluate.run import evaluate
 from pipelines.label import label
 from pipelines.train.config import TrainConfig
 from pipelines.train.run import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-
-TINY: dict[str, Any] = {
-    "images": 60,
-    "language_steps": 16,
-    "pretrain_epochs": 0.8,
-    "sft_epochs": 0.8,
-    "router_epochs": 0.8,
-}
-
-
-@pytest.fixture(scope="module")
-def ran(ray_cluster, tmp_path_factory):
-    config = DemoConfig(folder=str(tmp_path_factory.mktemp("demo")), **TINY)
-    return config, demo(config, progress=False)
 
 
 def test_demo_goes_from_pictures_to_a_report(ran):
