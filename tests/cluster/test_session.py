@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OWN_PREFIXES = ("RAY_", "HF_", "MALLOC_", "MOVA_", "OMP_", "TOKENIZERS_")
+OWN_PREFIXES = ("PYTHONBREAKPOINT", "RAY_", "HF_", "MALLOC_", "MOVA_", "OMP_", "TOKENIZERS_")
 
 
 def run(script: str, home: Path) -> str:

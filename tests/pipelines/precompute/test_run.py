@@ -151,3 +151,18 @@ def test_command_names_what_is_wrong(tmp_path, monkeypatch, capsys):
     assert mova("precompute")[0] == 2
     code, said = mova("store", "stat", str(tmp_path / "a"))
     assert code == 1 and "store" in said and said.count("\n") == 0
+
+
+@pytest.mark.ray
+def test_a_retry_that_succeeds_leaves_no_quarantine(ray_cluster, folder, tmp_path):
+    """A picture in quarantine is dropped from training, so its record must go once its feature is stored."""
+    image = str(folder / "2.png")
+    store = FeatureStore(tmp_path / "store", create=True)
+    record = {"image": image, "sha256": ImageRef(path=image).key, "reason": "out of memory", "expert": "biomedclip"}
+    store.quarantine([record])
+    run: dict[str, Any] = {"experts": ("biomedclip",), "size": "mini", "progress": False}
+    left_out = precompute(image_table([image]), tmp_path / "store", **run)
+    assert left_out.computed == {"biomedclip": 0} and "out of memory" in left_out.quarantined[0]["reason"]
+    retried = precompute(image_table([image]), tmp_path / "store", retry_quarantined=True, **run)
+    assert retried.computed == {"biomedclip": 1} and not retried.quarantined
+    assert FeatureStore(tmp_path / "store").quarantined() == []
