@@ -1,7 +1,7 @@
-"""Bytes, files, PIL images and arrays -> validated RGB pictures, and those -> the square pixels that most experts read.
+"""References to images; decoding to validated RGB pictures; the square pixels that most experts read.
 
-Two behaviours, chosen by `compat`: "fixed" (default) turns a picture as its EXIF tag says, puts transparent ones on
-white and scales 16-bit greys; "published" does what the published MoVA does, flaws included.
+Two modes, chosen by `compat`: "fixed" (default) rotates a picture as its EXIF tag says, composites transparency on white and
+scales 16-bit greys to 8 bits; "published" reproduces the published MoVA, flaws included.
 
 Shapes: B images, S side of the square, h x w pixels.
 """
@@ -33,12 +33,12 @@ Colour = tuple[int, int, int]
 
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 30_000  # padding to a square costs the square of the longer side
-STRIP_PIXELS = 16_000_000  # most pixels of padding held at once
+STRIP_PIXELS = 16_000_000  # padded pixels in memory at once; a picture with more is resized in strips
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Formats that Pillow decodes by itself: others (EPS, WMF) start outside programs, or (TGA) claim any bytes.
+# Formats that Pillow decodes by itself. Of the others, EPS and WMF start other programs, and TGA accepts any bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
 
 
@@ -241,14 +241,14 @@ ImageSource = Image.Image | bytes | str | os.PathLike[str] | np.ndarray | ImageR
 
 
 def read_image(locator: str, newer_than: float = 0.0) -> bytes:
-    """The encoded bytes, not looked at.
+    """The encoded bytes of an image, whatever they hold.
 
     Args:
         locator: see `mova_core.io.uris`.
-        newer_than: seconds since 1970; what this machine fetched before is fetched again.
+        newer_than: seconds since 1970; bytes that this machine fetched earlier are fetched again.
 
     Raises:
-        ImageUnavailable: they cannot be had.
+        ImageUnavailable: the bytes cannot be read.
     """
     try:
         return read_bytes(locator, newer_than)
@@ -263,11 +263,11 @@ def load_image(source: ImageSource, compat: PreprocessingMode = "fixed", max_pix
         source: path, encoded bytes, reference, PIL image, `DecodedImage`, or uint8 array (h, w, 3) or (h, w).
         compat: "fixed" applies EXIF orientation, composites transparency on white and scales 16-bit greys to 8;
             "published" is PIL's plain conversion to RGB.
-        max_pixels: limit on width x height, held against the header before anything is decoded.
+        max_pixels: limit on width x height, checked against the header before decoding; a `DecodedImage` has `MAX_PIXELS`.
 
     Raises:
         ImageError: not readable, empty, not an image, truncated, over the limit, or pixels without an agreed range.
-        ValueError: another `compat`.
+        ValueError: `compat` is neither mode.
     """
     if compat not in get_args(PreprocessingMode):
         raise ValueError(f"compat must be one of {', '.join(get_args(PreprocessingMode))}, not {compat!r}")
@@ -324,13 +324,13 @@ def pad_to_square(image: Image.Image, colour: Colour) -> Image.Image:
 
 
 def mean_colour(mean: Sequence[float]) -> Colour:
-    """The 8-bit colour of a mean in 0..1, cut off as the published code does: what pictures are padded with."""
+    """The 8-bit colour of a mean in 0..1, with which pictures are padded; rounded down as in the published code."""
     red, green, blue = (int(channel * 255) for channel in mean)
     return red, green, blue
 
 
 def clip_pixels(images: Sequence[ImageSource], side: int, compat: PreprocessingMode = "fixed") -> "Tensor":
-    """`square_pixels` with CLIP's mean and standard deviation, which CLIP, Vary, Co-DETR, BiomedCLIP and SAM read."""
+    """`square_pixels` with CLIP's mean and standard deviation, for CLIP, Vary, Co-DETR, BiomedCLIP and SAM."""
     return square_pixels(images, side, CLIP_MEAN, CLIP_STD, compat)
 
 
@@ -346,7 +346,7 @@ def square_pixels(
     Bit for bit the pixels of the published path (transformers 4.37.2's CLIPImageProcessor after expand2square).
 
     Args:
-        images: B of them, decoded or not.
+        images: B images, encoded or decoded.
         side: S.
         mean, std: per channel, of pixels in 0..1.
 
@@ -354,7 +354,7 @@ def square_pixels(
         (B, 3, S, S) float32.
 
     Raises:
-        ImageError: an image that cannot be used; with "published" also a picture of one pixel.
+        ImageError: an image cannot be used; with "published" also a picture of one pixel.
     """
     pixels_B3SS = np.empty((len(images), 3, side, side), dtype=np.float32)
     for source, pixels_3SS in zip(images, pixels_B3SS, strict=True):
@@ -367,7 +367,7 @@ def square_pixels(
             image = _published_axes(_label(source), pad_to_square(image, mean_colour(mean)))
         square = _square_resized(image, side, mean_colour(mean))
         for channel in range(3):
-            # In place and in float32: each of the 256 bytes over 255 rounds as the published float64 product does.
+            # In place and in float32: for each of the 256 values, x / 255 rounds like the published float64 x * (1 / 255).
             values = np.asarray(square.getchannel(channel))
             np.divide(values, np.float32(255), out=pixels_3SS[channel], dtype=np.float32)
             pixels_3SS[channel] -= np.float32(mean[channel])
@@ -378,9 +378,9 @@ def square_pixels(
 
 
 def _square_resized(image: Image.Image, side: int, colour: Colour) -> Image.Image:
-    """`pad_to_square` and bicubic resize to `side`, bit for bit, without ever holding or filtering most of the padding.
+    """`pad_to_square` and bicubic resize to `side`, bit for bit, without storing or filtering most of the padding.
 
-    PIL resizes along the rows first, then along the columns, so the first pass needs padding at the sides only.
+    PIL resizes along the rows first, then along the columns: the first pass needs padding at the left and right only.
     """
     width, height = image.size
     longer = max(width, height)
@@ -398,7 +398,7 @@ def _square_resized(image: Image.Image, side: int, colour: Colour) -> Image.Imag
         step = max(1, STRIP_PIXELS // (stop - start))
         for top in range(0, height, step):
             strip = Image.new("RGB", (stop - start, min(step, height - top)), colour)
-            strip.paste(image, ((longer - width) // 2 - start, -top))  # what does not fit is cut off
+            strip.paste(image, ((longer - width) // 2 - start, -top))  # paste crops to the strip
             rows.paste(strip.resize((right - left, strip.height), Image.Resampling.BICUBIC), (0, top))
         corner = (left, 0)
         middle = rows.resize((right - left, side), Image.Resampling.BICUBIC)
@@ -410,17 +410,21 @@ def _square_resized(image: Image.Image, side: int, colour: Colour) -> Image.Imag
 
 
 def _touched(shorter: int, longer: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of `longer` pixels, resized to `side`, what the `shorter` in their middle reach: (start, stop) before and after.
+    """The part of a resized line that depends on the picture, the rest being padding of one colour.
 
-    Cut only where whole pixels meet whole pixels, else PIL's filters would not fall on the same places.
+    `longer` pixels, of which the `shorter` in the middle are picture, are resized to `side` pixels. The cut lies where a
+    pixel border before the resize meets one after, else PIL's filters would be centred elsewhere.
+
+    Returns:
+        (start, stop) before the resize, (start, stop) after.
     """
     cuts = math.gcd(longer, side)
-    # PIL's integer filters were computed for every cut of every length to 12,000, and of every thousandth to 30,000, at
-    # sides 128, 168, 672 and 1024: all that are cut at one of eight places or more are those of the whole square.
+    # Checked for sides 128, 168, 672 and 1024 with every length up to 12,000 and every thousandth up to 30,000: with 8 or
+    # more possible cuts PIL's integer filters of the part equal those of the whole line.
     if cuts < 8:
         return (0, longer), (0, side)
     offset = (longer - shorter) // 2
-    reach = 4 * (longer // side + 2)  # over twice a bicubic filter's: none is cut short
+    reach = 4 * (longer // side + 2)  # over twice the support of a bicubic filter, so that none is cut short
     first = max(0, (offset - reach) * cuts // longer)
     last = min(cuts, -(-(offset + shorter + reach) * cuts // longer))
     before, after = longer // cuts, side // cuts
@@ -428,14 +432,14 @@ def _touched(shorter: int, longer: int, side: int) -> tuple[tuple[int, int], tup
 
 
 def _published_axes(name: str, square: Image.Image) -> Image.Image:
-    """The published flaw on squares of 1 or 3 pixels: their rows are taken for channels."""
+    """The published flaw on squares with sides of 1 or 3 pixels: their rows are taken for colour channels."""
     if square.width == 1:
         raise ImageError(f"{name}: the published path cannot read a picture of one pixel; the default one can")
     return Image.fromarray(np.ascontiguousarray(np.asarray(square).transpose(1, 2, 0)))
 
 
 def _to_rgb(name: str, image: Image.Image) -> Image.Image:
-    """The default conversion to RGB, decoding where that has not happened yet."""
+    """The conversion of mode "fixed"; decodes the pixels if Pillow has read the header only."""
     image.load()
     with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):  # broken EXIF
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
@@ -473,7 +477,7 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _label(source: object) -> str:
-    """What an error calls an image."""
+    """The name of an image in error messages."""
     if isinstance(source, DecodedImage) and source._picture is not None:
         return _label(source._picture)
     if isinstance(source, ImageRef):

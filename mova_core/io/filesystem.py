@@ -32,6 +32,12 @@ _FINAL_ERRORS = (
     PermissionError,
     NotImplementedError,
 )
+_ERRNOS: dict[type[OSError], int] = {  # of errors that fsspec's filesystems raise without a number
+    FileExistsError: errno.EEXIST,
+    IsADirectoryError: errno.EISDIR,
+    NotADirectoryError: errno.ENOTDIR,
+    TimeoutError: errno.ETIMEDOUT,
+}
 # Limits of this machine, which another attempt meets again.
 _FINAL_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
 _NETWORK_PACKAGES = ("aiohttp", "botocore", "gcsfs")  # their errors are no OSErrors
@@ -138,7 +144,10 @@ def as_read_error(error: BaseException) -> ReadError:
     if isinstance(cause, PermissionError) or status in (401, 403) or _lacks_credentials(cause):
         return AccessDeniedError(errno.EACCES, message(cause))
     reason = f"{ATTEMPTS} attempts failed: {message(cause)}" if is_transient(cause) else message(cause)
-    return ReadError(getattr(cause, "errno", None) or errno.EIO, reason)
+    number = getattr(cause, "errno", None) or next(
+        (n for kind, n in _ERRNOS.items() if isinstance(cause, kind)), errno.EIO
+    )
+    return ReadError(number, reason)
 
 
 def message(error: BaseException) -> str:
@@ -153,8 +162,8 @@ def message(error: BaseException) -> str:
 def _real_cause(error: BaseException) -> BaseException:
     """fsspec's HTTP filesystem raises FileNotFoundError whatever went wrong, with the real error as its cause."""
     cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause is not None and _package(cause) != "botocore":
-        return cause
+    if isinstance(error, FileNotFoundError) and cause is not None:
+        return cause if isinstance(cause, OSError) or _package(cause) == "aiohttp" else error
     return error
 
 

@@ -1,7 +1,10 @@
-"""What was fetched from elsewhere, kept once per machine for all its processes.
+"""Remote bytes, cached once per machine for all processes of this user.
 
-MOVA_CACHE       see `mova_core.io.cache`
-MOVA_CACHE_GB    most of it, in GB (1e9 bytes); what was used longest ago goes first; default 10, 0 keeps nothing
+MOVA_CACHE       folder, see `mova_core.io.cache`
+MOVA_CACHE_GB    limit in GB (1e9 bytes), above which the least recently used objects are evicted; default 10, 0 caches nothing
+
+Written by hand for two reasons: diskcache unpickles what lies in its folder, and this project never unpickles files;
+fsspec's filecache has no limit of size.
 """
 
 import contextlib
@@ -17,76 +20,86 @@ from filelock import FileLock
 from mova_core.io.atomic import atomic_path
 from mova_core.io.cache import cache_folder
 
-ABANDONED_S = 3600.0  # a temporary file older than this has lost its writer
+ABANDONED_S = 3600.0  # the writer of a temporary file older than this has died
+LOCKS_HEX_DIGITS = 3  # 4096 lock files serve all names, so that no lock file need ever be deleted
 
 
 class NodeCache:
-    """A folder of immutable objects, each made by one process of the machine while the others wait for it.
+    """A folder of immutable objects; of several processes that miss the same object, one fetches it and the others wait.
 
-    It is only a cache: whatever goes wrong with its disk, callers get what they asked for.
+    An error of the cache's disk never reaches the caller: the object is fetched without the cache.
 
     Args:
-        folder: made if it is not there.
-        limit: most bytes kept.
+        folder: created when first used. A folder of another user is not used, because its content cannot be trusted.
+        limit: of all objects together, in bytes.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
+        self._objects, self._locks = self.folder / "objects", self.folder / "locks"
 
     @classmethod
     def of_this_node(cls) -> "NodeCache":
-        """The one that the environment asks for."""
+        """The cache that the environment variables describe."""
         return cls(cache_folder("fetched"), int(float(os.environ.get("MOVA_CACHE_GB") or 10) * 1e9))
 
-    def get(self, name: str, make: Callable[[], bytes], newer_than: float = 0.0) -> pa.Buffer:
-        """What `make` gave for this name, in this process or another one; memory-mapped where it was kept.
+    def get(self, name: str, fetch: Callable[[], bytes], newer_than: float = 0.0) -> pa.Buffer:
+        """The object of this name: mapped from the cache, else what `fetch` returns.
 
         Args:
             name: of any length.
-            newer_than: seconds since 1970; what was made before is made again.
+            fetch: called if the cache lacks the object; its exceptions are raised here, and nothing is cached.
+            newer_than: seconds since 1970; objects fetched earlier are fetched again.
         """
         digest = hashlib.sha256(name.encode()).hexdigest()
-        path, locks = self.folder / "objects" / digest, self.folder / "locks"
-        with contextlib.ExitStack() as held:
+        path = self._objects / digest
+        with contextlib.ExitStack() as locked:
             try:
-                for folder in (path.parent, locks):
-                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if (found := _kept(path, newer_than)) is not None:
-                    return found
-                held.enter_context(FileLock(locks / digest[:3]))  # 4096 for all names, so that none need be removed
+                self._create_folders()
+                if (cached := _read(path, newer_than)) is not None:
+                    return cached
+                locked.enter_context(FileLock(self._locks / digest[:LOCKS_HEX_DIGITS]))
             except OSError:
-                return pa.py_buffer(make())
-            if (found := _kept(path, newer_than)) is not None:  # another one made it meanwhile
-                return found
-            content = make()
+                return pa.py_buffer(fetch())
+            if (cached := _read(path, newer_than)) is not None:  # fetched by another process during the wait
+                return cached
+            content = fetch()
             with contextlib.suppress(OSError):
-                self._keep(path, content)
+                self._put(path, content)
             return pa.py_buffer(content)
 
-    def _keep(self, path: Path, content: bytes) -> None:
-        if not 0 < len(content) <= self.limit // 4:
+    def _create_folders(self) -> None:
+        for folder in (self._objects, self._locks):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_uid != os.getuid():
+                raise PermissionError(f"{folder} belongs to another user")
+
+    def _put(self, path: Path, content: bytes) -> None:
+        if not 0 < len(content) <= self.limit // 4:  # a larger object would evict too many others
             return
+        # Not durable: flushing would cost more than a fetch, and `_read` takes an empty file for a missing one.
         with atomic_path(path, durable=False) as temporary:
             temporary.write_bytes(content)
-        used = self.folder / "used"
-        with FileLock(self.folder / "locks" / "used"):
+        used = self.folder / "used"  # bytes of all objects, so that not every `_put` has to list them
+        with FileLock(self._locks / "used"):
             try:
                 total = int(used.read_text()) + len(content)
-            except (OSError, ValueError):  # not there, or cut off by a full disk
+            except (OSError, ValueError):  # missing, or cut off by a full disk
                 total = self.limit + 1
             if total > self.limit:
                 total = self._evict()
             used.write_text(str(total))
 
     def _evict(self) -> int:
-        """Removes what was used longest ago until a tenth of the limit is free. Returns the bytes that stay."""
-        found = []
-        for entry in os.scandir(self.folder / "objects"):
+        """Deletes the least recently used objects until a tenth of the limit is free. Returns the bytes that remain."""
+        objects = []
+        for entry in os.scandir(self._objects):
             with contextlib.suppress(FileNotFoundError):
-                stat = entry.stat()
-                found.append((stat.st_atime, stat.st_size, entry.path))
-        total, abandoned = sum(size for _, size, _ in found), time.time() - ABANDONED_S
-        for used, size, path in sorted(found):
+                status = entry.stat()
+                objects.append((status.st_atime, status.st_size, entry.path))
+        total = sum(size for _, size, _ in objects)
+        abandoned = time.time() - ABANDONED_S
+        for used, size, path in sorted(objects):
             if total <= self.limit * 0.9:
                 break
             if not path.endswith(".tmp") or used < abandoned:
@@ -95,13 +108,15 @@ class NodeCache:
         return total
 
 
-def _kept(path: Path, newer_than: float) -> pa.Buffer | None:
+def _read(path: Path, newer_than: float) -> pa.Buffer | None:
+    """A cached object, mapped into memory; None if it is missing, empty or older than `newer_than`."""
     try:
-        made = path.stat().st_mtime
-        if made < newer_than:
+        status = path.stat()
+        if status.st_mtime < newer_than or not status.st_size:
             return None
-        os.utime(path, (time.time(), made))  # who evicts goes by the time of access, which many disks do not keep
+        # Eviction goes by the time of access, which most disks do not update on reads.
+        os.utime(path, (time.time(), status.st_mtime))
         with pa.memory_map(str(path)) as file:
             return file.read_buffer()
-    except OSError:  # not there, or evicted this moment
+    except OSError:  # missing, or evicted at this moment
         return None

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mova_core.io.uris import is_url
 from pipelines.cli.options import (
     EXPERTS,
     ROUTING,
@@ -122,7 +123,7 @@ def ask(
     if not texts and not interactive:
         raise typer.BadParameter("give a QUESTION, or --interactive")
     for path in pictures:
-        if "://" not in path and "#" not in path and not Path(path).is_file():  # "#": a member of a tar or Parquet file
+        if not is_url(path) and "#" not in path and not Path(path).is_file():  # "#": a member of a tar or Parquet file
             raise typer.BadParameter(f"no picture {path}")
     with results_only(silent):
         import_modules(imports)

@@ -1,8 +1,12 @@
-"""Where a store lies: a local folder, or a bucket or folder of any filesystem that fsspec knows.
+"""What a feature store needs of the place that holds its files.
 
-Both put files down whole, give a name to only one of any number of writers, and read ranges of a file into memory that
-the caller has. Names are relative, with slashes. Credentials and endpoints are fsspec's own business (AWS_ENDPOINT_URL,
-fsspec's configuration files, ...).
+A backend publishes whole files, lets exactly one of any number of writers take a name, and reads ranges of a file into
+memory that the caller keeps. Names are relative to the backend's location, with slashes. Credentials and endpoints are
+fsspec's business (AWS_ENDPOINT_URL, fsspec's configuration files, ...).
+
+Errors are OSErrors that name the reason: FileNotFoundError (no such file), PermissionError (rights or credentials), and
+others with their `errno` (EMFILE: too many open files, EIO: the disk or server failed). Only EOFError, a file that is
+shorter than it was published, means damage.
 """
 
 from __future__ import annotations
@@ -16,61 +20,75 @@ from typing import Any
 
 import numpy as np
 
+from mova_core.io.uris import is_url
+
 
 class StoreError(RuntimeError):
-    """Something is wrong with a store: one line that names the thing and the fix."""
+    """Something is wrong with a store; the message is one line that names the part at fault and the fix."""
 
 
 class StorageBackend(ABC):
-    """A folder, and all that the store does with one. Picklable; usable from any number of threads.
+    """The folder of a store, or of a part of it. Picklable; usable from any number of threads.
 
     Attributes:
-        location: absolute folder or URL; `open_storage` makes the same place of it.
-        readers: how many threads read from it at once.
-        mapped: gives memory away without a copy.
-        near: gap up to which two rows are read as one, in bytes, and how large the whole may become; None never.
-        certain: when a call failed, nothing comes of it later.
+        location: absolute path or URL of the folder; `open_storage` opens an equal backend from it.
+        readers: number of threads that read fastest together.
+        coalesce_gap: (gap, most) in bytes: neighbouring ranges with at most `gap` between them are read as one range of at
+            most `most`. None where ranges are mapped into memory without a copy, so that merging gains nothing.
+        failed_write_is_final: a file whose write failed cannot appear later. False for object stores: the request may have
+            been carried out although its reply was lost.
     """
 
     location: str
     readers: int
-    mapped: bool
     coalesce_gap: tuple[int, int] | None
     failed_write_is_final: bool
+
+    @property
+    def mapped(self) -> bool:
+        """Whether `read_range` maps large ranges into memory instead of copying them."""
+        return self.coalesce_gap is None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.location,)
 
     @abstractmethod
     def mkdir(self, *folders: str) -> None:
-        """Makes folders, itself among them, that are not there."""
+        """Creates the location and folders in it where they do not exist.
+
+        Raises:
+            StoreError: the location is a file.
+        """
 
     @abstractmethod
     def free_bytes(self) -> int | None:
-        """What can still be written; None where no limit is known."""
+        """Free space in bytes; None where no limit is known."""
 
     @abstractmethod
     def list_files(self, folder: str, suffix: str = "") -> list[str]:
-        """The names of a folder's published files, sorted; none where there is no such folder."""
+        """The names of a folder's published files, sorted; empty if the folder does not exist."""
 
     @abstractmethod
     def list_folders(self, folder: str = "") -> list[str]:
-        """The names of the folders in a folder, sorted; none where there is no such folder."""
+        """The names of the folders in a folder, sorted; empty if the folder does not exist."""
 
     @abstractmethod
     def list_temporaries(self) -> list[str]:
-        """Files of writers that may have died, in all folders."""
+        """Unpublished files in all folders, whose writers may have died."""
 
     @abstractmethod
     def mtime_ns(self, folder: str) -> int | None:
-        """When names in a folder last changed, in ns of this machine's clock; None where that cannot be told."""
+        """When names in a folder last changed, in ns since 1970, 0 if the folder does not exist.
+
+        None where the storage keeps no such time: then only a listing shows changes.
+        """
 
     @abstractmethod
     def stat(self, name: str) -> tuple[int, float]:
-        """Bytes and time of change (seconds since 1970) of a file, or FileNotFoundError."""
+        """Bytes and time of change (seconds since 1970) of a file. Raises FileNotFoundError."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Whether a file of this name is published."""
         try:
             self.stat(name)
         except FileNotFoundError:
@@ -79,36 +97,65 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def read(self, name: str, anew: bool = False) -> bytes:
-        """A whole file; `anew` not from this machine's page cache, which says nothing about the disk."""
+        """A whole file.
 
-    @abstractmethod
-    def prefetch(self, parts: Sequence[tuple[str, int, int]]) -> None:
-        """Begins to fetch parts of files (name, offset, size) that will be asked for next; never fails."""
-
-    @abstractmethod
-    def read_range(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
-        """A part of a file: uint8, 1-D, not to be written to unless it is the caller's `own` (and changes no file).
+        Args:
+            anew: read from the disk, not from this machine's page cache, which would hide damage on the disk.
 
         Raises:
-            FileNotFoundError, OSError: there is no such file, or it cannot be read.
-            EOFError: the file ends before that.
+            OSError: see the module's docstring.
         """
 
     @abstractmethod
-    def local_copy(self, name: str, size: int, mark: str) -> Path:
-        """A local file with the bytes of `name`, which are `size` and known by `mark`; ValueError if it has others."""
+    def prefetch(self, parts: Sequence[tuple[str, int, int]]) -> None:
+        """Starts to read ranges (name, offset, bytes) that `read_range` will be called for. Ignores errors."""
+
+    @abstractmethod
+    def read_range(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
+        """A range of a file: uint8 of shape (size,).
+
+        Args:
+            own: return memory that the caller may change, without a change to the file; otherwise the array is read-only.
+
+        Raises:
+            EOFError: the file ends within the range.
+            OSError: see the module's docstring.
+        """
+
+    @abstractmethod
+    def local_copy(self, name: str, size: int, version: str) -> Path:
+        """A local file with the content of `name`: the file itself, or a copy in this user's cache folder.
+
+        Only the number of bytes is checked: the caller checks the content where it matters.
+
+        Args:
+            size: bytes of the file as published.
+            version: differs between all contents that were ever published in the folder of `name`, such as a hash.
+
+        Raises:
+            ValueError: the file has another size.
+            OSError: see the module's docstring.
+        """
 
     @abstractmethod
     def put(self, name: str, pieces: Sequence[Any]) -> None:
-        """Writes a file that nobody else writes: it is seen whole or not at all, and stays."""
+        """Publishes a file that no other process writes: readers see the whole file or none, also after a power cut.
+
+        Args:
+            pieces: objects with the buffer protocol, written one after another.
+        """
 
     @abstractmethod
     def put_if_absent(self, name: str, content: Any) -> bool:
-        """The same for a name that others may write as well: False where another's bytes have it."""
+        """Publishes a file unless the name is taken; of several writers at once exactly one succeeds.
+
+        Returns:
+            False if the name is taken.
+        """
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Deletes a file, if it is there."""
+        """Deletes a file if it exists."""
 
 
 _FIXES = {
@@ -121,19 +168,24 @@ _FIXES = {
     errno.ENOTDIR: "give a folder",
     errno.EPERM: "put it on a file system with hard links",
     errno.EOPNOTSUPP: "put it on a file system with hard links",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 
 
 @contextmanager
 def writing(store: str) -> Iterator[None]:
-    """Turns what the disk or server refuses into one line with the fix."""
+    """Turns an OSError of a write to a store into a StoreError: one line with the fix.
+
+    Args:
+        store: location of the store.
+    """
     try:
         yield
     except OSError as error:
-        remote = "://" in store
-        fix = _FIXES.get(
-            error.errno or 0, "check that server, and the rights given there" if remote else "check that disk"
-        )
+        if is_url(store):
+            fix = "check that server, and the rights and credentials for it"
+        else:
+            fix = _FIXES.get(error.errno or 0, "check that disk")
         reason = " ".join(str(error.strerror or error).split())
         raise StoreError(
             f"cannot write to store {store} ({reason}): {fix}, then run the same command again; "

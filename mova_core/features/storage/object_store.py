@@ -3,69 +3,63 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mova_core.features.storage.base import StorageBackend, StoreError
+from mova_core.io.atomic import atomic_path
+from mova_core.io.cache import cache_folder
+from mova_core.io.filesystem import NotFoundError, ReadError, open_filesystem, with_retries
 
-_PAUSES = (0.1, 0.4, 1.6, 6.4)  # seconds between attempts at a server, beyond those of its own client
-_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError)
+COPY_BYTES = 32 << 20  # of a request of `local_copy`
+
+T = TypeVar("T")
 
 
 class ObjectStorage(StorageBackend):
-    """A folder of an object store, or of anything else that fsspec opens."""
+    """A folder of an object store that honours If-None-Match, or of any other filesystem that fsspec knows.
 
-    readers, mapped, coalesce_gap, failed_write_is_final = 16, False, (1 << 16, 8 << 20), False
+    Raises:
+        StoreError: no installed package opens the URL.
+    """
 
-    def __init__(self, location: str):
+    readers, coalesce_gap, failed_write_is_final = 16, (1 << 16, 8 << 20), False
+
+    def __init__(self, location: str) -> None:
         self.location = location
-        self._opened: tuple[int, Any, str] | None = None
+        self._opened: tuple[int, Any, str] | None = None  # process id, filesystem, path of the location in it
         self._opening = threading.Lock()
-        _ = self._fs  # says now what is not installed
+        try:
+            self._connect()
+        except ReadError as error:
+            raise StoreError(f"{location} cannot be opened ({error.strerror}): give a folder or a URL") from None
 
-    @property
-    def _fs(self) -> Any:
-        """The filesystem; it does not survive a fork, so a DataLoader worker opens its own."""
+    def _connect(self) -> tuple[Any, str]:
+        """The filesystem, and the path of the location in it.
+
+        Clients do not survive a fork: a worker process of a DataLoader opens its own.
+        """
         with self._opening:
             if self._opened is None or self._opened[0] != os.getpid():
-                import fsspec
-
-                try:
-                    filesystem, path = fsspec.core.url_to_fs(self.location, use_listings_cache=False)
-                except ImportError as error:
-                    extra = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}.get(self.location.split(":")[0])
-                    fix = f": pip install 'mova-ray[{extra}]'" if extra else ""
-                    raise StoreError(f"{self.location} cannot be opened ({error}){fix}") from None
-                except ValueError as error:
-                    raise StoreError(f"{self.location} cannot be opened ({error}): give a folder or a URL") from None
+                filesystem, path = open_filesystem(self.location, use_listings_cache=False)
                 self._opened = os.getpid(), filesystem, path.rstrip("/")
-            return self._opened[1]
+            return self._opened[1], self._opened[2]
 
-    def _at(self, name: str) -> str:
-        _ = self._fs
-        assert self._opened is not None
-        return f"{self._opened[2]}/{name}" if name else self._opened[2]
+    def _request(self, call: Callable[[Any, str], T], name: str) -> T:
+        """`call(filesystem, path of name)`, with retries beyond those of the filesystem's own client."""
 
-    def _ask(self, act: Callable[[], Any]) -> Any:
-        """Asks again while the server is out of order, longer than its own client does."""
-        for pause in (*_PAUSES, None):
-            try:
-                return act()
-            except _FINAL:
-                raise
-            except Exception as error:
-                if pause is None or "Credentials" in type(error).__name__:
-                    raise _as_os_error(error) from error
-            time.sleep(pause)
-        raise AssertionError
+        def attempt() -> T:
+            filesystem, root = self._connect()
+            return call(filesystem, f"{root}/{name}" if name else root)
+
+        return with_retries(attempt)
 
     def mkdir(self, *folders: str) -> None:
         """See `StorageBackend`; a bucket has no folders."""
@@ -84,14 +78,21 @@ class ObjectStorage(StorageBackend):
 
     def _list(self, folder: str, kind: str) -> list[str]:
         try:
-            found = self._ask(lambda: self._fs.ls(self._at(folder), detail=True))
-        except (FileNotFoundError, NotADirectoryError):
+            entries = self._request(lambda filesystem, path: filesystem.ls(path, detail=True), folder)
+        except NotFoundError:
             return []
-        names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == kind)
+        except ReadError as error:
+            if error.errno == errno.ENOTDIR:
+                return []
+            raise
+        names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == kind)
         return sorted(name for name in names if name and not name.startswith("."))
 
     def list_temporaries(self) -> list[str]:
-        """See `StorageBackend`: an object is there whole or not at all. (A rule of the bucket ends unfinished uploads.)"""
+        """See `StorageBackend`: none, for an object is visible whole or not at all.
+
+        Parts of an unfinished multipart upload are deleted by a lifecycle rule of the bucket.
+        """
         return []
 
     def mtime_ns(self, folder: str) -> int | None:
@@ -100,95 +101,102 @@ class ObjectStorage(StorageBackend):
 
     def stat(self, name: str) -> tuple[int, float]:
         """See `StorageBackend`."""
-        path = self._at(name)
-        found = self._ask(lambda: self._fs.info(path))
-        if found["type"] != "file":
-            raise FileNotFoundError(path)
-        return found["size"], self._ask(lambda: self._fs.modified(path)).timestamp()
+        size = self._file_size(name)
+        return size, self._request(lambda filesystem, path: filesystem.modified(path), name).timestamp()
 
     def exists(self, name: str) -> bool:
-        """See `StorageBackend`."""
+        """See `StorageBackend`; one request, `stat` takes two."""
         try:
-            return bool(self._ask(lambda: self._fs.info(self._at(name)))["type"] == "file")
-        except FileNotFoundError:
+            self._file_size(name)
+        except NotFoundError:
             return False
+        return True
+
+    def _file_size(self, name: str) -> int:
+        entry = self._request(lambda filesystem, path: filesystem.info(path), name)
+        if entry["type"] != "file":
+            raise NotFoundError(errno.ENOENT, f"{name} is no file")
+        return entry["size"]
 
     def read(self, name: str, anew: bool = False) -> bytes:
         """See `StorageBackend`."""
-        # From a start on: a whole file would be asked for its size first.
-        return bytes(self._ask(lambda: self._fs.cat_file(self._at(name), start=0)))
+        # Without `start` s3fs would first ask for the size of the file.
+        return bytes(self._request(lambda filesystem, path: filesystem.cat_file(path, start=0), name))
 
     def prefetch(self, parts: Sequence[tuple[str, int, int]]) -> None:
-        """See `StorageBackend`; the reading threads are enough."""
+        """See `StorageBackend`: nothing, for `readers` threads keep enough requests under way."""
 
     def read_range(self, name: str, offset: int, size: int, own: bool = False) -> np.ndarray:
         """See `StorageBackend`; one request."""
-        content = self._ask(lambda: self._fs.cat_file(self._at(name), start=offset, end=offset + size))
+        end = offset + size
+        content = self._request(lambda filesystem, path: filesystem.cat_file(path, start=offset, end=end), name)
         if len(content) != size:
-            raise EOFError(f"{name} ends before byte {offset + size}")
+            raise EOFError(f"{name} ends before byte {end}")
         return np.frombuffer(bytearray(content) if own else content, np.uint8)
 
-    def local_copy(self, name: str, size: int, mark: str) -> Path:
-        """See `StorageBackend`; kept in the user's cache folder, where a newer one of the same folder replaces it."""
-        import hashlib
-
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mova" / "stores"
+    def local_copy(self, name: str, size: int, version: str) -> Path:
+        """See `StorageBackend`: a copy in the cache folder, deleted when a newer version of the same folder is copied."""
+        folder = cache_folder("indexes")
         stem = hashlib.sha256(f"{self.location}/{name.rpartition('/')[0]}".encode()).hexdigest()[:16]
-        path = folder / f"{stem}-{mark}"
-        if path.exists() and path.stat().st_size == size:
-            return path
+        copy = folder / f"{stem}-{version}"
+        if copy.exists() and copy.stat().st_size == size:
+            return copy
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp") as file:
-            part = 32 << 20
-            for at in range(0, size, part):
+        with atomic_path(copy, durable=False) as temporary, open(temporary, "xb") as file:
+            for offset in range(0, size, COPY_BYTES):
                 try:
-                    file.write(self.read_range(name, at, min(part, size - at)).data)
+                    file.write(self.read_range(name, offset, min(COPY_BYTES, size - offset)).data)
                 except EOFError as error:
                     raise ValueError(str(error)) from None
-            file.flush()
-            with suppress(FileExistsError):
-                os.link(file.name, path)
-        for older in folder.glob(f"{stem}-*"):
-            if older != path:
-                older.unlink(missing_ok=True)  # who has it mapped keeps it
-        return path
+        for other in folder.glob(f"{stem}-*"):
+            if other != copy:
+                other.unlink(missing_ok=True)  # processes that have the older copy mapped keep its content
+        return copy
 
     def put(self, name: str, pieces: Sequence[Any]) -> None:
         """See `StorageBackend`; one request, or a multipart upload."""
-        path, content = self._at(name), b"".join(pieces)
+        content = b"".join(pieces)
 
-        def put() -> None:
+        def put(filesystem: Any, path: str) -> None:
             try:
-                self._fs.pipe_file(path, content)
-            except FileNotFoundError:  # an upload whose end was done before and its answer lost; or no such bucket
-                if self._ask(lambda: self._fs.info(path))["size"] != len(content):
+                filesystem.pipe_file(path, content)
+            except FileNotFoundError:
+                # NoSuchUpload: an earlier attempt completed the multipart upload and its reply was lost. Or no such bucket.
+                if self._file_size(name) != len(content):
                     raise
 
-        self._ask(put)
+        self._request(put, name)
 
     def put_if_absent(self, name: str, content: Any) -> bool:
-        """See `StorageBackend`; by a condition that the server checks. After an unclear answer the server is asked who won."""
-        path, content = self._at(name), bytes(content)
-        for pause in (*_PAUSES, None):
+        """See `StorageBackend`; by a condition that the server checks. After an unclear reply the name is read back.
+
+        Raises:
+            NotImplementedError, TypeError, ValueError: the filesystem has no conditional write.
+        """
+        content = bytes(content)
+
+        def create(filesystem: Any, path: str) -> bool:
             try:
-                self._fs.pipe_file(path, content, mode="create")
+                filesystem.pipe_file(path, content, mode="create")
                 return True
-            except PermissionError:
+            except (PermissionError, NotImplementedError, TypeError, ValueError):
                 raise
             except Exception as error:
-                with suppress(FileNotFoundError):
+                # The name is taken, or the request was carried out and its reply lost.
+                with suppress(NotFoundError):
                     return self.read(name) == content
-                if pause is None:
-                    raise _as_os_error(error) from error
-            time.sleep(pause)
-        raise AssertionError
+                if isinstance(error, FileExistsError):  # taken, and deleted since: another attempt may take it
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY)) from error
+                raise
+
+        try:
+            return self._request(create, name)
+        except ReadError as error:
+            if isinstance(error.__cause__, (NotImplementedError, TypeError, ValueError)):
+                raise error.__cause__ from None
+            raise
 
     def delete(self, name: str) -> None:
         """See `StorageBackend`."""
-        with suppress(FileNotFoundError):
-            self._ask(lambda: self._fs.rm_file(self._at(name)))
-
-
-def _as_os_error(error: Exception) -> OSError:
-    """Clients have errors of their own for a server that does not answer."""
-    return error if isinstance(error, OSError) else OSError(errno.EREMOTEIO, f"{type(error).__name__}: {error}")
+        with suppress(NotFoundError):
+            self._request(lambda filesystem, path: filesystem.rm_file(path), name)

@@ -10,12 +10,14 @@ from contextlib import nullcontext
 
 import fsspec
 import pytest
+import tenacity
 import torch
 import werkzeug.serving
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 
 from mova_core.features import FeatureStore, StoreError
 from mova_core.features.storage import ObjectStorage
+from mova_core.io import filesystem
 from tests.mova_core.features.test_store import KEYS, describe, features, fill, key, same
 
 
@@ -77,21 +79,21 @@ def server(running, monkeypatch, tmp_path):
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "MOVA_CACHE": str(tmp_path / "cache"),
     }.items():
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # cached instances keep the endpoint of an earlier test
     running.failing, running.forgets_conditions = 0.0, False
     bucket = f"bucket-{running.draw.randrange(10**9)}"
-    ObjectStorage(f"s3://{bucket}")._fs.mkdir(bucket)
+    fsspec.filesystem("s3").mkdir(bucket)
     running.url = f"s3://{bucket}/stores/one"
     return running
 
 
 def objects(store):
-    """Every object of a store, relative."""
-    place = store.storage
-    return {path.removeprefix(place._at("") + "/") for path in place._fs.find(place._at(""))}
+    """The names of all objects of a store."""
+    files, root = fsspec.url_to_fs(store.location, use_listings_cache=False)
+    return {path.removeprefix(f"{root}/") for path in files.find(root)}
 
 
 def test_requests(server):
@@ -133,7 +135,7 @@ def test_snapshots_are_cached_locally(server, tmp_path):
 def test_a_server_that_fails(server, monkeypatch):
     """One request in twenty is refused, cut off, or carried out without a reply; s3fs itself does not retry."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr("mova_core.features.storage.object_store._PAUSES", (0.01,) * 4)
+    monkeypatch.setattr(filesystem, "WAIT", tenacity.wait_fixed(0.01))
     server.failing, server.failed, server.draw = 0.05, 0, random.Random(0)
     keys = [key(number) for number in range(60)]
 
@@ -192,7 +194,7 @@ def test_messages_name_the_store(server, monkeypatch):
         with pytest.raises(StoreError, match=said) as caught:
             FeatureStore(url)
         assert url in str(caught.value) and "\n" not in str(caught.value)
-    monkeypatch.setattr("mova_core.features.storage.object_store._PAUSES", (0.01,))
+    monkeypatch.setattr(filesystem, "WAIT", tenacity.wait_fixed(0.01))
     with pytest.raises(StoreError, match="cannot write to store s3://nowhere-to-be-found"):
         FeatureStore("s3://nowhere-to-be-found/store", create=True)
 

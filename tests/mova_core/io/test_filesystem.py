@@ -75,6 +75,7 @@ def test_errors_that_pass_are_tried_again(error, cause, said):
     ("error", "cause", "kind", "said"),
     [
         (FileNotFoundError("memory://a"), None, NotFoundError, "No such file or directory"),
+        (FileNotFoundError("memory://a"), KeyError("a"), NotFoundError, "No such file or directory"),
         (FileNotFoundError("bucket/a"), ClientError("404"), NotFoundError, "No such file or directory"),
         (FileNotFoundError("http://h/a"), HttpError(404), NotFoundError, "No such file or directory"),
         (HttpError(403), None, AccessDeniedError, "HTTP 403 of the server"),

@@ -1,5 +1,6 @@
 """The cache of fetched bytes that the processes of a machine share."""
 
+import os
 import time
 
 import pytest
@@ -7,39 +8,51 @@ import pytest
 from mova_core.io.node_cache import NodeCache
 
 
-class TestNodeCache:
-    def test_the_least_recently_used_goes_first(self, tmp_path):
-        cache, made = NodeCache(tmp_path / "kept", limit=10_000), []
+def test_the_least_recently_used_are_evicted(tmp_path):
+    cache, fetched = NodeCache(tmp_path / "cache", limit=10_000), []
 
-        def get(name: int) -> bytes:
-            def make() -> bytes:
-                made.append(name)
-                return bytes([name]) * 900
+    def get(number: int) -> bytes:
+        def fetch() -> bytes:
+            fetched.append(number)
+            return bytes([number]) * 900
 
-            return cache.get(str(name), make).to_pybytes()
+        return cache.get(str(number), fetch).to_pybytes()
 
-        for name in range(12):
-            assert get(name) == bytes([name]) * 900
-            time.sleep(0.01)  # the clock of a disk ticks slowly
-            assert get(0) == bytes(900)
-        assert made == [*range(12)]
-        kept = sum(file.stat().st_size for file in (tmp_path / "kept" / "objects").iterdir())
-        assert 8_000 < kept <= 10_000 and int((tmp_path / "kept" / "used").read_text()) == kept
-        assert get(0) and get(11) and made == [*range(12)], "used a moment ago"
-        assert get(1) and made[-1] == 1, "not used for the longest time"
+    for number in range(12):
+        assert get(number) == bytes([number]) * 900
+        time.sleep(0.01)  # times of access have the resolution of the kernel's clock tick
+        assert get(0) == bytes(900)
+    assert fetched == [*range(12)]
+    total = sum(file.stat().st_size for file in (tmp_path / "cache" / "objects").iterdir())
+    assert 8_000 < total <= 10_000 and int((tmp_path / "cache" / "used").read_text()) == total
+    assert get(0) and get(11) and fetched == [*range(12)], "used recently"
+    assert get(1) and fetched[-1] == 1, "evicted"
 
-    def test_callers_get_theirs_whatever_happens_to_it(self, tmp_path):
-        (tmp_path / "file").write_text("in the way")
-        assert NodeCache(tmp_path / "file", 1000).get("a", lambda: b"made").to_pybytes() == b"made"
-        none = NodeCache(tmp_path / "none", 0)
-        assert none.get("a", lambda: b"made").to_pybytes() == b"made" and not any(
-            (tmp_path / "none" / "objects").iterdir()
-        )
-        cache = NodeCache(tmp_path / "kept", 1000)
 
-        def fail() -> bytes:
-            raise ValueError("no such thing")
+def test_a_cache_that_cannot_be_used_costs_nothing_but_the_fetch(tmp_path):
+    (tmp_path / "file").write_text("a file in place of the folder")
+    assert NodeCache(tmp_path / "file", 1000).get("a", lambda: b"fetched").to_pybytes() == b"fetched"
+    off = NodeCache(tmp_path / "off", 0)
+    assert off.get("a", lambda: b"fetched").to_pybytes() == b"fetched"
+    assert not any((tmp_path / "off" / "objects").iterdir())
 
-        with pytest.raises(ValueError, match="no such thing"):
-            cache.get("a", fail)
-        assert cache.get("a", lambda: b"").to_pybytes() == b"" and cache.get("a", lambda: b"x").to_pybytes() == b"x"
+
+def test_failed_and_empty_fetches_are_not_cached(tmp_path):
+    cache = NodeCache(tmp_path / "cache", 1000)
+
+    def fail() -> bytes:
+        raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        cache.get("a", fail)
+    assert cache.get("a", lambda: b"").to_pybytes() == b"" and cache.get("a", lambda: b"x").to_pybytes() == b"x"
+    [cached] = [path for path in (tmp_path / "cache" / "objects").iterdir() if path.stat().st_size]
+    os.truncate(cached, 0)  # what a power cut may leave
+    assert cache.get("a", lambda: b"again").to_pybytes() == b"again"
+
+
+def test_a_folder_of_another_user_is_not_trusted(tmp_path, monkeypatch):
+    cache = NodeCache(tmp_path / "cache", 1000)
+    assert cache.get("a", lambda: b"planted").to_pybytes() == b"planted"
+    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
+    assert cache.get("a", lambda: b"fetched").to_pybytes() == b"fetched"

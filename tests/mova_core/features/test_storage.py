@@ -1,0 +1,96 @@
+"""The storage backends by themselves: what they promise to a store, and the errors that name the reason."""
+
+import errno
+import os
+import pickle
+import resource
+
+import numpy as np
+import pytest
+
+from mova_core.features.storage import LocalStorage, StoreError, open_storage, writing
+from mova_core.features.storage.mapped import PRIVATE_BYTES
+from mova_core.io.filesystem import AccessDeniedError
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request, tmp_path):
+    location = tmp_path / "store" if request.param == "local" else f"memory://{tmp_path.name}/store"
+    storage = open_storage(location)
+    storage.mkdir("shards")
+    return storage
+
+
+def test_files(storage):
+    storage.put("shards/a.bin", [b"0123", memoryview(b"456789")])
+    assert storage.list_files("shards") == ["a.bin"] and storage.list_files("shards", ".json") == []
+    assert storage.list_folders() == ["shards"] and storage.list_files("nowhere") == []
+    assert storage.read("shards/a.bin", anew=True) == b"0123456789" and storage.stat("shards/a.bin")[0] == 10
+    assert bytes(storage.read_range("shards/a.bin", 2, 3)) == b"234"
+    own = storage.read_range("shards/a.bin", 2, 3, own=True)
+    own[:] = 0
+    assert storage.read("shards/a.bin") == b"0123456789", "memory of the caller's own changes no file"
+    with pytest.raises(EOFError):
+        storage.read_range("shards/a.bin", 8, 3)
+    storage.delete("shards/a.bin")
+    storage.delete("shards/a.bin")
+    assert not storage.exists("shards/a.bin") and storage.list_temporaries() == []
+    for read in (
+        lambda: storage.read("shards/b.bin"),
+        lambda: storage.stat("b"),
+        lambda: storage.read_range("b", 0, 1),
+    ):
+        with pytest.raises(FileNotFoundError):
+            read()
+
+
+def test_one_writer_takes_a_name(storage):
+    assert storage.put_if_absent("a", b"first") and not storage.put_if_absent("a", b"second")
+    assert storage.read("a") == b"first" and storage.list_files("") == ["a"]
+
+
+def test_local_copy(storage, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOVA_CACHE", str(tmp_path / "cache"))
+    storage.put("1.arrow", [b"first"])
+    assert storage.local_copy("1.arrow", 5, "v1").read_bytes() == b"first"
+    storage.put("2.arrow", [b"second"])
+    assert storage.local_copy("2.arrow", 6, "v2").read_bytes() == b"second"
+    if not isinstance(storage, LocalStorage):
+        assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 1, "only the newest copy stays"
+    with pytest.raises(ValueError, match=r"bytes|ends before"):
+        storage.local_copy("1.arrow", 7, "v3")
+
+
+def test_backends_pickle(storage):
+    storage.put("a", [b"a"])
+    assert pickle.loads(pickle.dumps(storage)).read("a") == b"a"
+
+
+def test_held_ranges_leave_descriptors_to_others(tmp_path):
+    """`mmap.mmap` holds a descriptor for every mapping: beyond half the limit ranges are copied."""
+    storage = LocalStorage(str(tmp_path))
+    storage.put("a", [bytes(PRIVATE_BYTES)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * used + 64, hard))
+    try:
+        held = [storage.read_range("a", 0, PRIVATE_BYTES, own=True) for _ in range(2 * used + 100)]
+        for number, part in enumerate(held):
+            part[0] = number % 251
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [int(part[0]) for part in held] == [number % 251 for number in range(len(held))]
+    assert not np.any(storage.read_range("a", 0, PRIVATE_BYTES))
+
+
+def test_another_system_is_told(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    with pytest.raises(StoreError, match=r"needs Linux \(this is darwin\)"):
+        open_storage("/data/store")
+
+
+def test_errors_of_writing_name_the_fix():
+    with pytest.raises(StoreError, match=r"\(Too many open files\): raise the limit of open files"), writing("/store"):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    with pytest.raises(StoreError, match=r"\(no credentials\): check that server, and the rights"), writing("s3://b"):
+        raise AccessDeniedError(errno.EACCES, "no credentials")
