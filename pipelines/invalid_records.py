@@ -32,24 +32,22 @@ def read_valid_samples(
     Raises:
         DataError: an invalid record with "raise"; a file without a valid record.
     """
-    invalid: list[DataError] = []
-    refused: list[DataError] = []  # by `check`
+    errors: list[DataError] = []
 
-    def leave_out(error: DataError, errors: list[DataError]) -> None:
+    def invalid(error: DataError) -> None:
         if bad_rows == "raise":
             raise DataError(f"{error} (--bad-rows skip leaves such records out)")
         errors.append(error)
 
     samples = []
-    for sample in iterate_samples(path, images, lambda error: leave_out(error, invalid), pool):
+    for sample in iterate_samples(path, images, invalid, pool):
         try:
             if check is not None:
                 check(sample)
         except DataError as error:
-            leave_out(error, refused)
+            invalid(error)
             continue
         samples.append(sample)
-    errors = invalid + refused
     if not samples:
         reason = f"no usable record, the first error: {errors[0]}" if errors else "no record"
         raise DataError(f"{path} holds {reason}: give a LLaVA JSON array or one JSON object per line")
