@@ -111,8 +111,6 @@ def evaluate(
             }
         )
     unreadable = sum(not answer["readable"] for answer in answers)
-    if unreadable:
-        tqdm.write(f"{unreadable} of {len(answers)} router replies named no expert", file=sys.stderr)
     return {
         "kinds": by_kind(answers, read.guesses),
         "answers": answers,
