@@ -73,7 +73,9 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base_encoder = expert_class(BASE)(config.base_arch)
         self.adapter = MoVAdapter(AdapterConfig(**config.adapter))
-        self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model: Any = language_model or AutoModelForCausalLM.from_config(
+            config.text_config, trust_remote_code=False
+        )
         self.light_router: LightRouter | None = None
         if config.light_router:
             self.add_light_router(config.light_router)

@@ -5,6 +5,7 @@ Legend: B rows, L tokens, M pictures, T tokens of the gate's text.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,24 @@ class MoVAProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.get_vocab().get(IMAGE_MARK, -1)
         if self.image_token_id < 0:
             raise ValueError(f"the tokenizer has no {IMAGE_MARK} token: add it as a special token")
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "MoVAProcessor":
+        """Loads a processor from a folder or the hub, as transformers does, but never with code of that folder.
+
+        Without this, a folder whose tokenizer_config.json names a class of its own has transformers ask on the terminal
+        whether to run it.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id.
+            kwargs: as transformers' `from_pretrained` takes them; `trust_remote_code` is always False.
+
+        Raises:
+            OSError, ValueError: no such processor, or a tokenizer of a class that transformers does not have.
+        """
+        return super().from_pretrained(pretrained_model_name_or_path, **(kwargs | {"trust_remote_code": False}))
 
     @classmethod
     def for_model(

@@ -94,7 +94,7 @@ def read_llm_tokenizer(source: Path) -> PreTrainedTokenizerBase:
         WeightsError: it cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the tokenizer's library does
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(f"{source}: its tokenizer cannot be read ({reason}); copy the LLM's there") from error
@@ -110,7 +110,7 @@ def read_text_encoder(name: str | None, parts: PublishedParts) -> tuple[PreTrain
     if not name:
         raise WeightsError("config.json names no text encoder: pass --text-encoder FOLDER with its tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise WeightsError(
