@@ -18,7 +18,6 @@ from pipelines.cli.options import (
     ModelPath,
     Quiet,
     StorePath,
-    check_records,
     path_or_url,
 )
 from pipelines.cli.output import percent, print_result, results_only, table
@@ -55,7 +54,11 @@ def evaluate(
     The kind of a picture is the record's field `kind`.
     """
     with results_only(quiet or as_json):
-        check_records(data, images, bad_rows)
+        from pipelines.data_args import DataArgs
+        from pipelines.evaluate.data import check_data
+
+        args = DataArgs(model=str(model), data=data, store=store, images=images, bad_rows=bad_rows)
+        read = check_data(args, train)  # before torch and Ray, which take 10 to 30 s to start
 
         from cluster.session import ray_session
         from pipelines.evaluate.run import evaluate as evaluate_records
@@ -74,6 +77,7 @@ def evaluate(
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 progress=not (quiet or as_json),
+                read=read,
             )
         if answers is not None:
             answers.write_text(json.dumps(result["answers"], indent=1))

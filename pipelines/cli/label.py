@@ -15,7 +15,6 @@ from pipelines.cli.options import (
     ModelPath,
     Quiet,
     StorePath,
-    check_records,
 )
 from pipelines.cli.output import print_result, results_only, table
 
@@ -37,7 +36,11 @@ def label(
 ) -> None:
     """Label each sample with the experts that help: those that lower the LM loss below the loss without, at most 3."""
     with results_only(quiet or as_json):
-        check_records(data, images, bad_rows)
+        from pipelines.data_args import DataArgs
+        from pipelines.read_data import check_label_data
+
+        args = DataArgs(model=str(model), data=data, store=store, images=images, bad_rows=bad_rows)
+        read = check_label_data(args, str(output))  # before torch and Ray, which take 10 to 30 s to start
 
         from dataclasses import asdict
 
@@ -56,6 +59,7 @@ def label(
                 gpu=gpu,
                 batch_size=batch_size,
                 progress=not (quiet or as_json),
+                read=read,
             )
 
     def show() -> None:

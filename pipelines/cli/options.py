@@ -131,21 +131,6 @@ def import_modules(modules: Sequence[str] | None) -> None:
             ) from None
 
 
-def check_records(data: str, images: str | None, bad_rows: BadRowsName) -> None:
-    """Reads a data file before torch and Ray start, so that a bad record is reported within a second.
-
-    Raises:
-        DataError: the file cannot be read, or a bad record where `bad_rows` is "raise"; names file and line.
-    """
-    from mova_core.data import iterate_samples
-
-    ignore = None if bad_rows == "raise" else lambda error: None
-    for sample in iterate_samples(data, images, ignore):
-        if bad_rows == "skip":
-            return  # the command itself reports what it leaves out
-        _ = sample.image  # raises if there are several pictures
-
-
 def names_list(names: str | None) -> list[str]:
     """Names of a comma-separated option value."""
     return [name.strip() for name in (names or "").split(",") if name.strip()]

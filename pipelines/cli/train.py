@@ -21,7 +21,6 @@ from pipelines.cli.options import (
     Quiet,
     StorePath,
     by_expert,
-    check_records,
     name_value,
     read_model_config,
 )
@@ -113,13 +112,16 @@ def _add_command(stage: Stage) -> None:
     def command(quiet: bool, as_json: bool, **settings: Any) -> None:
         with results_only(quiet or as_json):
             config = train_config(stage, settings)
-            check_records(config.data, config.images, config.bad_rows)
+
+            from pipelines.train.data import check_data
+
+            data = check_data(config)  # before torch and Ray, which take 10 to 30 s to start
 
             from cluster.session import ray_session
             from pipelines.train.run import train
 
             with ray_session():
-                result = train(config, progress=not (quiet or as_json))
+                result = train(config, progress=not (quiet or as_json), data=data)
         print_result(result, as_json, lambda: _show(result))
 
     command.__signature__ = inspect.Signature(_parameters(stage))  # type: ignore[attr-defined]  # what typer reads

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from mova_core.data import DataError
 from mova_core.experts import EXPERTS
+from mova_core.features import FeatureStore
 from pipelines.cli.main import app
 from pipelines.cli.options import NameValue, by_expert, cost_number, expert_settings, name_value, path_or_url
 from pipelines.cli.train import OPTIONS, STAGE_OPTIONS, option_defaults, train_config
@@ -121,7 +122,8 @@ def test_a_bad_record_is_reported_before_ray_starts(command, model, tmp_path, mo
     monkeypatch.setattr("cluster.session.ray_session", lambda *_: pytest.fail("Ray was started"))
     data = tmp_path / "data.jsonl"
     data.write_text('{"image": "a.png"')
-    shared = ["--model", str(model), "--data", str(data), "--store", "s"]
+    FeatureStore(tmp_path / "store", create=True)
+    shared = ["--model", str(model), "--data", str(data), "--store", str(tmp_path / "store")]
     output = [] if command == "evaluate" else ["--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*command.split(), *shared, *output])
     assert isinstance(result.exception, DataError) and "line 1: broken JSON" in str(result.exception)
