@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mova_core import start_model
-from mova_core.experts import EXPERTS, registry
+from mova_core.experts import EXPERTS
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 
@@ -18,9 +18,8 @@ SNIPPETS = re.findall(
 
 
 @pytest.fixture
-def siglip(tmp_path, monkeypatch):
-    """The folder with siglip_expert.py in it, which is the working folder; the registry is restored afterwards."""
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+def siglip(own_registry, tmp_path, monkeypatch):
+    """The folder with siglip_expert.py in it, which is the working folder."""
     (tmp_path / "siglip_expert.py").write_text(SNIPPETS[0])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))

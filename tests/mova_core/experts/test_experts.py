@@ -184,6 +184,7 @@ class TestContract:
         assert full.grid == (side, side) and full.channels == channels
 
 
+@pytest.mark.usefixtures("own_registry")
 class TestRegistry:
     def test_unknown_name_lists_the_names(self):
         for use in (expert_card, load_expert):
