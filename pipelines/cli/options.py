@@ -207,10 +207,6 @@ Experts = Annotated[
 ShardMb = Annotated[
     float, typer.Option("--shard-mb", help="Target size of a shard, MiB.", min=0.01, rich_help_panel=STORE)
 ]
-Dtype = Annotated[
-    DtypeName,
-    typer.Option("--dtype", help="Dtype the experts compute in and features are stored in.", rich_help_panel=EXPERTS),
-]
 Size = Annotated[
     SizeName,
     typer.Option(

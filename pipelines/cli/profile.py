@@ -7,16 +7,17 @@ import typer
 
 from pipelines.cli.options import (
     RUN,
-    Dtype,
     Experts,
     Gpu,
     Imports,
     Json,
+    OptionalDtype,
+    OptionalSize,
+    PoolOfModel,
     Quiet,
-    Size,
     Weights,
     by_expert,
-    chosen_experts,
+    expert_settings,
     import_modules,
     weights_location,
 )
@@ -27,10 +28,11 @@ def profile(
     output: Annotated[
         Path, typer.Option("--output", help="JSON file; entries of other experts and devices in it stay.")
     ],
+    model: PoolOfModel = None,
     experts: Experts = None,
     weights: Weights = None,
-    size: Size = "full",
-    dtype: Dtype = "float32",
+    size: OptionalSize = None,
+    dtype: OptionalDtype = None,
     imports: Imports = None,
     gpu: Gpu = 0.0,
     cpu: Annotated[
@@ -56,24 +58,24 @@ def profile(
         from pipelines.profile import profile as measure_experts
 
         import_modules(imports)
-        names = chosen_experts(experts)
-        weights_by_expert = by_expert("--weights", weights, names, weights_location)
+        chosen = expert_settings(model, experts, size, dtype)
+        weights_by_expert = by_expert("--weights", weights, chosen.names, weights_location)
         place = PoolSpec(expert="profile", cpu=cpu, gpu=gpu, accelerator=accelerator)
         with ray_session():
             measured = measure_experts(
-                names,
+                chosen.names,
                 output,
                 place=place,
                 weights=weights_by_expert,
-                size=size,
-                dtype=dtype,
+                size=chosen.size,
+                dtype=chosen.dtype,
                 seconds=seconds,
                 progress=not (quiet or as_json),
             )
 
     def show() -> None:
         table(
-            f"{measured[0].device}, {dtype}, size {size}; chosen: the smallest batch nearly as fast as any",
+            f"{measured[0].device}, {chosen.dtype}, size {chosen.size}; chosen: the smallest batch nearly as fast as any",
             ["expert", "batch", "images/s", "peak MiB", ""],
             [
                 [
