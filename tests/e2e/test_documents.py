@@ -83,7 +83,8 @@ def stranger(home: Path) -> dict[str, str]:
     """The environment of somebody who has installed the project and nothing else."""
     home.mkdir(exist_ok=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
-    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    one_thread = {"OMP_NUM_THREADS": "1"}  # for the machine's sake: two workers of two threads each wait for two cores
+    return {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "PYTHONPATH": str(ROOT), "TERM": "dumb"} | one_thread
 
 
 def prepare(folder: Path, demo: Path) -> None:
