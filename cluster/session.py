@@ -53,14 +53,14 @@ def ray_session(num_cpus: int | None = None, start: bool = True) -> Iterator[dic
         try:
             yield ray.cluster_resources()
         finally:
-            with _stderr_dropped():  # interrupted executions report that their cluster is gone
+            with stderr_dropped():  # interrupted executions report that their cluster is gone
                 ray.shutdown()
 
 
 def _connect(arguments: dict[str, Any]) -> None:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        with _stderr_dropped():
+        with stderr_dropped():
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **arguments)  # workers' errors raise exceptions
     except (ConnectionError, RuntimeError) as error:
         if arguments.get("address") == "local":  # this machine could not start a cluster
@@ -87,7 +87,7 @@ def _ray_data_logs_nothing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stderr_dropped() -> Iterator[None]:
+def stderr_dropped() -> Iterator[None]:
     """Drops what Ray's processes write to the terminal within it; what fails raises an exception."""
     sys.stderr.flush()
     with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "wb") as devnull:

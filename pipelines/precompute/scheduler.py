@@ -4,6 +4,7 @@ Each pool of an expert is one Ray Data execution, and one more each time the poo
 expert's queue in the run's status actor (`shard_queue.py`), so an execution needs to know nothing of the others.
 """
 
+import contextlib
 import enum
 import gc
 import threading
@@ -20,6 +21,7 @@ import ray
 
 from cluster.packing import FreeResources
 from cluster.pools import PlanError, PoolSpec
+from cluster.session import stderr_dropped
 from mova_core.features import StoreError
 from pipelines.errors import root_cause
 from pipelines.precompute.progress import ExpertLog, RunLog
@@ -458,12 +460,14 @@ class PrecomputeScheduler:
     def _stop(self) -> None:
         """Ends the executions of this run, and waits for their threads: Ray must not be closed while they use it."""
         executions = list(self._executions())
-        for execution in executions:
-            self.run.abort.remote(execution.name)
-        deadline = time.monotonic() + STOP
-        for execution in executions:
-            if execution.thread is not None:
-                execution.thread.join(max(0.0, deadline - time.monotonic()))
+        # None where the run is complete. Else Ray prints for each actor that is killed that its task failed.
+        with stderr_dropped() if executions else contextlib.nullcontext():
+            for execution in executions:
+                self.run.abort.remote(execution.name)
+            deadline = time.monotonic() + STOP
+            for execution in executions:
+                if execution.thread is not None:
+                    execution.thread.join(max(0.0, deadline - time.monotonic()))
         for expert in self.experts.values():
             expert.log.actors = expert.log.pending = 0
 
