@@ -193,14 +193,20 @@ class ExpertServer:
                 rows = partition.write(shard["shard"], computed)
                 done["stored"], done["bytes"] = len(computed), sum(row["length"] for row in rows)
                 done["failed"] = [
-                    {"image": image.path, "key": image.key, "reason": str(error)} for image, error in failed
+                    {"image": image.path, "key": image.key, "reason": self._reason(image, error)}
+                    for image, error in failed
                 ]
                 self._stored += len(computed)
                 self.store.quarantine(
                     [
-                        {"image": image.path, "sha256": image.key, "reason": str(error), "expert": self.name}
+                        {
+                            "image": image.path,
+                            # Without a key the next run tries again: an image that cannot be read may come back.
+                            "sha256": None if isinstance(error, ImageUnavailable) else image.key,
+                            "reason": self._reason(image, error),
+                            "expert": self.name,
+                        }
                         for image, error in failed
-                        if not isinstance(error, ImageUnavailable)  # an unreachable image may be back at the next run
                     ]
                 )
                 self._report_load(every=0.0)
@@ -220,6 +226,10 @@ class ExpertServer:
                 computed[request.image.key] = result
             self._report_load()
         return computed, failed
+
+    def _reason(self, image: ImageRef, error: ImageError) -> str:
+        """An error without the names of the image and the expert, which stand beside it."""
+        return str(error).removeprefix(f"{image.path}: ").removeprefix(f"{self.name}: ")
 
     def load(self) -> dict[str, Any]:
         """What the server did since its start.

@@ -185,12 +185,15 @@ def split_usable(
 
     A picture is quarantined while its file holds the bytes that could not be processed: a replaced file is usable again.
     """
-    quarantined = {absolute(row["image"]): row["sha256"] for row in quarantine if row["image"]}
+    quarantined: dict[str, set[str | None]] = {}  # path -> keys; None: it could not be read
+    for row in quarantine:
+        if row["image"]:
+            quarantined.setdefault(absolute(row["image"]), set()).add(row["sha256"])
 
     def is_quarantined(image: ImageRef) -> bool:
         path = absolute(image.path or "")
         try:
-            return path in quarantined and image.key == quarantined[path]
+            return path in quarantined and image.key in quarantined[path]
         except ImageError:  # a quarantined picture that is unreadable now
             return True
 

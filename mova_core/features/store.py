@@ -387,30 +387,48 @@ class FeatureStore:
 
         `release` has them tried again.
         """
-        rows: list[dict[str, Any]] = []
+        contents = self._quarantine_files()
+        return sorted((row for rows in contents.values() for row in rows), key=lambda row: row["time"])
+
+    def _quarantine_files(self) -> dict[str, list[dict[str, Any]]]:
+        """File -> its rows."""
         contents: dict[str, bytes] = {}
         with reading(self.location):
             for name in self.storage.list_files("quarantine", ".parquet"):
                 with suppress(FileNotFoundError):  # released since the listing
                     contents[name] = self.storage.read(f"quarantine/{name}")
+        rows: dict[str, list[dict[str, Any]]] = {}
         for name, content in contents.items():
             try:
                 file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
-                rows += file.read().to_pylist()
+                rows[name] = file.read().to_pylist()
             except (OSError, pa.ArrowException):  # of pyarrow, about these bytes
                 raise StoreError(
                     f"{self.location}/quarantine/{name} is damaged: `mova store verify` deletes it, "
                     f"and its images will be tried again"
                 ) from None
-        return sorted(rows, key=lambda row: row["time"])
-
-    def release(self) -> int:
-        """Empties the quarantine, so that its images are tried again. Returns how many rows that were."""
-        rows = len(self.quarantined())
-        with writing(self.location):
-            for name in self.storage.list_files("quarantine", ".parquet"):
-                self.storage.delete(f"quarantine/{name}")
         return rows
+
+    def release(self, chosen: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> int:
+        """Takes rows out of the quarantine, so that their images are tried again. Returns how many rows that were.
+
+        Args:
+            chosen: whether a row, as `quarantined` returns it, leaves; default all.
+        """
+        released = 0
+        for name, rows in self._quarantine_files().items():
+            staying = [row for row in rows if not chosen(row)]
+            if len(staying) == len(rows):
+                continue
+            with writing(self.location):
+                if (
+                    staying
+                ):  # before the deletion: a process that dies between the two leaves rows twice, and loses none
+                    content = parquet(pa.Table.from_pylist(staying, schema=_QUARANTINE))
+                    self.storage.put_if_absent(f"quarantine/{named_by(content)}.parquet", content)
+                self.storage.delete(f"quarantine/{name}")
+            released += len(rows) - len(staying)
+        return released
 
     def gc(self, grace_seconds: float = 3600.0, dry_run: bool = False) -> dict[str, int]:
         """Removes shards no receipt names, temporary files and superseded indexes, all older than `grace_seconds`.

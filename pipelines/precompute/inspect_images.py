@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -48,16 +49,17 @@ class Inspection:
 def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> Inspection:
     """Hashes and decodes every image that is new or has changed since an earlier run. Needs an open Ray session.
 
-    What is no picture goes to the store's quarantine with its reason, once; files that cannot be had do not: they may come
-    back. To have what is there looked at again, call `store.release`.
+    What is no picture goes to the store's quarantine with its reason, once. A picture that cannot be read goes there without
+    a key, so that the other stages know about it; it is tried again by each run, and leaves the quarantine when it can be
+    read. To have the others looked at again, call `store.release`.
 
     Args:
         images: as `find_images` gives them.
     """
     import ray
 
-    quarantined = {(row["image"], row["reason"]) for row in store.quarantined()}
-    seen, covered = _seen_before(images["image"], store, quarantined)
+    quarantine = store.quarantined()
+    seen, covered = _seen_before(images["image"], store, {(row["image"], row["reason"]) for row in quarantine})
     rows = pa.table({"row": np.arange(len(images)), "image": images["image"], **seen})
     size = max(1, min(ROWS, len(rows) // int(4 * ray.cluster_resources().get("CPU", 1))))
     blocks = [rows.slice(start, size) for start in range(0, len(rows), size)]
@@ -84,13 +86,11 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
         {"path": path, "reason": errors[row][1], "row": row}
         for row, path in zip(bad.tolist(), images["image"].take(pa.array(bad)).to_pylist(), strict=True)
     ]
-    store.quarantine(
-        [
-            {"image": one["path"], "sha256": keys[one["row"]].tobytes().hex(), "reason": one["reason"], "expert": None}
-            for one in refused
-            if errors[one["row"]][0] and (one["path"], one["reason"]) not in quarantined
-        ]
-    )
+    unreadable = {one["path"]: one["reason"] for one in refused if not errors[one["row"]][0]}
+    broken = [
+        (one["path"], keys[one["row"]].tobytes().hex(), one["reason"]) for one in refused if errors[one["row"]][0]
+    ]
+    update_quarantine(store, quarantine, images["image"], unreadable, broken)
     if read:
         versions = pa.concat_tables(told)
         versions = versions["version"].take(pa.array(np.argsort(versions["row"].to_numpy())))
@@ -101,6 +101,31 @@ def inspect(images: pa.Table, store: "FeatureStore", progress: bool = True) -> I
     return Inspection(
         readable=_each_once(images, keys), refused=[{"path": one["path"], "reason": one["reason"]} for one in refused]
     )
+
+
+def update_quarantine(
+    store: "FeatureStore",
+    before: Sequence[Mapping[str, Any]],
+    images: pa.ChunkedArray,
+    unreadable: Mapping[str, str],
+    broken: Sequence[tuple[str, str, str]],
+) -> None:
+    """Adds the pictures refused now, and takes out those that could not be read before and can be now.
+
+    Args:
+        before: rows of the quarantine.
+        images: locators of all pictures of this run.
+        unreadable: locator -> reason.
+        broken: (locator, key in hex, reason).
+    """
+    present = {(row["image"], row["reason"]) for row in before}
+    unread_before = {row["image"] for row in before if row["sha256"] is None}
+    new = [path for path in unreadable if path not in unread_before]
+    rows: list[tuple[str, str | None, str]] = [(path, None, unreadable[path]) for path in new]
+    rows += [(path, key, reason) for path, key, reason in broken if (path, reason) not in present]
+    store.quarantine([{"image": path, "sha256": key, "reason": reason, "expert": None} for path, key, reason in rows])
+    if unread_before and (readable := unread_before.intersection(images.to_pylist()) - unreadable.keys()):
+        store.release(lambda row: row["sha256"] is None and row["image"] in readable)
 
 
 def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
