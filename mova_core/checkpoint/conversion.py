@@ -50,6 +50,7 @@ def convert(
     chat_format: str | None = None,
     shard_gb: float = 4.0,
     dry_run: bool = False,
+    overwrite: bool = False,
     progress: Callable[[int], Any] = lambda _: None,
     begin: Callable[[int], Any] = lambda _: None,
 ) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def convert(
         chat_format: one of `CHAT_FORMATS`; default detected by the tokenizer's special tokens.
         shard_gb: largest weights file, GB.
         dry_run: check everything, write nothing.
+        overwrite: replace `target` if it is a folder that holds something, once the new folder is complete.
         progress, begin: called with the bytes of every piece written, and before the first with their sum.
 
     Returns:
@@ -78,7 +80,7 @@ def convert(
 
     Raises:
         WeightsError: missing, unexpected or misshapen tensors (all are named), a missing shard, no config or tokenizer.
-        FileExistsError: `target` is there already.
+        FileExistsError: `target` is a file, or holds something and `overwrite` is not set.
         OSError: the disk is too small.
     """
     source, target = Path(source), Path(target)
@@ -120,7 +122,7 @@ def convert(
             (folder / "experts" / name / "config.json").write_text(json.dumps(about, indent=2))
         copy_files(source, folder / PUBLISHED)
 
-    return write_folder(source, target, stored, files, notes, finish, dry_run, progress, begin)
+    return write_folder(source, target, stored, files, notes, finish, dry_run, overwrite, progress, begin)
 
 
 def convert_back(
@@ -129,6 +131,7 @@ def convert_back(
     *,
     shard_gb: float = 4.0,
     dry_run: bool = False,
+    overwrite: bool = False,
     progress: Callable[[int], Any] = lambda _: None,
     begin: Callable[[int], Any] = lambda _: None,
 ) -> dict[str, Any]:
@@ -178,7 +181,7 @@ def convert_back(
         copy_files(source / PUBLISHED, folder)
 
     files = split_into_files(stored, shard_gb)
-    report = write_folder(source, target, stored, files, notes, finish, dry_run, progress, begin)
+    report = write_folder(source, target, stored, files, notes, finish, dry_run, overwrite, progress, begin)
     return report | {"left_out": [ROUTING_LORA] if (source / ROUTING_LORA).is_dir() else []}
 
 

@@ -47,6 +47,7 @@ def write_folder(
     notes: Mapping[str, str],
     finish: Callable[[Path], None],
     dry_run: bool,
+    overwrite: bool,
     progress: Callable[[int], Any],
     begin: Callable[[int], Any],
 ) -> dict[str, Any]:
@@ -62,12 +63,12 @@ def write_folder(
         The report.
 
     Raises:
-        FileExistsError: `target` is there already and not an empty folder.
+        FileExistsError: `target` is a file, or a folder that is not empty and not to be overwritten.
         OSError: the disk is too small.
     """
     report = _report(source, target, stored, files, notes)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already: name a folder that is not, or empty it")
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
+        raise FileExistsError(f"{target} is there already: name a folder that is missing or empty")
     if dry_run:
         return report
     parent = next(folder for folder in target.absolute().parents if folder.is_dir())

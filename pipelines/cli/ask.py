@@ -23,11 +23,10 @@ from pipelines.cli.options import (
     import_modules,
     name_value,
     names_list,
-    path_or_url,
-    read_model_config,
     weights_location,
 )
 from pipelines.cli.output import print_result, results_only
+from pipelines.cli.paths import input_file, path_or_url, read_model_config
 
 
 def ask(
@@ -87,9 +86,9 @@ def ask(
         Path | None,
         typer.Option(
             "--profile",
+            metavar="FILE",
             help="File of `mova profile` of this CPU; makes --budget milliseconds.",
-            exists=True,
-            dir_okay=False,
+            parser=input_file,
             rich_help_panel=ROUTING,
         ),
     ] = None,

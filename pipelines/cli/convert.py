@@ -7,11 +7,15 @@ import typer
 
 from pipelines.cli.options import Json, Quiet
 from pipelines.cli.output import print_result, results_only, table
+from pipelines.cli.paths import Overwrite, check_output_folder, hub_id_or_folder, input_folder, output_path
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder to read.", exists=True, file_okay=False)],
-    target: Annotated[Path, typer.Argument(help="Folder to write; it must be missing or empty.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder to read.", parser=input_folder)],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="TARGET", help="Folder to write.", parser=output_path),
+    ],
     to_published: Annotated[
         bool,
         typer.Option(
@@ -33,6 +37,7 @@ def convert(
             "--text-encoder",
             metavar="FOLDER_OR_HUB_ID",
             help="Tokenizer of the adapter's text encoder (default: the one that config.json names).",
+            parser=hub_id_or_folder,
         ),
     ] = None,
     chat_format: Annotated[
@@ -41,6 +46,7 @@ def convert(
     ] = None,
     shard_gb: Annotated[float, typer.Option(help="Largest weights file, GB.", min=0.001)] = 4.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every name and shape, write nothing.")] = False,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -60,11 +66,13 @@ def convert(
             kept_experts = checkpoint.chosen_experts(experts)
         except ValueError as error:
             raise typer.BadParameter(f"--experts: {error}") from None
+        check_output_folder("TARGET", target, overwrite, (source,))
         with progress_bar(None, "convert", "B", not (quiet or as_json)) as bar:
             bar.unit_scale = True
             common: dict[str, Any] = {
                 "shard_gb": shard_gb,
                 "dry_run": dry_run,
+                "overwrite": overwrite,
                 "progress": bar.update,
                 "begin": bar.reset,
             }

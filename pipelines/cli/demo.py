@@ -8,12 +8,17 @@ import typer
 from pipelines.cli.evaluate import show_kinds
 from pipelines.cli.options import Json, Quiet
 from pipelines.cli.output import log_line, print_result, results_only
+from pipelines.cli.paths import output_path
 
 
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Option(help="Folder for data, store, models and report (default: mova/demo in the user's cache folder)."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder for data, store, models and report (default: mova/demo in the user's cache folder).",
+            parser=output_path,
+        ),
     ] = None,
     images: Annotated[int, typer.Option(help="Pictures to draw.", min=60)] = 480,
     seed: Annotated[int, typer.Option(help="Of the data, the sample order and every random choice.")] = 0,

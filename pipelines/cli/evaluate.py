@@ -18,9 +18,9 @@ from pipelines.cli.options import (
     ModelPath,
     Quiet,
     StorePath,
-    path_or_url,
 )
 from pipelines.cli.output import percent, print_result, results_only, table
+from pipelines.cli.paths import Overwrite, check_output_file, output_path, path_or_url
 
 
 def evaluate(
@@ -44,8 +44,15 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Questions per batch.", min=1, rich_help_panel=RUN)] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1, rich_help_panel=RUN)] = 16,
     answers: Annotated[
-        Path | None, typer.Option(help="JSON file that every single answer is written to.", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON file that every single answer is written to.",
+            parser=output_path,
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -53,6 +60,7 @@ def evaluate(
 
     The kind of a picture is the record's field `kind`.
     """
+    check_output_file("--answers", answers, overwrite)
     with results_only(quiet or as_json):
         from pipelines.data_args import DataArgs
         from pipelines.evaluate.data import check_data
@@ -80,7 +88,9 @@ def evaluate(
                 read=read,
             )
         if answers is not None:
-            answers.write_text(json.dumps(result["answers"], indent=1))
+            from mova_core.io.atomic import write_atomic
+
+            write_atomic(answers, json.dumps(result["answers"], indent=1))
 
     def show() -> None:
         show_kinds(result["kinds"])

@@ -7,17 +7,26 @@ import typer
 
 from pipelines.cli.options import Imports, Json, Quiet, Size, import_modules, names_list
 from pipelines.cli.output import number, print_result, results_only
+from pipelines.cli.paths import Overwrite, check_output_folder, hub_id_or_folder, output_path
 
 TEXT_ENCODER = "google-bert/bert-large-uncased"  # of the published adapter; mova_core.start_model names it too
 
 
 def init(
     llm: Annotated[
-        str, typer.Option("--llm", metavar="FOLDER_OR_HUB_ID", help="Causal LM of transformers, with its tokenizer.")
+        str,
+        typer.Option(
+            "--llm",
+            metavar="FOLDER_OR_HUB_ID",
+            help="Causal LM of transformers, with its tokenizer.",
+            parser=hub_id_or_folder,
+        ),
     ],
     output: Annotated[
         Path,
-        typer.Option("--output", help="Folder for the start model; it must be missing or empty.", resolve_path=True),
+        typer.Option(
+            "--output", metavar="FOLDER", help="Folder that the start model is written to.", parser=output_path
+        ),
     ],
     text_encoder: Annotated[
         str,
@@ -25,6 +34,7 @@ def init(
             "--text-encoder",
             metavar="FOLDER_OR_HUB_ID",
             help="BERT model, with its tokenizer, that reads the question for the adapter's gate.",
+            parser=hub_id_or_folder,
         ),
     ] = TEXT_ENCODER,
     size: Size = "full",
@@ -34,6 +44,7 @@ def init(
             "--base-weights",
             metavar="PATH_OR_HUB_ID",
             help="Weights of the base encoder (default: CLIP ViT-L/14-336 at size full, fixed random ones at size mini).",
+            parser=hub_id_or_folder,
         ),
     ] = None,
     experts: Annotated[
@@ -47,6 +58,7 @@ def init(
         str | None,
         typer.Option(help="Published conversation format, instead of the chat template of the LLM's tokenizer."),
     ] = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -55,10 +67,10 @@ def init(
     The LLM's tokenizer gets an <image> token, and a pad token and a chat template if it has none.
     """
     with results_only(quiet or as_json):
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise typer.BadParameter(f"--output {output}: choose a folder that is missing or empty")
+        check_output_folder("--output", output, overwrite, (llm, text_encoder, base_weights))
         from mova_core.chat_formats import CHAT_FORMATS
         from mova_core.experts import EXPERTS
+        from mova_core.io.atomic import atomic_path
         from mova_core.start_model import build_start_model
 
         import_modules(imports)
@@ -72,8 +84,10 @@ def init(
             base_weights=base_weights,
             chat_format=chat_format,
         )
-        model.save_pretrained(output)
-        processor.save_pretrained(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(output) as draft:
+            model.save_pretrained(draft)
+            processor.save_pretrained(draft)
     result: dict[str, Any] = {
         "output": str(output),
         "size": size,

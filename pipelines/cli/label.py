@@ -17,6 +17,7 @@ from pipelines.cli.options import (
     StorePath,
 )
 from pipelines.cli.output import print_result, results_only, table
+from pipelines.cli.paths import Overwrite, check_output_file, output_path
 
 
 def label(
@@ -24,17 +25,22 @@ def label(
     data: DataPath,
     store: StorePath,
     output: Annotated[
-        Path, typer.Option("--output", help="JSON file with the records and their routing.", resolve_path=True)
+        Path,
+        typer.Option(
+            "--output", metavar="FILE", help="JSON file with the records and their routing.", parser=output_path
+        ),
     ],
     images: ImagesPath = None,
     bad_rows: BadRows = "raise",
     actors: Annotated[int, typer.Option(help="Actors that measure losses.", min=1, rich_help_panel=RUN)] = 1,
     gpu: Gpu = 0.0,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1, rich_help_panel=RUN)] = 32,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Label each sample with the experts that help: those that lower the LM loss below the loss without, at most 3."""
+    check_output_file("--output", output, overwrite)
     with results_only(quiet or as_json):
         from pipelines.data_args import DataArgs
         from pipelines.read_data import check_label_data

@@ -1,19 +1,19 @@
 """Option types that several commands share, and the parsers of their values.
 
-Two parsers serve every command: `path_or_url` for whatever may be a local path or a URL, and `name_value` for NAME=VALUE pairs.
-A pair's name is validated by `by_expert`, after `--import` has registered the user's own experts.
+`name_value` parses every NAME=VALUE pair, and `pipelines.cli.paths` every path. A pair's name is validated by `by_expert`, after `--import` has registered the user's own experts.
 """
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeVar, get_args
 
 import typer
+
+from pipelines.cli.paths import hub_id_or_folder, model_folder, path_or_url, read_model_config
 
 T = TypeVar("T")
 
@@ -29,16 +29,6 @@ RUN = "Actors, devices and run"
 TRAINING = "Training"
 ROUTING = "Choice of experts"
 OUTPUT = "Output"
-
-
-def path_or_url(text: str) -> str:
-    """A local path made absolute, so that every process of a cluster reads the same file; a URL unchanged.
-
-    `pathlib` must never see the value: it turns `s3://bucket/x` into `s3:/bucket/x`.
-    """
-    from mova_core.io.uris import absolute
-
-    return absolute(text)
 
 
 @dataclass(frozen=True)
@@ -112,8 +102,11 @@ def codec_name(text: str) -> str:
 
 
 def weights_location(text: str) -> str:
-    """A local path made absolute; a hub id or URL unchanged."""
-    return os.path.abspath(text) if os.path.exists(text) else text
+    """A local path made absolute, or a hub id."""
+    try:
+        return hub_id_or_folder(text)
+    except typer.BadParameter as error:
+        raise ValueError(error.message) from None
 
 
 def import_modules(modules: Sequence[str] | None) -> None:
@@ -193,7 +186,7 @@ ImagesPath = Annotated[
     ),
 ]
 ModelPath = Annotated[
-    Path, typer.Option("--model", help="Folder of a MoVA model.", exists=True, file_okay=False, resolve_path=True)
+    Path, typer.Option("--model", metavar="FOLDER", help="Folder of a MoVA model.", parser=model_folder)
 ]
 Experts = Annotated[
     str | None,
@@ -247,10 +240,9 @@ PoolOfModel = Annotated[
     Path | None,
     typer.Option(
         "--model",
+        metavar="FOLDER",
         help="Folder of a MoVA model, which then decides --experts, --size and --dtype where these are not given.",
-        exists=True,
-        file_okay=False,
-        resolve_path=True,
+        parser=model_folder,
         rich_help_panel=EXPERTS,
     ),
 ]
@@ -310,18 +302,3 @@ def expert_settings(
         dtype=dtype,
         stored={name: stored for name, stored in trained.items() if stored != dtype},
     )
-
-
-def read_model_config(model: Path) -> dict[str, Any]:
-    """config.json of a MoVA model, read without transformers.
-
-    Raises:
-        typer.BadParameter: no readable config.json of a MoVA model in the folder.
-    """
-    try:
-        config = json.loads((model / "config.json").read_text())
-    except (OSError, ValueError):
-        config = {}
-    if config.get("model_type") != "mova":
-        raise typer.BadParameter(f"--model {model}: no MoVA model (its config.json is missing or of another model)")
-    return config

@@ -25,6 +25,7 @@ from pipelines.cli.options import (
     positive_count,
 )
 from pipelines.cli.output import print_result, results_only, table
+from pipelines.cli.paths import Overwrite, check_output_file, input_file, output_path
 
 SIMULATION = "Simulation"
 
@@ -34,18 +35,18 @@ def plan(
         Path,
         typer.Option(
             "--profile",
-            help="File of `mova profile`, with every kind of device; or written by hand (docs/placement.md).",
-            exists=True,
-            dir_okay=False,
+            metavar="FILE",
+            help="File of `mova profile`, with every kind of device; or written by hand (docs/json.md).",
+            parser=input_file,
         ),
     ],
     cluster: Annotated[
         Path | None,
         typer.Option(
             "--cluster",
+            metavar="FILE",
             help="YAML file of machines that need not exist (docs/placement.md); default: the running cluster's.",
-            exists=True,
-            dir_okay=False,
+            parser=input_file,
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -93,13 +94,22 @@ def plan(
         typer.Option(help="Write rate of the store in all, MiB/s.", min=0.1, rich_help_panel=SIMULATION),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="YAML file that the pools go to.", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="YAML file that the pools go to.",
+            parser=output_path,
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Choose device types, GPU shares, batches and pool sizes from profiles; predict images/s and the bottleneck."""
     silent = quiet or as_json
+    check_output_file("--output", output, overwrite)
     with results_only(silent):
         from dataclasses import asdict
 

@@ -1,5 +1,6 @@
 """`mova precompute`: run, status, resize."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,10 +29,10 @@ from pipelines.cli.options import (
     expert_settings,
     import_modules,
     name_value,
-    path_or_url,
     weights_location,
 )
 from pipelines.cli.output import number, percent, print_result, results_only, table
+from pipelines.cli.paths import Overwrite, check_output_file, input_file, output_path, path_or_url
 
 
 class _RunByDefault(Group):
@@ -130,10 +131,10 @@ def run(
     pools: Annotated[
         Path | None,
         typer.Option(
+            metavar="FILE",
             help="YAML list of pools, each with the keys expert, size, gpu, cpu, accelerator, batch, rate "
             "(`mova plan --output` writes one).",
-            exists=True,
-            dir_okay=False,
+            parser=input_file,
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -141,9 +142,9 @@ def run(
         Path | None,
         typer.Option(
             "--profile",
+            metavar="FILE",
             help="File of `mova profile`: batch sizes, and memory on CPUs.",
-            exists=True,
-            dir_okay=False,
+            parser=input_file,
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -168,14 +169,25 @@ def run(
         ),
     ] = False,
     summary: Annotated[
-        Path | None, typer.Option(help="JSON file that the summary goes to.", rich_help_panel=OUTPUT)
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON file that the summary goes to; the summary of an earlier run is replaced.",
+            parser=output_path,
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     picture: Annotated[
         Path | None,
         typer.Option(
-            help="PNG file for a plot of images/s and pool sizes over time, per expert.", rich_help_panel=OUTPUT
+            metavar="FILE",
+            help="PNG file for a plot of images/s and pool sizes over time, per expert; the plot of an earlier run is "
+            "replaced.",
+            parser=output_path,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -200,6 +212,9 @@ def run(
             "shard_mb": shard_mb,
             "retry_quarantined": retry_quarantined,
         }
+        if not dry_run:
+            check_output_file("--summary", summary, overwrite, _is_summary)
+            check_output_file("--picture", picture, overwrite, _is_picture)
         try:
             specs = [*(pool or ()), *(read_pools(pools) if pools else ())]
             plan_pools(chosen.names, specs)  # refuse a malformed pool before anything starts
@@ -228,6 +243,28 @@ def run(
         print_result({"experts": counts, "skipped": skipped}, as_json, lambda: _show_preview(counts, len(found)))
     else:
         print_result(done.to_dict() | {"skipped": skipped}, as_json, lambda: _show_summary(done))
+
+
+def _is_summary(file: Path) -> bool:
+    """Whether an earlier run wrote the file: a run that was stopped writes one too, and the same command resumes."""
+    try:
+        summary = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and {"job", "experts", "events"} <= summary.keys()
+
+
+def _is_picture(file: Path) -> bool:
+    """Whether an earlier run drew the file."""
+    from PIL import Image
+
+    from pipelines.precompute.plot import SOFTWARE
+
+    try:
+        with Image.open(file) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except OSError:
+        return False
 
 
 def _show_preview(counts: dict[str, dict[str, Any]], pictures: int) -> None:

@@ -22,11 +22,18 @@ from pipelines.cli.options import (
     weights_location,
 )
 from pipelines.cli.output import print_result, results_only, table
+from pipelines.cli.paths import check_output_file, output_path
 
 
 def profile(
     output: Annotated[
-        Path, typer.Option("--output", help="JSON file; entries of other experts and devices in it stay.")
+        Path,
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="JSON file; profiles of other experts, dtypes and devices in it stay.",
+            parser=output_path,
+        ),
     ],
     model: PoolOfModel = None,
     experts: Experts = None,
@@ -57,6 +64,7 @@ def profile(
         from cluster.session import ray_session
         from pipelines.profile import profile as measure_experts
 
+        check_output_file("--output", output, overwrite=True)  # profiles are added to those in the file
         import_modules(imports)
         chosen = expert_settings(model, experts, size, dtype)
         weights_by_expert = by_expert("--weights", weights, chosen.names, weights_location)

@@ -14,9 +14,9 @@ from pipelines.cli.options import (
     ShardMb,
     StoreArgument,
     names_list,
-    path_or_url,
 )
 from pipelines.cli.output import number, print_result, results_only, table
+from pipelines.cli.paths import input_file, path_or_url
 
 app = App(help="Inspect, verify, compare and copy feature stores.")
 
@@ -198,7 +198,9 @@ def export(
     ] = None,
     keys: Annotated[
         Path | None,
-        typer.Option(help="File of image keys (sha256, hex), one per line: only these.", exists=True, dir_okay=False),
+        typer.Option(
+            metavar="FILE", help="File of image keys (sha256, hex), one per line: only these.", parser=input_file
+        ),
     ] = None,
     data: Annotated[
         str | None,

@@ -22,9 +22,9 @@ from pipelines.cli.options import (
     StorePath,
     by_expert,
     name_value,
-    read_model_config,
 )
 from pipelines.cli.output import print_result, results_only, table
+from pipelines.cli.paths import Overwrite, check_output_folder, output_path, read_model_config
 from pipelines.train.config import STAGES, Stage, TrainConfig
 
 app = App(help="Train one stage on Ray Train workers that read the feature store.")
@@ -35,7 +35,10 @@ OPTIONS: dict[str, Any] = {
     "store": StorePath,
     "model": ModelPath,
     "output": Annotated[
-        Path, typer.Option("--output", help="Folder that the trained model is written to.", resolve_path=True)
+        Path,
+        typer.Option(
+            "--output", metavar="FOLDER", help="Folder that the trained model is written to.", parser=output_path
+        ),
     ],
     "images": ImagesPath,
     "bad_rows": BadRows,
@@ -98,8 +101,8 @@ def option_defaults(stage: Stage) -> dict[str, Any]:
 
 
 def _parameters(stage: Stage) -> list[inspect.Parameter]:
-    defaults = option_defaults(stage) | {"quiet": False, "as_json": False}
-    options = OPTIONS | STAGE_OPTIONS.get(stage, {}) | {"quiet": Quiet, "as_json": Json}
+    defaults = option_defaults(stage) | {"overwrite": False, "quiet": False, "as_json": False}
+    options = OPTIONS | STAGE_OPTIONS.get(stage, {}) | {"overwrite": Overwrite, "quiet": Quiet, "as_json": Json}
     return [
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=defaults.get(name, inspect.Parameter.empty)
@@ -109,9 +112,11 @@ def _parameters(stage: Stage) -> list[inspect.Parameter]:
 
 
 def _add_command(stage: Stage) -> None:
-    def command(quiet: bool, as_json: bool, **settings: Any) -> None:
+    def command(overwrite: bool, quiet: bool, as_json: bool, **settings: Any) -> None:
         with results_only(quiet or as_json):
             config = train_config(stage, settings)
+            inputs = (config.model, config.data, config.store, config.images)
+            check_output_folder("--output", settings["output"], overwrite, inputs)
 
             from pipelines.train.data import check_data
 

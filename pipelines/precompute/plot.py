@@ -4,9 +4,11 @@ from pathlib import Path
 
 from pipelines.precompute.progress import RunLog
 
+SOFTWARE = "mova precompute"  # in the metadata of a PNG: such a file may be replaced without --overwrite
+
 
 def draw_run(log: RunLog, path: str | Path) -> None:
-    """Draws images per second and actors over time, per expert, to a PNG (or what the suffix says)."""
+    """Draws images per second and actors over time, per expert, to a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -66,5 +68,5 @@ def draw_run(log: RunLog, path: str | Path) -> None:
     for axes in (rates, sizes):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": SOFTWARE})
     plt.close(figure)

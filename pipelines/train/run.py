@@ -22,6 +22,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
+from mova_core.io.atomic import atomic_path
 from pipelines.progress_actor import ProgressReporter, follow_progress
 from pipelines.train.checkpoint import OPTIMIZER, STATE, steps_of_last_checkpoint
 from pipelines.train.config import TrainConfig
@@ -32,7 +33,7 @@ from pipelines.train.loop import train_worker
 def train(config: TrainConfig, progress: bool = True, data: TrainingData | None = None) -> dict[str, Any]:
     """Runs one stage to its end, from the last checkpoint if an earlier run of the same config was cut off.
 
-    Needs an open Ray session.
+    Needs an open Ray session. A folder at `config.output` is replaced once the training has finished.
 
     Args:
         progress: show a progress bar.
@@ -73,10 +74,9 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
         )
         result = trainer.fit()
     assert result.checkpoint is not None  # every run reports its last step
-    if Path(config.output, "config.json").exists():
-        shutil.rmtree(config.output)  # nothing of an older model may stay, its LoRA least of all
-    with result.checkpoint.as_directory() as folder:
-        shutil.copytree(folder, config.output, dirs_exist_ok=True, ignore=shutil.ignore_patterns(OPTIMIZER, STATE))
+    # The folder is replaced as a whole: nothing of an older model may stay, its LoRA least of all.
+    with result.checkpoint.as_directory() as folder, atomic_path(config.output) as draft:
+        shutil.copytree(folder, draft, ignore=shutil.ignore_patterns(OPTIMIZER, STATE))
     shutil.rmtree(storage, ignore_errors=True)
     metrics = result.metrics or {}
     return {

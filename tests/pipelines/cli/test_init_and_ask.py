@@ -46,7 +46,9 @@ def test_init(built):
     start, told, _, arguments = built
     assert told["output"] == str(start) and told["size"] == "mini" and len(told["experts"]) == 7
     assert (told["image_tokens"], told["routing_tokens"]) == (36, 9)
-    assert "choose a folder that is missing or empty" in " ".join(mova("init", *arguments, code=2).output.split())
+    assert "choose a folder that is missing or empty, or replace this one with --overwrite" in " ".join(
+        mova("init", *arguments, code=2).output.split()
+    )
 
 
 def test_one_question_is_one_document(built):

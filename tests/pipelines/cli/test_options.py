@@ -13,7 +13,8 @@ from mova_core.data import DataError
 from mova_core.experts import EXPERTS
 from mova_core.features import FeatureStore
 from pipelines.cli.main import app
-from pipelines.cli.options import NameValue, by_expert, cost_number, expert_settings, name_value, path_or_url
+from pipelines.cli.options import NameValue, by_expert, cost_number, expert_settings, name_value
+from pipelines.cli.paths import path_or_url
 from pipelines.cli.train import OPTIONS, STAGE_OPTIONS, option_defaults, train_config
 from pipelines.train.config import STAGES, TrainConfig
 
@@ -114,7 +115,7 @@ def test_a_model_decides_experts_size_and_dtype_where_the_options_do_not(model):
 
 
 def test_a_folder_without_a_model_is_a_usage_error(tmp_path):
-    assert "no MoVA model" in usage_error("precompute", "x", "--store", "s", "--model", tmp_path)
+    assert "is no MoVA model" in usage_error("precompute", "x", "--store", "s", "--model", tmp_path)
 
 
 @pytest.mark.parametrize("command", ["train sft", "label", "evaluate"])
