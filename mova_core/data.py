@@ -1,6 +1,7 @@
-"""Samples: conversations about pictures, read from LLaVA's JSON format (docs/data_format.md).
+"""Samples: conversations about pictures, made of LLaVA's records (docs/data_format.md).
 
-Every error names the file and the line of the record. Imports no torch, so that a data file is checked before torch starts.
+Every error names the file, the number and the line of the record. Imports no torch, so that a data file is checked before
+torch starts.
 """
 
 import json
@@ -10,16 +11,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mova_core.images import ImageError, ImageRef
-from mova_core.io.atomic import write_atomic
-from mova_core.io.filesystem import read_file
 from mova_core.io.uris import absolute, joined, parent
+from mova_core.records import DataError, Position, read_records, write_records
+
+__all__ = [
+    "IMAGE_MARK",
+    "DataError",
+    "Sample",
+    "Turn",
+    "iterate_samples",
+    "read_records",
+    "read_samples",
+    "split_usable",
+    "usable_samples",
+    "write_records",
+]
 
 IMAGE_MARK = "<image>"
+Turn = tuple[str, str]  # role and text
+# Fields of other formats that hold what these records are about. A record that has one is refused: without it the
+# conversation would be learnt as words about nothing.
+_UNREAD = {
+    "images": "name it `image`",
+    "messages": "name it `conversations`, with `from` and `value`",
+    "video": "only pictures can be used",
+    "videos": "only pictures can be used",
+    "audio": "only pictures can be used",
+    "audios": "only pictures can be used",
+}
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
-class DataError(ValueError):
-    """A data file or one of its records is invalid; the message names the file, the line and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +47,22 @@ class Sample:
     """One conversation about any number of pictures.
 
     Attributes:
-        id: the record's `id`; default its file and line.
+        id: the record's `id`; default its place.
         images: the pictures, in the order of the record.
         turns: (role, text), oldest first, with role "user", "assistant" or "system", as `MoVAProcessor` takes them.
         routing: labelled experts, lowest loss first; empty where no expert helps, None where the record has no label.
         extra: the record's other fields, unchanged.
-        where: file and line of the record, for messages.
+        where: file, number and line of the record, for messages.
+        number: of the record in its file, counted from 1 over valid and invalid records; the record's key.
     """
 
     id: str
     images: tuple[ImageRef, ...]
-    turns: tuple[tuple[str, str], ...]
+    turns: tuple[Turn, ...]
     routing: tuple[str, ...] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = ""
+    number: int = 0
 
     @property
     def image(self) -> ImageRef | None:
@@ -64,6 +86,15 @@ class Sample:
         return next((text for role, text in reversed(self.turns) if role == "assistant"), "")
 
     @property
+    def exchanges(self) -> list[tuple[tuple[Turn, ...], str, str]]:
+        """(history, question, answer) of each user turn that an answer follows; the history is all turns before it."""
+        return [
+            (self.turns[:index], text, self.turns[index + 1][1])
+            for index, (role, text) in enumerate(self.turns[:-1])
+            if role == "user" and self.turns[index + 1][0] == "assistant" and self.turns[index + 1][1]
+        ]
+
+    @property
     def length(self) -> int:
         """Words plus pictures, negated for a conversation without pictures, as `mova_core.samplers` takes it.
 
@@ -82,19 +113,18 @@ def read_samples(
 ) -> list[Sample]:
     """Reads a LLaVA JSON array (.json) or one record per line (.jsonl); docs/data_format.md describes the records.
 
-    As in the published code, an assistant turn before the first question is dropped, and the mark of a single picture
-    moves to the front of its turn; the marks of several pictures stay in place.
+    As in the published code, an assistant turn before the first question is dropped (also after a system turn), and the
+    mark of a single picture moves to the front of its turn; the marks of several pictures stay in place.
 
     Args:
         path: the file, or its URL.
         images: folder or URL that the records' `image` is relative to; default the file's own folder.
-        on_error: "raise" ends at the first invalid record, "skip" leaves invalid records out. A JSON array with a syntax
-            error raises in both cases, because the start of its next record is unknown.
+        on_error: "raise" ends at the first invalid record, "skip" leaves invalid records out.
         skipped: receives the error of every record left out.
         pool: experts in the order of `routing_weights`; default the published seven.
 
     Raises:
-        DataError: the file is missing, holds no valid record, or a record is invalid; names file and line.
+        DataError: the file is missing, holds no valid record, or a record is invalid; names file, record and line.
     """
     errors: list[DataError] = [] if skipped is None else skipped
     samples = list(iterate_samples(path, images, errors.append if on_error == "skip" else None, pool))
@@ -112,61 +142,13 @@ def iterate_samples(
 ) -> Iterator[Sample]:
     """Yields what `read_samples` returns. `on_invalid` receives the errors of records left out; without it they are raised."""
     folder = images if images is not None else parent(path)
-    for line, record in read_records(path, on_invalid):
+    for position, record in read_records(path, on_invalid):
         try:
-            yield _sample(record, folder, f"{path}, line {line}", pool)
+            yield _sample(record, folder, position, pool)
         except DataError as error:
             if on_invalid is None:
                 raise
             on_invalid(error)
-
-
-def read_records(
-    path: str | Path, on_invalid: Callable[[DataError], object] | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line on which the record starts, record) of a LLaVA JSON array or a JSONL file.
-
-    Args:
-        on_invalid: receives the error of each record left out: no valid JSON (JSONL only), or no JSON object. Without
-            `on_invalid` the errors are raised.
-
-    Raises:
-        DataError: no such file, no UTF-8 text, or an array with a syntax error.
-    """
-    try:
-        text = read_file(path).decode()
-    except FileNotFoundError:
-        raise DataError(f"no data file {path}: check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    decoder, at, line, counted_to = json.JSONDecoder(), 0, 1, 0
-    array = text.lstrip()[:1] == "["
-    if array:
-        at = text.index("[") + 1
-    while True:
-        while at < len(text) and text[at] in " \t\r\n,":
-            at += 1
-        line, counted_to = line + text.count("\n", counted_to, at), at
-        if at >= len(text) or (array and text[at] == "]"):
-            if array and at >= len(text):
-                raise DataError(f"{path}, line {line}: the array is never closed; the file looks cut off")
-            return
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as cause:
-            where = f"{path}, line {cause.lineno}: broken JSON in the record that starts on line {line}"
-            invalid = DataError(f"{where} ({cause.msg})")
-            if on_invalid is None or array:
-                raise invalid from None
-            at = text.find("\n", at) % (len(text) + 1)  # the next line; the end of the text where find returns -1
-        else:
-            if isinstance(record, dict):
-                yield line, record
-                continue
-            invalid = DataError(f"{path}, line {line}: a record must be a JSON object, this is {type(record).__name__}")
-        if on_invalid is None:
-            raise invalid
-        on_invalid(invalid)
 
 
 def usable_samples(samples: Iterable[Sample], quarantine: Iterable[Mapping[str, Any]]) -> list[Sample]:
@@ -209,20 +191,15 @@ def split_usable(
     return usable, left_out
 
 
-def write_records(path: str | Path, records: list[dict[str, Any]]) -> None:
-    """Writes a LLaVA JSON array, one record per line; a reader sees the whole former file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    body = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    write_atomic(path, f"[\n{body}\n]\n")
-
-
-def _sample(record: dict[str, Any], folder: str | Path, where: str, pool: Sequence[str] | None) -> Sample:
-    record = dict(record)
+def _sample(record: dict[str, Any], folder: str | Path, position: Position, pool: Sequence[str] | None) -> Sample:
+    record, where = dict(record), str(position)
+    for name, advice in _UNREAD.items():
+        if record.get(name):
+            raise DataError(f"{where}: `{name}` is not read: {advice}")
     conversation = record.pop("conversations", None)
     if not isinstance(conversation, list) or not conversation:
         raise DataError(f"{where}: a record needs `conversations`, a list of {{from, value}} turns")
-    turns: list[tuple[str, str]] = []
+    turns: list[Turn] = []
     for turn in conversation:
         role = _ROLES.get(str(turn.get("from", ""))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
@@ -230,26 +207,37 @@ def _sample(record: dict[str, Any], folder: str | Path, where: str, pool: Sequen
                 f"{where}: a turn needs `from` (human or gpt) and a text `value`, got {json.dumps(turn)[:120]}"
             )
         turns.append((role, turn["value"].strip()))
-    while turns and turns[0][0] == "assistant":  # no question precedes it, so the published code drops it too
-        turns.pop(0)
-    if not any(role == "user" for role, _ in turns):
+    first_question = next((index for index, (role, _) in enumerate(turns) if role == "user"), None)
+    if first_question is None:
         raise DataError(f"{where}: a record needs a turn `from` human that asks something")
-    pictures = record.pop("image", None)
-    pictures = [] if pictures is None else pictures if isinstance(pictures, list) else [pictures]
-    if not all(isinstance(picture, str) for picture in pictures):
-        types = ", ".join(sorted({type(picture).__name__ for picture in pictures}))
-        raise DataError(f"{where}: `image` must be one path or a list of paths, got {types}")
+    # An answer that no question precedes is dropped by the published code, too; a system turn stays.
+    turns = [turn for index, turn in enumerate(turns) if index >= first_question or turn[0] == "system"]
+    pictures = _pictures(record.pop("image", None), where)
+    name = record.pop("id", None)
     return Sample(
-        id=str(record.pop("id", where)),
+        id=where if name is None else str(name),
         images=tuple(ImageRef(path=joined(folder, picture)) for picture in pictures),
         turns=_with_marks(turns, len(pictures), where),
         routing=_routing(record, pool, where),
         extra=record,
         where=where,
+        number=position.number,
     )
 
 
-def _with_marks(turns: list[tuple[str, str]], pictures: int, where: str) -> tuple[tuple[str, str], ...]:
+def _pictures(image: Any, where: str) -> list[str]:
+    """The paths that a record's `image` names."""
+    pictures = [] if image is None else image if isinstance(image, list) else [image]
+    if not all(isinstance(picture, str) for picture in pictures):
+        types = ", ".join(sorted({type(picture).__name__ for picture in pictures}))
+        raise DataError(f"{where}: `image` must be one path or a list of paths, got {types}")
+    for picture in pictures:
+        if not picture.strip() or "\0" in picture:
+            raise DataError(f"{where}: `image` {picture[:80]!r} is no path: it is empty or has a NUL character")
+    return pictures
+
+
+def _with_marks(turns: list[Turn], pictures: int, where: str) -> tuple[Turn, ...]:
     """Turns with one mark per picture, or without marks where every picture precedes the first question.
 
     `MoVAProcessor` puts pictures without marks in front of the first question, so the mark of a single picture is only
@@ -273,6 +261,8 @@ def _routing(record: dict[str, Any], pool: Sequence[str] | None, where: str) -> 
     routing, weights = record.pop("routing", None), record.pop("routing_weights", None)
     if routing is not None and not (isinstance(routing, list) and all(isinstance(name, str) for name in routing)):
         raise DataError(f"{where}: `routing` must be a list of expert names")
+    if routing is not None and len(set(routing)) < len(routing):
+        raise DataError(f"{where}: `routing` names an expert twice: {', '.join(routing)[:80]}")
     if weights is None:
         return None if routing is None else tuple(routing)
     if pool is None:

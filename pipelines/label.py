@@ -5,6 +5,7 @@ model per expert; here one model, trained with random sets of experts, is evalua
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,7 +124,7 @@ def label(
     read = read or check_label_data(args, output)
     read.report()
     pool, usable = read.pool, read.samples
-    rows = [{"id": sample.where, "image": _path(sample), "turns": json.dumps(sample.turns)} for sample in usable]
+    rows = [{"id": sample.number, "image": _path(sample), "turns": json.dumps(sample.turns)} for sample in usable]
     measured = map_with_actors(
         ExpertLoss,
         rows,
@@ -137,24 +138,30 @@ def label(
         gpus=gpu,
     )
     losses = {row.pop("id"): row for row in measured}
-    valid = {sample.where for samples in (usable, *read.left_out.values()) for sample in samples}
-    records: list[dict[str, Any]] = []
     counts = dict.fromkeys(pool, 0)
-    for line, record in read_records(args.data, on_invalid=lambda _: None):  # reported above
-        if (where := f"{args.data}, line {line}") not in valid:
-            continue
-        if (by_expert := losses.get(where)) is not None:
-            chosen = label_experts(by_expert[WITHOUT], {name: by_expert[name] for name in pool}, max_experts)
-            record |= {"routing": chosen, "routing_losses": {name: round(loss, 5) for name, loss in by_expert.items()}}
-            for name in chosen:
-                counts[name] += 1
-        records.append(record)
-    write_records(local_path(output) or output, records)
+
+    def labelled() -> Iterator[dict[str, Any]]:
+        """Every valid record, with its label if it has one; the file is read again, so that no record stays in memory."""
+        valid = {sample.number for samples in (usable, *read.left_out.values()) for sample in samples}
+        for position, record in read_records(args.data, on_invalid=lambda _: None):  # reported above
+            if position.number not in valid:
+                continue
+            if (by_expert := losses.get(position.number)) is not None:
+                chosen = label_experts(by_expert[WITHOUT], {name: by_expert[name] for name in pool}, max_experts)
+                record |= {
+                    "routing": chosen,
+                    "routing_losses": {name: round(loss, 5) for name, loss in by_expert.items()},
+                }
+                for name in chosen:
+                    counts[name] += 1
+            yield record
+
+    written = write_records(local_path(output) or output, labelled())
     return LabelSummary(
-        samples=len(usable),
-        unlabelled=len(records) - len(usable),
+        samples=len(losses),
+        unlabelled=written - len(losses),
         experts=counts,
-        per_sample=sum(counts.values()) / max(1, len(usable)),
+        per_sample=sum(counts.values()) / max(1, len(losses)),
         output=output,
         skipped=read.skipped,
         left_out=read.counts(),

@@ -4,16 +4,20 @@ The only module that decides which errors are worth another attempt: reading of 
 store on an object store all use `with_retries`.
 """
 
+import contextlib
 import errno
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 import tenacity
 from fsspec.core import url_to_fs
 
-from mova_core.io.uris import is_url, scheme
+from mova_core.io.uris import is_url, local_path, scheme
 
 ATTEMPTS = 5
 # Waits of about 0.2, 0.6, 1.8 and 5.4 s: together longer than a server takes to restart. The random part keeps the actors
@@ -100,6 +104,45 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
             return file.read()
     filesystem, inner_path = open_filesystem(os.fspath(path))
     return with_retries(lambda: filesystem.cat_file(inner_path))
+
+
+@contextlib.contextmanager
+def open_seekable(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A local file, or a remote file's copy in a temporary file: read piece by piece, it takes no memory for its size.
+
+    Raises:
+        OSError: the file cannot be read, or is a pipe or a device, which cannot be read twice; FileNotFoundError: no such file.
+    """
+    if (local := local_path(path)) is not None:
+        with open(local, "rb", opener=_open_regular) as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as copy:
+
+        def download() -> None:
+            copy.seek(0)
+            copy.truncate()
+            filesystem, inner_path = open_filesystem(os.fspath(path))
+            with filesystem.open(inner_path, "rb") as remote:
+                shutil.copyfileobj(remote, copy, 1 << 20)
+
+        with_retries(download)
+        copy.seek(0)
+        yield copy
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Opens a regular file; a named pipe that nobody writes to would block for ever."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise (
+            IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            if stat.S_ISDIR(mode)
+            else ReadError(errno.EINVAL, "a pipe or device, not a file: copy its content to a file")
+        )
+    return descriptor
 
 
 def with_retries(call: Callable[[], T]) -> T:

@@ -148,7 +148,7 @@ def test_a_light_router_learns_and_bad_rows_are_left_out(ran, tmp_path):
         stage="light-router", model=str(root / "router"), data=str(data), images=images, store=str(root / "store"),
         output=str(tmp_path / "light"), learning_rate=1e-2, batch_size=16, epochs=6, workers=1, bad_rows="skip",
     )  # fmt: skip
-    with pytest.raises(DataError, match=r"routed.jsonl, line 1: broken JSON"):
+    with pytest.raises(DataError, match=r"routed.jsonl, record 1, line 1: broken JSON"):
         train(replace(settings, bad_rows="raise"))
     done = train(settings, progress=False)
     assert done["samples"] == len(records) and done["steps"] == 6 * (len(records) // 16)

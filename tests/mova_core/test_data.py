@@ -69,7 +69,7 @@ def test_written_records_read_back(tmp_path):
     path = tmp_path / "sub" / "out.json"
     write_records(path, [RECORD, RECORD])
     assert [record for _, record in read_records(path)] == [RECORD, RECORD]
-    assert [line for line, _ in read_records(path)] == [2, 3]
+    assert [(position.number, position.line) for position, _ in read_records(path)] == [(1, 2), (2, 3)]
 
 
 def read(tmp_path, *records, **options):
@@ -113,6 +113,9 @@ def test_an_opening_answer_is_left_out(tmp_path):
     ]
     (sample,) = read(tmp_path, {"conversations": turns, "image": "a.png"})
     assert sample.turns == (("user", "What?"), ("assistant", "Cat"))
+    system = {"from": "system", "value": "Be brief."}
+    (sample,) = read(tmp_path, {"conversations": [system, *turns], "image": "a.png"})
+    assert sample.turns == (("system", "Be brief."), ("user", "What?"), ("assistant", "Cat"))
 
 
 def test_routing_weights_are_routing(tmp_path):
@@ -157,8 +160,8 @@ def test_bad_rows_are_skipped_by_choice(tmp_path):
     path.write_text("\n".join([good, '{"id": 1, "conver', good, '"text"', '{"conversations": []}', good, "{"]))
     skipped: list[DataError] = []
     samples = read_samples(path, on_error="skip", skipped=skipped)
-    assert [sample.where for sample in samples] == [f"{path}, line {line}" for line in (1, 3, 6)]
-    assert [str(error).split(":")[0] for error in skipped] == [f"{path}, line {line}" for line in (2, 4, 5, 7)]
+    assert [sample.where for sample in samples] == [f"{path}, record {n}, line {n}" for n in (1, 3, 6)]
+    assert [str(error).split(":")[0] for error in skipped] == [f"{path}, record {n}, line {n}" for n in (2, 4, 5, 7)]
     with pytest.raises(DataError, match="line 2"):
         read_samples(path)
     path.write_text('{"conversations": []}')
@@ -166,5 +169,6 @@ def test_bad_rows_are_skipped_by_choice(tmp_path):
         read_samples(path, on_error="skip")
     array = tmp_path / "data.json"
     array.write_text(f"[{good},\n{{]")
-    with pytest.raises(DataError, match="broken JSON in the record that starts on line 2"):
-        read_samples(array, on_error="skip")
+    skipped.clear()
+    assert [sample.id for sample in read_samples(array, on_error="skip", skipped=skipped)] == ["one"]
+    assert "record 2, line 2: broken JSON" in str(skipped[0]) and "line 2: the array is never closed" in str(skipped[1])

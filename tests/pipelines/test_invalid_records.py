@@ -22,12 +22,12 @@ def test_bad_rows_end_it_or_are_left_out_and_told(tmp_path, capsys):
     skipped: list[str] = []
     found = find_images(path, None, "skip", skipped)["image"].to_pylist()
     assert found == [str(tmp_path / f"{name}.png") for name in "abcd"]
-    assert len(skipped) == 7 and f"{path}, line 2: broken JSON" in skipped[0]
+    assert len(skipped) == 7 and f"{path}, record 2, line 2: broken JSON" in skipped[0]
     told = capsys.readouterr().err.splitlines()
     assert told == ["bad rows skipped: 7", *(f"  {line}" for line in skipped[:5]), "  and 2 more"]
 
     samples, left_out = read_valid_samples(path, None, "skip", check=lambda sample: sample.image)
-    assert [sample.where for sample in samples] == [f"{path}, line 1", f"{path}, line 10"]
+    assert [sample.where for sample in samples] == [f"{path}, record {n}, line {n}" for n in (1, 10)]
     assert len(left_out) == 8 and any("line 3: the record has 2 pictures" in line for line in left_out)
     path.write_text(record(["b.png", "c.png"]))
     for how in ("raise", "skip"):

@@ -82,7 +82,7 @@ def test_what_training_leaves_out_is_named(tmp_path, model, capsys):
     data.report()
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "bad rows skipped: 1"
-    assert f"1 record left out: no picture (the first: {places['data']}, line 3)" in lines
+    assert f"1 record left out: no picture (the first: {places['data']}, record 3, line 3)" in lines
     with pytest.raises(DataError, match=r"holds 2 usable samples \(left out: no picture: 1, .*batch-size 3"):
         check_data(TrainConfig(batch_size=3, bad_rows="skip", **settings))
     with pytest.raises(DataError, match="is no MoVA model"):
