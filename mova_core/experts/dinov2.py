@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import init_empty_weights
 from torch import Tensor
 
 from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
@@ -172,6 +171,6 @@ def _network(**config: Any) -> Any:
 @lru_cache(maxsize=1)
 def _installed_names() -> str:
     """Parameter names of one layer as the installed transformers has them."""
-    with init_empty_weights():
+    with torch.device("meta"):  # of this thread alone, unlike `init_empty_weights`
         network = _network(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, use_swiglu_ffn=True)
     return " ".join(network.state_dict())

@@ -1,13 +1,15 @@
 """`load_expert`: an expert of the registry with weights that fit it exactly, or with a fixed random network."""
 
 import os
+import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mova_core.experts.base import ExpertCard, VisionExpert
 from mova_core.experts.registry import BASE, EXPERTS, expert_class
@@ -15,6 +17,8 @@ from mova_core.experts.weights import WeightsError, read_weights, unfitting
 
 ARCH_WORDS = {"width", "depth", "heads", "mlp_hidden", "channels", "patch_size", "image_size", "pos_grid"}
 ARCH_WORDS |= {"window_size", "global_blocks"}
+
+_this_thread = threading.local()
 
 
 def load_expert(
@@ -25,7 +29,7 @@ def load_expert(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> VisionExpert:
-    """An expert, frozen and in eval mode.
+    """An expert, frozen and in eval mode. Any number of threads may load experts at once.
 
     Args:
         name: in the registry.
@@ -43,7 +47,7 @@ def load_expert(
     """
     expert_type = expert_class(name)
     full_arch = _arch(expert_type.card, size, arch or {})
-    with init_empty_weights(include_buffers=False):  # nothing is drawn or allocated only to be overwritten
+    with _parameters_on_meta():  # nothing is drawn only to be overwritten
         expert = expert_type(full_arch)
     if weights is None and size == "full" and not arch:
         weights = expert_type.card.weights
@@ -63,6 +67,30 @@ def load_expert(
         expert = expert_type(full_arch)
     expert.load_state_dict(placed, assign=True)
     return expert.to(device, dtype).eval().requires_grad_(False)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters of networks that this thread builds have a shape and no numbers; buffers have numbers.
+
+    `accelerate.init_empty_weights` does the same for all threads: what another thread builds or loads meanwhile loses its
+    numbers, and two threads inside at once leave `nn.Module` changed for good.
+    """
+    _this_thread.builds_on_meta = True
+    try:
+        yield
+    finally:
+        _this_thread.builds_on_meta = False
+
+
+def _move_to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+    if not getattr(_this_thread, "builds_on_meta", False):
+        return None
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+# At import, because the hook cannot be added while another thread builds a network: torch iterates over its hooks then.
+register_module_parameter_registration_hook(_move_to_meta)
 
 
 def _arch(card: ExpertCard, size: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 SAFE = (".safetensors",)
 TORCH = (".bin", ".pth", ".pt")
+# What Trainer, accelerate and DeepSpeed leave beside the weights in the folder of a checkpoint.
+_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)([._-]|$)")
 NESTED = ("state_dict", "model", "module")  # where training code keeps the state dict in a .pth
 
 
@@ -100,15 +102,13 @@ def weight_files(path: Path) -> list[Path]:
     for suffixes in (SAFE, TORCH):
         indices = [file for suffix in suffixes for file in sorted(path.glob(f"*{suffix}.index.json"))]
         if indices:
-            try:
-                names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise _torn(indices[0], error) from error
-            shards = [path / Path(name).name for name in names]  # an index never leads out of its folder
+            shards = [path / name for name in _shard_names(indices[0])]
             if absent := [shard.name for shard in shards if not shard.is_file()]:
                 raise WeightsError(f"{path}: {indices[0].name} names shards that are not there: {', '.join(absent)}")
             return shards
-        files = sorted(file for suffix in suffixes for file in path.glob(f"*{suffix}"))
+        files = sorted(
+            file for suffix in suffixes for file in path.glob(f"*{suffix}") if not _TRAINING.match(file.name)
+        )
         if len(files) > 1:
             raise WeightsError(
                 f"{path}: more than one weights file ({', '.join(f.name for f in files)}); pass one of them"
@@ -116,6 +116,18 @@ def weight_files(path: Path) -> list[Path]:
         if files:
             return files
     raise WeightsError(f"{path}: no {', '.join(SAFE + TORCH)} file in this folder")
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The files that an index names, each once, without folders: an index never leads out of its own."""
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        shards = sorted({Path(name).name for name in names})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _torn(index, error) from error
+    if not shards or not all(name.endswith(SAFE + TORCH) for name in shards):
+        raise _torn(index, ValueError(f"it must name {', '.join(SAFE + TORCH)} files"))
+    return shards
 
 
 def _readers(file: Path) -> dict[str, Callable[[str], Tensor]]:
