@@ -163,10 +163,13 @@ def test_bf16(golden, small):
     half.load_state_dict({name: tensor.bfloat16() for name, tensor in small.state_dict().items()})
     out = half(*split(x.bfloat16(), half), routing, text)
     assert out.dtype == torch.bfloat16
-    assert (out.float() - tensors["out_bf16.eval_b1_ADF"]).abs().max() <= 0.1
     with torch.autocast("cpu", torch.bfloat16):
         mixed = small(*split(x, small), routing, text)
-    assert (mixed.float() - tensors["out.eval_b1_ADF"]).abs().max() <= 0.1
+    exact, published = tensors["out.eval_b1_ADF"], tensors["out_bf16.eval_b1_ADF"].float()
+    rounding = (published - exact).abs()  # what bf16 costs the published code, which differs from seed to seed
+    for name, difference in (("all bf16", out.float() - published), ("autocast", mixed.float() - exact)):
+        assert difference.abs().max() <= 1.5 * rounding.max(), name
+        assert difference.square().mean() <= 1.5**2 * rounding.square().mean(), name
 
 
 def test_align(golden):
