@@ -90,7 +90,7 @@ def _move_to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.P
 
 
 # At import, because the hook cannot be added while another thread builds a network: torch iterates over its hooks then.
-register_module_parameter_registration_hook(_move_to_meta)
+register_module_parameter_registration_hook(_move_to_meta)  # type: ignore[arg-type]  # declared as returning nothing
 
 
 def _arch(card: ExpertCard, size: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
