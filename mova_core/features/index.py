@@ -32,6 +32,7 @@ RECEIPT = pa.schema(
     }
 )
 _FEW = 64  # up to so many keys are searched in the order given; sorting them first would cost more
+SORTED_BLOCK = 1 << 16  # keys that are compared or looked up at once where millions are
 _KEY = "S32"  # a sha256 as numpy sorts and searches it
 
 
@@ -60,28 +61,37 @@ class ReceiptIndex:
     def __init__(self, table: pa.Table, filtered: bool = False):
         self.table = table
         self.filtered = filtered
-        self.keys = _keys(table)
+        self.keys = _keys(table["key"].chunk(0)) if len(table) else np.empty(0, _KEY)
         self._columns = {name: _column(table, name) for name in table.column_names[1:]}
         self._names = {name: _dictionary(table, name) for name in ("file", "dtype")}
         self._name = lru_cache(4096)(partial(_name, self._names))
 
     @classmethod
-    def merged(cls, receipts: Sequence[pa.Table] = (), indexes: Sequence[ReceiptIndex] = ()) -> ReceiptIndex:
-        """An index of these receipts and of all rows of these indexes; a receipt that comes twice counts once."""
-        tables = [index.table for index in indexes] + [
-            _indexed(table) for table in receipts or [pa.Table.from_batches([], RECEIPT)]
-        ]
-        table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
-        if len(table):
-            order = sorting(_keys(table))
-            keys, files = _keys(table)[order], _column(table, "file")[order]
-            first = np.ones(len(table), bool)
-            first[1:] = (keys[1:] != keys[:-1]) | (files[1:] != files[:-1])
-            order = order[first].astype(np.int64)
-            # Through a buffer: see `_numbers`.
-            positions = pa.Array.from_buffers(pa.int64(), len(order), [None, pa.py_buffer(order)])
-            table = table.take(positions).combine_chunks()
-        return cls(table)
+    def empty(cls) -> ReceiptIndex:
+        """An index of no rows."""
+        return cls(index_rows(pa.Table.from_batches([], RECEIPT)))
+
+    @classmethod
+    def merged(cls, tables: list[pa.Table]) -> ReceiptIndex:
+        """An index of all rows of these tables; a row that comes twice counts once.
+
+        Args:
+            tables: of other indexes, or as `index_rows` returns them. The list is emptied, and columns of the tables are freed
+                as soon as those of the index are there: a table of ten million rows has 800 MB.
+        """
+        table = pa.concat_tables(tables).unify_dictionaries()
+        tables.clear()
+        columns = dict(zip(table.column_names, table.columns, strict=True))
+        del table
+        key_column, codes = _one_chunk(columns.pop("key")), _one_chunk(columns.pop("file"))
+        order = _sorted_once(_keys(key_column), _numbers(codes.indices))
+        # Through a buffer: see `_numbers`.
+        positions = pa.Array.from_buffers(pa.int64(), len(order), [None, pa.py_buffer(order)])
+        merged = [key_column.take(positions), codes.take(positions)]
+        del key_column, codes
+        for name in list(columns):
+            merged.append(_one_chunk(columns.pop(name)).take(positions))
+        return cls(pa.Table.from_arrays(merged, RECEIPT.names))
 
     @classmethod
     def mapped(cls, path: Path) -> ReceiptIndex:
@@ -178,17 +188,37 @@ def sorting(keys: np.ndarray) -> np.ndarray:
     return order
 
 
+def new_keys(keys: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """In the order of `sorting`, whether each key differs from the one before: bool. Compared in parts, to copy few keys."""
+    new = np.ones(len(order), bool)
+    for start in range(1, len(order), SORTED_BLOCK):
+        ordered = keys[order[start - 1 : start + SORTED_BLOCK]]
+        new[start : start + SORTED_BLOCK] = ordered[1:] != ordered[:-1]
+    return new
+
+
 def _first_bytes(keys: np.ndarray) -> np.ndarray:
     """The first 8 bytes of each key, as a number that sorts as they do."""
     return np.ascontiguousarray(keys).view(">u8").reshape(-1, 4)[:, 0].astype(np.uint64)
 
 
-def _keys(table: pa.Table) -> np.ndarray:
-    """The key column, without a copy."""
-    if not len(table):
-        return np.empty(0, _KEY)
-    column = table["key"].chunk(0)
-    return np.frombuffer(column.buffers()[1], _KEY, len(column), 32 * column.offset)
+def _sorted_once(keys: np.ndarray, files: np.ndarray) -> np.ndarray:
+    """The positions that sort rows by key, without those that repeat the key and the file of the row before: int64."""
+    order = sorting(keys)
+    new = new_keys(keys, order)
+    files = files[order]
+    new[1:] |= files[1:] != files[:-1]
+    return order[new].astype(np.int64, copy=False)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; not copied where it is in one already."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _keys(column: pa.Array) -> np.ndarray:
+    """A column of binary keys, without a copy."""
+    return np.frombuffer(column.buffers()[1] or b"", _KEY, len(column), 32 * column.offset)
 
 
 def _column(table: pa.Table, name: str) -> np.ndarray:
@@ -215,6 +245,20 @@ def _text(array: pa.Array) -> memoryview:
     if not (np.diff(offsets) == 64).all():
         raise ValueError("a key that is no sha256")
     return memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]]
+
+
+def index_file(index: ReceiptIndex) -> pa.Buffer:
+    """The file of an index, as `ReceiptIndex.mapped` reads it, in memory of exactly its size."""
+    size = pa.MockOutputStream()  # a stream that grows would take up to three times as much
+    _write_ipc(size, index.table)
+    content = pa.allocate_buffer(size.size())
+    _write_ipc(pa.FixedSizeBufferWriter(content), index.table)
+    return content
+
+
+def _write_ipc(sink: Any, table: pa.Table) -> None:
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def parquet(table: pa.Table) -> pa.Buffer:
@@ -253,7 +297,7 @@ def _name(names: dict[str, pa.Array], column: str, code: int) -> str:
     return str(names[column][code].as_py())
 
 
-def _indexed(receipts: pa.Table) -> pa.Table:
+def index_rows(receipts: pa.Table) -> pa.Table:
     """Receipts as an index keeps them: binary keys, and dictionaries for names that recur."""
     keys = pa.py_buffer(b"".join(unhexlify(_text(chunk)) for chunk in receipts["key"].chunks))
     columns = [pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(receipts), [None, keys])]

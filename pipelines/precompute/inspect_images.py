@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mova_core.features.codec import named_by
+from mova_core.features.index import new_keys, sorting
 from mova_core.images import ImageError, load_image, read_image
 from mova_core.io import uris
 from mova_core.io.filesystem import ReadError
@@ -245,14 +246,18 @@ def _each_once(images: pa.Table, keys: np.ndarray) -> pa.Table:
         union_of_experts,  # only here: it costs workers the seconds that torch takes to start
     )
 
-    each = _array(keys).dictionary_encode()
-    group = each.indices.to_numpy()  # numbered as they first appear
-    first = np.flatnonzero(np.diff(np.maximum.accumulate(group), prepend=-1))
-    if len(first) == len(images):
+    flat = keys.reshape(-1).view("S32")
+    order = sorting(flat)
+    new = new_keys(flat, order)
+    if new.all():
         return images.add_column(0, "key", _array(keys))
+    appearances = order[new]  # the sort is stable: where each key first stands
+    first = np.sort(appearances)
+    group = np.empty(len(order), np.int64)
+    group[order] = np.searchsorted(first, appearances)[np.cumsum(new) - 1]
     return pa.table(
         {
-            "key": each.dictionary,
+            "key": _array(keys[first]),
             "image": images["image"].take(pa.array(first)),
             "experts": union_of_experts(images["experts"], group, len(first)),
         }

@@ -205,7 +205,14 @@ def _walk(system: fsspec.AbstractFileSystem, folder: str) -> Iterator[str]:
     """Files at any depth in the order of their paths; links to folders are not followed."""
     if isinstance(system, LocalFileSystem):
         with os.scandir(folder) as entries:
-            found = sorted((entry.path, entry.is_dir(follow_symlinks=False)) for entry in entries)
+            # A folder may hold millions: of each only its name, and the folders apart.
+            folders, names = set(), []
+            for entry in entries:
+                names.append(entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.add(entry.name)
+        names.sort()
+        found: Iterable[tuple[str, bool]] = ((os.path.join(folder, name), name in folders) for name in names)
     else:
         listed = with_retries(lambda: system.ls(folder, detail=True))
         found = sorted((entry["name"], entry["type"] == "directory") for entry in listed)
