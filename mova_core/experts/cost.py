@@ -1,12 +1,13 @@
 """What an expert costs: FLOPs counted on its shapes, and speed and memory per batch size as measured on a device."""
 
 import json
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mova_core.experts import expert_class
 from mova_core.experts.base import ExpertCard, VisionExpert
+from mova_core.io.atomic import write_atomic
 
 __all__ = [
     "Measured",
@@ -195,29 +197,67 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def read_profiles(path: str | os.PathLike[str]) -> list[Profile]:
-    """The profiles of a file that `write_profiles` wrote.
+    """The profiles of a file that `write_profiles` wrote, or a person (docs/json.md).
 
     Raises:
-        ProfileError: no such file, or not one of profiles.
+        ProfileError: no such file, or not one of profiles; the message names the profile and the key.
     """
     try:
-        read = json.loads(Path(path).read_text())
-        if read["version"] != VERSION:
-            raise ProfileError(f"{path} has version {read['version']}, this is {VERSION}: run `mova profile` anew")
-        profiles = [
-            Profile(**{**row, "batches": tuple(Measured(**one) for one in row["batches"])}) for row in read["profiles"]
-        ]
-        if not all(one.batch >= 1 and one.images_per_second > 0 for row in profiles for one in row.batches):
-            raise ValueError("a batch or a speed that is none")
-        if not all(row.batches for row in profiles):
-            raise ValueError("a profile without a batch")
+        content = json.loads(Path(path).read_text())
     except OSError as error:
         raise ProfileError(f"{path}: {error.strerror}; `mova profile` writes one") from None
-    except ProfileError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ProfileError(f"{path} is no profile ({type(error).__name__}: {error}): run `mova profile` anew") from None
-    return profiles
+    except ValueError as error:
+        raise ProfileError(f"{path} is no JSON ({error}): `mova profile` writes the file") from None
+    if not isinstance(content, dict) or not isinstance(content.get("profiles"), list) or "version" not in content:
+        raise ProfileError(f"{path} is no profile: write `version` and a list of `profiles`, as docs/json.md shows")
+    if content["version"] != VERSION:
+        raise ProfileError(f"{path} has version {content['version']}, this is {VERSION}: run `mova profile` anew")
+    return [_profile(f"{path}, profile {number}", row) for number, row in enumerate(content["profiles"], start=1)]
+
+
+def _profile(where: str, row: Any) -> Profile:
+    """One profile of a file. A person may name the size instead of the arch, and leave out what has a usual value."""
+    row = {"dtype": "float32", "threads": 1} | _keys(where, row, Profile, {"size"}, {"arch", "dtype", "threads"})
+    if not isinstance(row["batches"], list) or not row["batches"]:
+        raise ProfileError(f"{where}: `batches` must be a list of at least one batch")
+    batches = []
+    for number, batch in enumerate(row["batches"], start=1):
+        place = f"{where}, batch {number}"
+        measured = Measured(**{"peak_bytes": None} | _keys(place, batch, Measured, set(), {"peak_bytes"}))
+        numbers = {
+            "batch": measured.batch,
+            "images_per_second": measured.images_per_second,
+            "peak_bytes": measured.peak_bytes,
+        }
+        for name, value in numbers.items():
+            usable = isinstance(value, int if name == "batch" else int | float) and 0 < value < math.inf
+            if not usable and not (name == "peak_bytes" and value is None):
+                raise ProfileError(f"{place}: `{name}` is {value!r}, but must be a number above 0")
+        batches.append(measured)
+    size = row.pop("size", "full")
+    if "arch" not in row:
+        if size not in ("full", "mini"):
+            raise ProfileError(f"{where}: `size` is {size!r}, but must be full or mini")
+        try:
+            card = expert_class(row["expert"]).card
+        except (ValueError, TypeError) as error:
+            raise ProfileError(f"{where}: {error}") from None
+        row["arch"] = _plain(card.mini if size == "mini" else card.full)
+    return Profile(**row | {"batches": tuple(sorted(batches, key=lambda measured: measured.batch))})
+
+
+def _keys(where: str, row: Any, kind: type, further: set[str], optional: set[str]) -> dict[str, Any]:
+    """A JSON object whose keys are the fields of a dataclass, and `further` ones; those of `optional` may be missing."""
+    known = {field.name for field in fields(kind)}
+    if not isinstance(row, dict):
+        raise ProfileError(f"{where} is no object: write one with {', '.join(sorted(known))}")
+    if missing := sorted(known - optional - row.keys()):
+        raise ProfileError(f"{where}: `{'`, `'.join(missing)}` is missing (docs/json.md shows a profile)")
+    if unknown := sorted(row.keys() - known - further):
+        raise ProfileError(
+            f"{where}: no such key as `{'`, `'.join(unknown)}`; there are {', '.join(sorted(known | further))}"
+        )
+    return dict(row)
 
 
 def write_profiles(path: str | os.PathLike[str], profiles: Iterable[Profile]) -> None:
@@ -226,9 +266,7 @@ def write_profiles(path: str | os.PathLike[str], profiles: Iterable[Profile]) ->
     known = {_key(one): one for one in (read_profiles(path) if path.exists() else ())}
     known |= {_key(one): one for one in profiles}
     rows = [asdict(one) for _, one in sorted(known.items())]
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps({"version": VERSION, "profiles": rows}, indent=1))
-    draft.replace(path)
+    write_atomic(path, json.dumps({"version": VERSION, "profiles": rows}, indent=1))
 
 
 def _key(profile: Profile) -> tuple[str, ...]:

@@ -94,10 +94,10 @@ def evaluate(
 
     def show() -> None:
         show_kinds(result["kinds"])
-        if unreadable := sum(not answer["readable"] for answer in result["answers"]):
-            print(f"{unreadable} of {len(result['answers'])} router replies named no expert")
+        if result["unreadable"]:
+            print(f"{result['unreadable']} of {len(result['answers'])} router replies named no expert")
 
-    print_result({name: result[name] for name in ("kinds", "skipped")}, as_json, show)
+    print_result({name: value for name, value in result.items() if name != "answers"}, as_json, show)
 
 
 def show_kinds(kinds: dict[str, dict[str, Any]]) -> None:

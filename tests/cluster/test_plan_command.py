@@ -10,6 +10,7 @@ from cluster.pools import read_pools
 from mova_core.experts import expert_card
 from mova_core.experts.cost import write_profiles
 from pipelines.cli.main import app
+from tests.pipelines.cli.json_page import check
 
 DOCS = Path(__file__).parents[2] / "docs" / "placement.md"
 
@@ -25,6 +26,7 @@ def test_a_plan_for_the_cluster_of_the_docs(chance, tmp_path):
 
     done = CliRunner().invoke(app, [*asked, "--simulate", "--output", str(tmp_path / "pools.yaml"), "--json"])
     plan = json.loads(done.stdout)
+    check("plan", plan)
     assert plan["images_per_second"] == pytest.approx(plan["simulated"]["images_per_second"], rel=0.1)
     pools = read_pools(tmp_path / "pools.yaml")
     assert [(pool.expert, pool.max_size, pool.rate) for pool in pools] == [

@@ -28,6 +28,7 @@ from pipelines.evaluate.run import evaluate
 from pipelines.label import label
 from pipelines.train.config import TrainConfig
 from pipelines.train.run import train
+from tests.pipelines.cli.json_page import check
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -35,9 +36,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 def test_demo_goes_from_pictures_to_a_report(ran):
     config, result = ran
     root = Path(config.folder)
-    assert set(result) == {
-        "kinds", "seconds", "peak_bytes", "features_computed", "features_reused", "quarantined",
-    }  # fmt: skip
+    check("demo", result)
+    answered = json.loads((root / "answers.json").read_text())
+    check("evaluate", {name: value for name, value in answered.items() if name != "answers"})
+    check("evaluate", answered["answers"], "### The file of `--answers`")
+    for stage in ("pretrain", "sft", "router"):
+        check("train", json.loads((root / "stages" / f"{stage}.json").read_text())["result"])
+    labels = json.loads((root / "stages" / "label.json").read_text())["result"]
+    check("label", {name: value for name, value in labels.items() if name != "seconds"})  # the stage adds its time
     questions = read_samples(root / "data" / "test.json", root / "data" / "images")
     assert (
         len(result["kinds"]) == 5 and sum(row["questions"] for row in result["kinds"].values()) == len(questions) == 45
@@ -132,7 +138,9 @@ def test_ask_evaluate_and_store_on_the_command_line(ran):
     stat = mova("store", "stat", str(root / "store"))
     assert {name: row["features"] for name, row in stat["experts"].items()} == dict.fromkeys(EXPERTS, 60)
     assert mova("store", "verify", str(root / "store"))["damaged"] == []
-    assert {row["expert"] for row in mova("store", "ls", str(root / "store"))} == set(EXPERTS)
+    listed = mova("store", "ls", str(root / "store"))
+    check("store ls", listed)
+    assert {row["expert"] for row in listed} == set(EXPERTS)
 
 
 def test_a_light_router_learns_and_bad_rows_are_left_out(ran, tmp_path):
@@ -263,6 +271,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_next_run_resumes(ran, tmp_path):
     second = CliRunner().invoke(app, arguments)
     assert second.exit_code == 0, second.output
     summary = json.loads(second.stdout)
+    check("precompute", summary)
     assert sum(summary["reused"].values()) == kept and 0 < kept < 4 * 60
     assert sum(summary["computed"].values()) == 4 * 60 - kept
     assert not list(FeatureStore(tmp_path / "store").verify())

@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from mova_core.features import FeatureStore
 from pipelines.precompute.listing import image_table
 from pipelines.precompute.run import precompute
 from pipelines.profile import profile
+from tests.pipelines.cli.json_page import check
 
 HERE = PoolSpec(expert="profile")
 
@@ -20,6 +23,7 @@ def test_an_expert_is_measured_and_its_pool_planned_by_that(ray_cluster, tmp_pat
     run: dict[str, Any] = {"size": "mini", "progress": False}
     [measured] = profile(["biomedclip"], tmp_path / "p.json", place=HERE, seconds=1.0, **run)
     assert read_profiles(tmp_path / "p.json") == [measured]
+    check("profile", json.loads(json.dumps([asdict(measured)])))
     assert (measured.expert, measured.dtype) == ("biomedclip", "float32") and measured.threads >= 1
     assert measured.device.startswith("cpu ") and measured.batches[0].batch == 1
     assert all(one.images_per_second > 1 for one in measured.batches)

@@ -16,6 +16,7 @@ from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, load_exp
 from mova_core.model import ROUTING_LORA, MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from pipelines.cli.main import app
+from tests.pipelines.cli.json_page import check
 
 SHARDS = 3
 
@@ -73,6 +74,7 @@ def invoke(*arguments):
 
 def test_bin_shards_there_and_back(published, bert, mini, tmp_path):
     report = json.loads(invoke(published, tmp_path / "ours", "--text-encoder", bert, "--json", "-q").stdout)
+    check("convert", report)
     source = {name: tensor for file in published.glob("*.bin") for name, tensor in torch.load(file).items()}
     assert {row["published"] for row in report["tensors"]} == set(source)
     assert sum(row["parameters"] for row in report["parts"].values()) == sum(it.numel() for it in source.values())
@@ -109,6 +111,7 @@ def test_only_chosen_experts_are_kept(published, bert, tmp_path):
 
 def test_dry_run_checks_and_writes_nothing(published, bert, tmp_path):
     report = json.loads(invoke(published, tmp_path / "a", "--text-encoder", bert, "--dry-run", "--json").stdout)
+    check("convert", report)
     assert not any(tmp_path.iterdir())
     assert all(row["file"] for row in report["tensors"]) and report["bytes"] > 1e6
 

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import math
+import re
 import sys
 import time
 
@@ -102,6 +104,13 @@ class TestMeasure:
         assert large - small > 100 << 20  # 32 Mi floats more
 
 
+ROW = {
+    "expert": "sam",
+    "device": "T4",
+    "batches": [{"batch": 2, "images_per_second": 6.0}],
+}  # by hand, the least of a profile
+
+
 class TestFile:
     PROFILE = Profile(
         expert="sam",
@@ -137,20 +146,39 @@ class TestFile:
         write_profiles(tmp_path / "p.json", [self.PROFILE])
         assert read_profiles(tmp_path / "p.json") == [self.PROFILE, other]
 
+    def test_a_person_may_leave_out_what_has_a_usual_value(self, tmp_path):
+        (tmp_path / "p.json").write_text(json.dumps({"version": 1, "profiles": [ROW, ROW | {"size": "mini"}]}))
+        full, mini = read_profiles(tmp_path / "p.json")
+        card = expert_class("sam").card
+        assert full.is_of(card, "full", "float32") and mini.is_of(card, "mini", "float32") and full.threads == 1
+        assert full.best(memory=1) == Measured(batch=2, images_per_second=6.0, peak_bytes=None)
+
     @pytest.mark.parametrize(
-        "text",
+        "content, message",
         [
-            "",
-            "[]",
-            '{"version": 2}',
-            '{"version": 1, "profiles": [{}]}',
-            '{"version": 1, "profiles": [{"expert": "sam", "arch": {}, "dtype": "float32", "device": "", "threads": 1, "batches": []}]}',
+            ("", "p.json is no JSON"),
+            ([], "p.json is no profile"),
+            ({"version": 1}, "p.json is no profile"),
+            ({"version": 2, "profiles": []}, "p.json has version 2, this is 1: run `mova profile` anew"),
+            ([7], "p.json, profile 2 is no object"),
+            ([{}], "p.json, profile 2: `batches`, `device`, `expert` is missing"),
+            ([ROW | {"batches": []}], "p.json, profile 2: `batches` must be a list"),
+            ([ROW | {"batches": [{"batch": 1}]}], "p.json, profile 2, batch 1: `images_per_second` is missing"),
+            ([ROW | {"batches": [{"batch": 0.5, "images_per_second": 1}]}], "batch 1: `batch` is 0.5"),
+            ([ROW | {"batches": [{"batch": 1, "images_per_second": math.nan}]}], "`images_per_second` is nan"),
+            ([ROW | {"batches": [{"batch": 1, "images_per_second": "9"}]}], "`images_per_second` is '9'"),
+            ([ROW | {"speed": 1}], "profile 2: no such key as `speed`"),
+            ([ROW | {"size": "tiny"}], "profile 2: `size` is 'tiny'"),
+            ([ROW | {"expert": "eagle"}], "profile 2: "),
         ],
     )
-    def test_another_file_is_refused(self, tmp_path, text):
-        (tmp_path / "p.json").write_text(text)
-        with pytest.raises(ProfileError, match=r"p\.json .*run `mova profile` anew"):
+    def test_another_file_is_refused(self, tmp_path, content, message):
+        if isinstance(content, list) and content:
+            content = {"version": 1, "profiles": [ROW, *content]}
+        (tmp_path / "p.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        with pytest.raises(ProfileError, match=re.escape(message)) as error:
             read_profiles(tmp_path / "p.json")
+        assert "p.json" in str(error.value) and "\n" not in str(error.value)
 
     def test_no_file(self, tmp_path):
         with pytest.raises(ProfileError, match=r"p\.json: No such file or directory; `mova profile` writes one"):

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli.main import app
 from tests.mova_core.conftest import llm_tokenizer, text_tokenizer
+from tests.pipelines.cli.json_page import check
 
 
 def mova(*arguments, code=0, stdin=None):
@@ -44,6 +45,7 @@ def built(tmp_path_factory):
 
 def test_init(built):
     start, told, _, arguments = built
+    check("init", told)
     assert told["output"] == str(start) and told["size"] == "mini" and len(told["experts"]) == 7
     assert (told["image_tokens"], told["routing_tokens"]) == (36, 9)
     assert "choose a folder that is missing or empty, or replace this one with --overwrite" in " ".join(
@@ -54,6 +56,7 @@ def test_init(built):
 def test_one_question_is_one_document(built):
     start, _, picture, _ = built
     answer = json.loads(mova("ask", picture, "which color?", "--model", start, "--force", "none", "--json").stdout)
+    check("ask", answer)
     assert answer["experts"] == [] and answer["router"] is None and isinstance(answer["text"], str)
 
 
