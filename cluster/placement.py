@@ -21,6 +21,7 @@ import numpy as np
 from cluster.nodes import GIB, NodeType, PlanError, accelerator_of
 from cluster.packing import READING_CPUS, first_fit
 from cluster.pools import ROUNDING, PoolSpec
+from mova_core.figures import number
 
 if TYPE_CHECKING:
     from mova_core.experts.cost import Profile
@@ -71,11 +72,11 @@ class Placement:
         """The placement in lines for people."""
         order = "experts run sequentially" if self.sequential else "all experts run concurrently"
         lines = [
-            f"{order}: {self.images_per_second:.4g} images/s that have passed all experts, "
+            f"{order}: {number(self.images_per_second)} images/s that have passed all experts, "
             f"{self.images_per_second / self.bound:.0%} of the best possible rate of this cluster",
-            f"{max(self.wanted.values()):,} images in {duration(self.seconds)}, without the start of the actors",
+            f"{number(max(self.wanted.values()))} images in {duration(self.seconds)}, without the start of the actors",
             f"bottleneck: {self.bottleneck}",
-            *(f"one more {kind}: {gain:+.3g} images/s" for kind, gain in self.gains.items()),
+            *(f"one more {kind}: +{number(gain)} images/s" for kind, gain in self.gains.items()),
         ]
         return lines + [f"note: {note}" for note in self.notes]
 

@@ -18,6 +18,7 @@ from cluster.nodes import NodeType, PlanError, accelerator_of
 from cluster.packing import FreeResources, Seat
 from cluster.placement import DECODERS, duration
 from cluster.pools import PoolSpec, divide
+from mova_core.figures import number
 
 if TYPE_CHECKING:
     from mova_core.experts.cost import Profile
@@ -42,7 +43,7 @@ class Simulated:
         """The run in lines for people."""
         busy = ", ".join(f"{kind} {part:.0%}" for kind, part in self.busy.items())
         lines = [
-            f"simulated: {self.images_per_second:.4g} images/s that have passed all experts, all done in {duration(self.seconds)} with starts",
+            f"simulated: {number(self.images_per_second)} images/s that have passed all experts, all done in {duration(self.seconds)} with starts",
             *([f"GPUs busy over the run: {busy}"] if busy else []),
         ]
         if self.failures:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mova_core.figures import number
 from mova_core.io.uris import is_url
 from pipelines.cli.options import (
     EXPERTS,
@@ -25,7 +26,7 @@ from pipelines.cli.options import (
     names_list,
     weights_location,
 )
-from pipelines.cli.output import print_result, results_only
+from pipelines.cli.output import line, print_result, results_only
 from pipelines.cli.paths import input_file, path_or_url, read_model_config
 
 
@@ -159,7 +160,7 @@ def ask(
             if not as_json:
                 if len(texts) > 1:
                     print(f"\n> {text}")
-                _show(answers[-1])
+                show_answer(answers[-1])
         if interactive:
             _converse(answer_to, list(zip(texts, answers, strict=True)))
     if as_json:
@@ -230,18 +231,20 @@ def _converse(answer_to: Callable[..., Any], said: Sequence[tuple[str, Any]]) ->
         except ValueError as error:  # such as a conversation that is too long for the LLM
             print(f"mova: {error}")
             continue
-        _show(answer)
+        show_answer(answer)
         history += [("user", text), ("assistant", answer.text)]
 
 
-def _show(answer: Any) -> None:
+def show_answer(answer: Any) -> None:
+    """An `Answer`, for people."""
     print(answer.text or "(the model said nothing)")
     if answer.router is None:
         choice = "forced"
     else:
         choice = f"router said {answer.router!r}" + ("" if answer.readable else ", which names no expert")
-    print(f"\nexperts: {', '.join(answer.experts) or 'none'} ({choice})")
+    print()
+    line(f"experts: {', '.join(answer.experts) or 'none'} ({choice})")
     for block, gates in enumerate(answer.gates, 1):
         if gates:
-            print(f"gate, block {block}: " + ", ".join(f"{name} {weight:.2f}" for name, weight in gates.items()))
-    print("seconds: " + ", ".join(f"{step} {seconds:.3f}" for step, seconds in answer.seconds.items()))
+            line(f"gate, block {block}: " + ", ".join(f"{name} {number(weight)}" for name, weight in gates.items()))
+    line("seconds: " + ", ".join(f"{step} {number(seconds)}" for step, seconds in answer.seconds.items()))

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mova_core.figures import number
 from pipelines.cli.options import Json, Quiet
-from pipelines.cli.output import print_result, results_only, table
+from pipelines.cli.output import line, print_result, results_only, table
 from pipelines.cli.paths import Overwrite, check_output_folder, hub_id_or_folder, input_folder, output_path
 
 
@@ -82,20 +83,21 @@ def convert(
                 common |= {"experts": kept_experts, "text_encoder": text_encoder, "chat_format": chat_format}
                 report = checkpoint.convert(source, target, **common)
 
-    def show() -> None:
-        table(
-            f"{source} -> {target}" + (", nothing written" if dry_run else ""),
-            ["part", "tensors", "M params", "MB", "MB written"],
-            [
-                [part, row["tensors"], *(row[key] / 1e6 for key in ("parameters", "bytes", "written"))]
-                for part, row in report["parts"].items()
-            ],
-        )
-        noted = sum("note" in row for row in report["tensors"])
-        print(
-            f"{len(report['tensors'])} names, {noted} with a note" + ("" if dry_run else f": {target}/conversion.json")
-        )
-        for name in report.get("left_out", ()):
-            print(f"left out, as the published form has no place for it: {name}")
+    print_result(report, as_json, lambda: show_report(report, dry_run))
 
-    print_result(report, as_json, show)
+
+def show_report(report: dict[str, Any], dry_run: bool) -> None:
+    """Sums of a conversion by part, for people."""
+    table(
+        f"{report['source']} -> {report['target']}" + (", nothing written" if dry_run else ""),
+        ["part", "tensors", "M params", "MB", "MB written"],
+        [
+            [part, row["tensors"], *(row[key] / 1e6 for key in ("parameters", "bytes", "written"))]
+            for part, row in report["parts"].items()
+        ],
+    )
+    noted = sum("note" in row for row in report["tensors"])
+    where = "" if dry_run else f": {report['target']}/conversion.json"
+    line(f"{number(len(report['tensors']))} names, {number(noted)} with a note{where}")
+    for name in report.get("left_out", ()):
+        line(f"left out, as the published form has no place for it: {name}")

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
+from mova_core.figures import number
 from pipelines.cli.evaluate import show_kinds
 from pipelines.cli.options import Json, Quiet
-from pipelines.cli.output import log_line, print_result, results_only
+from pipelines.cli.output import line, log_line, print_result, results_only
 from pipelines.cli.paths import output_path
 
 
@@ -37,13 +38,15 @@ def demo(
 
     def show() -> None:
         show_kinds(result["kinds"])
-        print("The vision experts of this demo are frozen random networks and its LLM is a small one trained just now:")
-        print("the accuracy shows that the parts work together, not what MoVA can do.")
-        print(
-            f"{result['features_computed']} features computed, {result['features_reused']} reused; {result['seconds']:.0f} s, "
-            f"peak memory {result['peak_bytes'] / 2**30:.2f} GiB; report: {chosen / 'report.html'}"
+        line(
+            "The vision experts of this demo are frozen random networks and its LLM is a small one trained just now: the "
+            "accuracy shows that the parts work together, not what MoVA can do."
+        )
+        line(
+            f"{number(result['features_computed'])} features computed, {number(result['features_reused'])} reused; "
+            f"{number(result['seconds'])} s, peak memory {number(result['peak_bytes'] / 2**30)} GiB; report: {chosen / 'report.html'}"
         )
         for row in result["quarantined"]:
-            print(f"quarantined {row['path']}: {row['reason']}")
+            line(f"quarantined {row['path']}: {row['reason']}")
 
     print_result(result, as_json, show)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mova_core.figures import number, percent
 from pipelines.cli.options import (
     DATA,
     OUTPUT,
@@ -19,7 +20,7 @@ from pipelines.cli.options import (
     Quiet,
     StorePath,
 )
-from pipelines.cli.output import percent, print_result, results_only, table
+from pipelines.cli.output import line, print_result, results_only, table
 from pipelines.cli.paths import Overwrite, check_output_file, output_path, path_or_url
 
 
@@ -95,7 +96,7 @@ def evaluate(
     def show() -> None:
         show_kinds(result["kinds"])
         if result["unreadable"]:
-            print(f"{result['unreadable']} of {len(result['answers'])} router replies named no expert")
+            line(f"{number(result['unreadable'])} of {number(len(result['answers']))} router replies named no expert")
 
     print_result({name: value for name, value in result.items() if name != "answers"}, as_json, show)
 

@@ -1,5 +1,6 @@
 """`mova experts`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipelines.cli.options import Imports, Json, Quiet, Size, import_modules
@@ -9,9 +10,8 @@ from pipelines.cli.output import print_result, results_only, table
 def experts(size: Size = "full", imports: Imports = None, quiet: Quiet = False, as_json: Json = False) -> None:
     """List the pool: parameters, input, grid, channels, GFLOPs and bytes per picture of each expert, and its weights."""
     with results_only(quiet or as_json):
-        from mova_core.experts import BASE, EXPERTS, expert_names, found_here
+        from mova_core.experts import expert_names, found_here
         from mova_core.experts.cost import count_flops, shapes_of
-        from mova_core.routing import LETTERS
 
         import_modules(imports)
         rows: list[dict[str, Any]] = []
@@ -33,31 +33,36 @@ def experts(size: Size = "full", imports: Imports = None, quiet: Quiet = False, 
                 }
             )
 
+    print_result(rows, as_json, lambda: show_experts(rows, size))
+
+
+def show_experts(rows: Sequence[dict[str, Any]], size: str) -> None:
+    """The pool, for people."""
+    from mova_core.experts import BASE, EXPERTS
+    from mova_core.routing import LETTERS
+
     def letter(name: str) -> str:
         """The expert's letter in the routing prompt of the published pool."""
         return "base" if name == BASE else LETTERS[EXPERTS.index(name)] if name in EXPERTS else "own"
 
-    def show() -> None:
-        table(
-            f"vision experts, size {size}; per picture: GFLOPs (a multiply-add is two), KB of features in bfloat16",
-            ["", "expert", "network", "M params", "px", "grid", "chan.", "GFLOPs", "KB", "here", "public weights"],
+    table(
+        f"vision experts, size {size}; per picture: GFLOPs (a multiply-add is two), KB of features in bfloat16",
+        ["", "expert", "network", "M params", "px", "grid", "chan.", "GFLOPs", "KB", "here", "public weights"],
+        [
             [
-                [
-                    letter(row["expert"]),
-                    row["expert"],
-                    row["title"],
-                    row["parameters"] / 1e6,
-                    row["input"],
-                    "x".join(map(str, row["grid"])),
-                    row["channels"],
-                    None if row["flops"] is None else row["flops"] / 1e9,
-                    row["bytes"] / 1e3,
-                    row["weights_here"],
-                    row["weights"],
-                ]
-                for row in rows
-            ],
-            drop=["public weights", "network"],
-        )
-
-    print_result(rows, as_json, show)
+                letter(row["expert"]),
+                row["expert"],
+                row["title"],
+                row["parameters"] / 1e6,
+                row["input"],
+                "x".join(map(str, row["grid"])),
+                row["channels"],
+                None if row["flops"] is None else row["flops"] / 1e9,
+                row["bytes"] / 1e3,
+                row["weights_here"],
+                row["weights"],
+            ]
+            for row in rows
+        ],
+        drop=["public weights", "network", "chan.", "px"],
+    )

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mova_core.figures import number
 from pipelines.cli.options import Imports, Json, Quiet, Size, import_modules, names_list
-from pipelines.cli.output import number, print_result, results_only
+from pipelines.cli.output import line, print_result, results_only
 from pipelines.cli.paths import Overwrite, check_output_folder, hub_id_or_folder, output_path
 
 TEXT_ENCODER = "google-bert/bert-large-uncased"  # of the published adapter; mova_core.start_model names it too
@@ -99,11 +100,11 @@ def init(
     }
 
     def show() -> None:
-        print(f"{output}: {number(result['parameters'] / 1e6)} M parameters in {result['dtype']}, {size} experts")
-        print(
+        line(f"{output}: {number(result['parameters'] / 1e6)} M parameters in {result['dtype']}, {size} experts")
+        line(
             f"{result['image_tokens']} visual tokens per picture in the answer, {result['routing_tokens']} in the routing"
         )
-        print(f"next: mova precompute DATA --store STORE --model {output}")
-        print(f"      mova train pretrain --data DATA --store STORE --model {output} --output OUTPUT")
+        line(f"next: mova precompute DATA --store STORE --model {output}")
+        line(f"      mova train pretrain --data DATA --store STORE --model {output} --output OUTPUT")
 
     print_result(result, as_json, show)

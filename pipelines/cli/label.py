@@ -1,10 +1,11 @@
 """`mova label`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mova_core.figures import number
 from pipelines.cli.options import (
     RUN,
     BadRows,
@@ -16,7 +17,7 @@ from pipelines.cli.options import (
     Quiet,
     StorePath,
 )
-from pipelines.cli.output import print_result, results_only, table
+from pipelines.cli.output import line, print_result, results_only, table
 from pipelines.cli.paths import Overwrite, check_output_file, output_path
 
 
@@ -68,13 +69,15 @@ def label(
                 read=read,
             )
 
-    def show() -> None:
-        table(
-            f"{done.samples} samples, {done.per_sample:.2f} experts each: {output}",
-            ["expert", "samples it helps"],
-            [[name, count] for name, count in done.experts.items()],
-        )
-        if done.unlabelled:
-            print(f"{done.unlabelled} records without a label")
+    print_result(asdict(done), as_json, lambda: show_labels(done))
 
-    print_result(asdict(done), as_json, show)
+
+def show_labels(done: Any) -> None:
+    """A `LabelSummary`, for people."""
+    table(
+        f"{number(done.samples)} samples, {number(done.per_sample)} experts each: {done.output}",
+        ["expert", "samples it helps"],
+        [[name, count] for name, count in done.experts.items()],
+    )
+    if done.unlabelled:
+        line(f"{number(done.unlabelled)} records without a label")

@@ -5,9 +5,12 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+from mova_core.figures import number
 
 
 @contextlib.contextmanager
@@ -61,22 +64,6 @@ def print_result(value: Any, as_json: bool, show: Callable[[], None]) -> None:
         show()
 
 
-def number(value: float | None) -> str:
-    """A number for people: three digits or all those before the point, thousands separated, "-" for an unknown one."""
-    if value is None:
-        return "-"
-    if isinstance(value, int) or abs(value) >= 100:
-        return f"{round(value):,}"
-    if 0 < abs(value) < 0.001:
-        return "< 0.001" if value > 0 else "> -0.001"
-    return f"{value:.3g}"
-
-
-def percent(share: float | None, digits: int = 0) -> str:
-    """A share as a percentage, "-" for an unknown one."""
-    return "-" if share is None else f"{100 * share:.{digits}f} %"
-
-
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -95,8 +82,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], dro
         rows: cells; numbers are formatted by `number` and aligned at the right.
         drop: columns that a narrow terminal may leave out, the least useful first.
     """
-    print(title)
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    line(title)
+    width = _terminal_width()
     shown, dropped = list(columns), []
     for name in drop:
         if width is None or _width(shown, columns, rows) <= width:
@@ -106,12 +93,40 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], dro
     if width is not None and _width(shown, columns, rows) > width:
         for row in rows:
             print()
-            for name, value in zip(columns, row, strict=True):
-                print(f"  {name}: {_cell(value)}" if name else f"  {_cell(value)}")
+            fields(zip(columns, row, strict=True))
         return
     _draw(shown, columns, rows)
     if dropped:
-        print(f"(too narrow for: {', '.join(dropped)}; --json has them)")
+        line(f"(too narrow for: {', '.join(dropped)}; --json has them)")
+
+
+def fields(pairs: Iterable[tuple[str, Any]]) -> None:
+    """Prints one "name: value" per line; a value without a name stands alone."""
+    for name, value in pairs:
+        line(f"  {name}: {_cell(value)}" if name else f"  {_cell(value)}")
+
+
+def line(text: str) -> None:
+    """Prints a line; a terminal gets it wrapped between words, so that the terminal's edge cuts no number and no name."""
+    width = _terminal_width()
+    if width is None or len(text) <= width:
+        print(text)
+        return
+    indent = " " * (len(text) - len(text.lstrip()))
+    wrapped = textwrap.wrap(
+        text.strip(),
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    print("\n".join(wrapped))
+
+
+def _terminal_width() -> int | None:
+    """Columns of the terminal; None where stdout is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def _widths(shown: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[int]:
@@ -132,17 +147,17 @@ def _draw(shown: Sequence[str], columns: Sequence[str], rows: Sequence[Sequence[
     places = [list(columns).index(name) for name in shown]
     right = [any(isinstance(row[at], int | float) and not isinstance(row[at], bool) for row in rows) for at in places]
 
-    def line(cells: Sequence[str]) -> str:
+    def joined(cells: Sequence[str]) -> str:
         padded = []
         for text, width, to_right in zip(cells, widths, right, strict=True):
             space = " " * (width - cell_len(text))
             padded.append(space + text if to_right else text + space)
         return "  ".join(padded).rstrip()
 
-    print(line([*shown]))
+    print(joined([*shown]))
     print("  ".join("-" * width for width in widths))
     for row in rows:
-        print(line([_cell(row[at]) for at in places]))
+        print(joined([_cell(row[at]) for at in places]))
 
 
 def log_line(line: str) -> None:

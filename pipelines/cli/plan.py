@@ -24,7 +24,7 @@ from pipelines.cli.options import (
     name_value,
     positive_count,
 )
-from pipelines.cli.output import print_result, results_only, table
+from pipelines.cli.output import line, print_result, results_only, table
 from pipelines.cli.paths import Overwrite, check_output_file, input_file, output_path
 
 SIMULATION = "Simulation"
@@ -164,32 +164,34 @@ def plan(
                     on_shard=bar.update,
                 )
 
-    def show() -> None:
-        table(
-            f"{len(placed.pools)} pools; GPUs and CPUs per actor, batch in pictures",
-            ["expert", "actors", "device", "GPU", "CPU", "batch", "images/s", "wanted"],
-            [
-                [
-                    pool.expert,
-                    pool.max_size,
-                    pool.accelerator or "CPU",
-                    pool.gpu,
-                    pool.cpus,
-                    pool.batch,
-                    pool.rate or 0.0,
-                    placed.wanted[pool.expert],
-                ]
-                for pool in placed.pools
-            ],
-            drop=["wanted", "CPU"],
-        )
-        for line in [*placed.describe(), *(simulated.describe() if simulated else [])]:
-            print(line)
-
     result: dict[str, Any] = asdict(placed) | {
         "in_turn": placed.sequential,
         "seconds": placed.seconds,
         "rates": placed.rates,
         "bottleneck": placed.bottleneck,
     }
-    print_result(result | {"simulated": simulated and asdict(simulated)}, as_json, show)
+    print_result(result | {"simulated": simulated and asdict(simulated)}, as_json, lambda: show_plan(placed, simulated))
+
+
+def show_plan(placed: Any, simulated: Any) -> None:
+    """A `Placement` and what its simulation, if there was one, says about it, for people."""
+    table(
+        f"{len(placed.pools)} pools; GPUs and CPUs per actor, batch in pictures",
+        ["expert", "actors", "device", "GPU", "CPU", "batch", "images/s", "wanted"],
+        [
+            [
+                pool.expert,
+                pool.max_size,
+                pool.accelerator or "CPU",
+                pool.gpu,
+                pool.cpus,
+                pool.batch,
+                pool.rate or 0.0,
+                placed.wanted[pool.expert],
+            ]
+            for pool in placed.pools
+        ],
+        drop=["wanted", "CPU", "batch"],
+    )
+    for text in [*placed.describe(), *(simulated.describe() if simulated else [])]:
+        line(text)

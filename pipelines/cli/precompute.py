@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from mova_core.figures import number, percent
 from pipelines.cli.help import App, Group
 from pipelines.cli.options import (
     DATA,
@@ -31,7 +32,7 @@ from pipelines.cli.options import (
     name_value,
     weights_location,
 )
-from pipelines.cli.output import number, percent, print_result, results_only, table
+from pipelines.cli.output import line, print_result, results_only, table
 from pipelines.cli.paths import Overwrite, check_output_file, input_file, output_path, path_or_url
 
 
@@ -240,9 +241,9 @@ def run(
                     **settings,
                 )
     if dry_run:
-        print_result({"experts": counts, "skipped": skipped}, as_json, lambda: _show_preview(counts, len(found)))
+        print_result({"experts": counts, "skipped": skipped}, as_json, lambda: show_preview(counts, len(found)))
     else:
-        print_result(done.to_dict() | {"skipped": skipped}, as_json, lambda: _show_summary(done))
+        print_result(done.to_dict() | {"skipped": skipped}, as_json, lambda: show_summary(done))
 
 
 def _is_summary(file: Path) -> bool:
@@ -267,24 +268,32 @@ def _is_picture(file: Path) -> bool:
         return False
 
 
-def _show_preview(counts: dict[str, dict[str, Any]], pictures: int) -> None:
-    devices = sorted({device for row in counts.values() for device in row["hours"]})
+def show_preview(counts: dict[str, dict[str, Any]], pictures: int) -> None:
+    """What a run would compute, and how long it would take, for people."""
+    estimates = [
+        [expert, device, hours] for expert, row in counts.items() for device, hours in sorted(row["hours"].items())
+    ]
     table(
-        f"{pictures} pictures; nothing was computed"
-        + ("" if devices else "; for device-hours give a --profile that holds these experts"),
-        ["expert", "wanted", "stored", "to compute", "MiB", *(f"hours of {device}" for device in devices)],
+        f"{number(pictures)} pictures; nothing was computed"
+        + ("" if estimates else "; for device-hours give a --profile that holds these experts"),
+        ["expert", "wanted", "stored", "to compute", "MiB"],
         [
             [expert, row["wanted"], row["there"], row["to_compute"], row["bytes"] / 2**20]
-            + [row["hours"].get(device) for device in devices]
             for expert, row in counts.items()
         ],
+        drop=["stored"],
     )
+    if estimates:
+        print()
+        table("device-hours of the features to compute", ["expert", "device", "hours"], estimates)
 
 
-def _show_summary(done: Any) -> None:
+def show_summary(done: Any) -> None:
+    """What a run did, for people."""
     table(
-        f"{done.images} pictures, {sum(done.computed.values())} features computed, {sum(done.reused.values())} reused, "
-        f"{number(done.seconds)} s",
+        f"{number(done.images)} pictures, {number(sum(done.computed.values()))} features computed, "
+        f"{number(sum(done.reused.values()))} reused, {number(done.seconds)} s; images/s: from the first batch begun to the "
+        "last shard written; busy: of the time in which actors were ready",
         ["expert", "computed", "reused", "MiB", "images/s", "busy"],
         [
             [
@@ -297,9 +306,10 @@ def _show_summary(done: Any) -> None:
             ]
             for expert, row in done.experts.items()
         ],
+        drop=["MiB", "reused"],
     )
     for row in done.quarantined:
-        print(f"quarantined {row['path']}: {row['reason']}")
+        line(f"quarantined {row['path']}: {row['reason']}")
 
 
 @app.command("status")
@@ -318,16 +328,18 @@ def status(
 
     def show() -> None:
         for row in runs:
-            _show_run(row)
+            show_run(row)
         if not runs:
             print("no precompute runs on this cluster")
 
     print_result(runs, as_json, show)
 
 
-def _show_run(run: dict[str, Any]) -> None:
+def show_run(run: dict[str, Any]) -> None:
+    """How far a run is, for people."""
     table(
-        f"{run['job']}: into {run['store']}, for {number(run['seconds'])} s; waiting: blocks of pictures not yet taken",
+        f"{run['job']}: into {run['store']}, for {number(run['seconds'])} s; waiting: blocks of pictures not yet taken; "
+        "images/s and busy: as in the summary",
         ["expert", "done", "of", "images/s", "s to go", "actors", "waiting", "busy", "MiB", "pools"],
         [
             [
@@ -344,7 +356,7 @@ def _show_run(run: dict[str, Any]) -> None:
             ]
             for expert, row in run["experts"].items()
         ],
-        drop=["pools", "MiB", "waiting"],
+        drop=["pools", "MiB", "waiting", "busy", "actors"],
     )
 
 
@@ -378,6 +390,6 @@ def resize(
 
     def show() -> None:
         for name, specs in resized.items():
-            print(f"{job}: {name} is now {' '.join(specs)}")
+            line(f"{job}: {name} is now {' '.join(specs)}")
 
     print_result(resized, as_json, show)

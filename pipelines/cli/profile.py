@@ -1,7 +1,8 @@
 """`mova profile`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -81,21 +82,23 @@ def profile(
                 progress=not (quiet or as_json),
             )
 
-    def show() -> None:
-        table(
-            f"{measured[0].device}, {chosen.dtype}, size {chosen.size}; chosen: the smallest batch nearly as fast as any",
-            ["expert", "batch", "images/s", "peak MiB", ""],
-            [
-                [
-                    row.expert,
-                    batch.batch,
-                    batch.images_per_second,
-                    None if batch.peak_bytes is None else batch.peak_bytes / 2**20,
-                    "chosen" if batch == row.best() else "",
-                ]
-                for row in measured
-                for batch in row.batches
-            ],
-        )
+    print_result([asdict(row) for row in measured], as_json, lambda: show_profiles(measured, chosen.size))
 
-    print_result([asdict(row) for row in measured], as_json, show)
+
+def show_profiles(measured: Sequence[Any], size: str) -> None:
+    """The batches of each `Profile`, for people."""
+    table(
+        f"{measured[0].device}, {measured[0].dtype}, size {size}; chosen: the smallest batch nearly as fast as any",
+        ["expert", "batch", "images/s", "peak MiB", ""],
+        [
+            [
+                row.expert,
+                batch.batch,
+                batch.images_per_second,
+                None if batch.peak_bytes is None else batch.peak_bytes / 2**20,
+                "chosen" if batch == row.best() else "",
+            ]
+            for row in measured
+            for batch in row.batches
+        ],
+    )

@@ -1,11 +1,13 @@
 """`mova store`: ls, stat, verify, gc, diff, export."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from mova_core.figures import number
 from pipelines.cli.help import App
 from pipelines.cli.options import (
     ImagesPath,
@@ -15,8 +17,10 @@ from pipelines.cli.options import (
     StoreArgument,
     names_list,
 )
-from pipelines.cli.output import number, print_result, results_only, table
+from pipelines.cli.output import line, print_result, results_only, table
 from pipelines.cli.paths import input_file, path_or_url
+
+PARTS = ("only_here", "only_there", "differ")  # of a comparison of two stores
 
 app = App(help="Inspect, verify, compare and copy feature stores.")
 
@@ -33,18 +37,19 @@ def ls(store: StoreArgument, quiet: Quiet = False, as_json: Json = False) -> Non
             for name, fingerprints in opened.experts().items()
             for partition in (opened.partition(name, fingerprint) for fingerprint in fingerprints)
         ]
-    print_result(
-        rows,
-        as_json,
-        lambda: table(
-            store,
-            ["expert", "fingerprint", "grid", "channels", "dtype"],
-            [
-                [row["expert"], row["fingerprint"], "x".join(map(str, row["grid"])), row["channels"], row["dtype"]]
-                for row in rows
-            ],
-            drop=["channels", "grid"],
-        ),
+    print_result(rows, as_json, lambda: show_ls(store, rows))
+
+
+def show_ls(store: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Experts and fingerprints, for people."""
+    table(
+        store,
+        ["expert", "fingerprint", "grid", "channels", "dtype"],
+        [
+            [row["expert"], row["fingerprint"], "x".join(map(str, row["grid"])), row["channels"], row["dtype"]]
+            for row in rows
+        ],
+        drop=["channels", "grid"],
     )
 
 
@@ -59,32 +64,35 @@ def stat(store: StoreArgument, quiet: Quiet = False, as_json: Json = False) -> N
 
         counts = FeatureStore(store).stat()
 
+    print_result(counts, as_json, lambda: show_stat(counts))
+
+
+def show_stat(counts: dict[str, Any]) -> None:
+    """Counts and sizes, for people."""
+
     def loss(value: float) -> str:
         return f"{value:.1e}" if value else "exact"
 
-    def show() -> None:
-        table(
-            f"{store}, {counts['quarantined']} pictures in quarantine",
-            ["expert", "fingerprint", "dtype", "features", "shards", "MB", "KB per image", "mean loss", "max loss"],
+    table(
+        f"{counts['path']}, {number(counts['quarantined'])} pictures in quarantine",
+        ["expert", "fingerprint", "dtype", "features", "shards", "MB", "KB per image", "mean loss", "max loss"],
+        [
             [
-                [
-                    name,
-                    fingerprint,
-                    row["dtype"],
-                    row["features"],
-                    row["shards"],
-                    row["bytes"] / 1e6,
-                    row["bytes_per_feature"] / 1e3,
-                    loss(row["loss"]),
-                    loss(row["max_loss"]),
-                ]
-                for name, expert in counts["experts"].items()
-                for fingerprint, row in expert["fingerprints"].items()
-            ],
-            drop=["shards", "mean loss", "KB per image"],
-        )
-
-    print_result(counts, as_json, show)
+                name,
+                fingerprint,
+                row["dtype"],
+                row["features"],
+                row["shards"],
+                row["bytes"] / 1e6,
+                row["bytes_per_feature"] / 1e3,
+                loss(row["loss"]),
+                loss(row["max_loss"]),
+            ]
+            for name, expert in counts["experts"].items()
+            for fingerprint, row in expert["fingerprints"].items()
+        ],
+        drop=["shards", "mean loss", "KB per image", "dtype"],
+    )
 
 
 @app.command("verify")
@@ -120,10 +128,10 @@ def verify(
     def show() -> None:
         for row in damaged:
             where = "/".join(part for part in (row["expert"], row["fingerprint"], row["shard"]) if part)
-            print(f"damaged: {where} {row['key']}: {row['reason']}".replace(" :", ":"))
-        print(f"{checked} features checked, {len(damaged)} damages, {withdrawn} features withdrawn")
+            line(f"damaged: {where} {row['key']}: {row['reason']}".replace(" :", ":"))
+        line(f"{number(checked)} features checked, {number(len(damaged))} damages, {number(withdrawn)} withdrawn")
         if damaged:
-            print(
+            line(
                 "without --keep the damaged features are withdrawn" if keep else "`mova precompute` computes them anew"
             )
 
@@ -153,7 +161,7 @@ def gc(
         removed = FeatureStore(store).gc(60 * grace, dry_run)
     what = "would be deleted" if dry_run else "deleted"
     print_result(
-        removed, as_json, lambda: print(f"{removed['files']} files, {number(removed['bytes'] / 1e6)} MB {what}")
+        removed, as_json, lambda: line(f"{number(removed['files'])} files, {number(removed['bytes'] / 1e6)} MB {what}")
     )
 
 
@@ -171,19 +179,23 @@ def diff(
     with results_only(quiet or as_json):
         from mova_core.features import FeatureStore
 
-        parts = ("only_here", "only_there", "differ")
         differences = FeatureStore(store).diff(FeatureStore(other))
-        counts = [{**row, **{part: len(row[part]) for part in parts}} for row in differences]
+        counts = [{**row, **{part: len(row[part]) for part in PARTS}} for row in differences]
 
-    def show() -> None:
-        columns = ["expert", "fingerprint", "same", "only here", "only there", "differ"]
-        table(f"{store} and {other}", columns, [list(row.values()) for row in counts])
-        for row in differences if keys else ():
-            for part in parts:
-                for key in row[part]:
-                    print(part.replace("_", "-"), row["expert"], row["fingerprint"], key)
+    shown_keys = differences if keys else ()
+    print_result(
+        differences if keys else counts, as_json, lambda: show_diff(f"{store} and {other}", counts, shown_keys)
+    )
 
-    print_result(differences if keys else counts, as_json, show)
+
+def show_diff(title: str, counts: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> None:
+    """Numbers of features that differ, and the image keys of `differences`, for people."""
+    columns = ["expert", "fingerprint", "same", "only here", "only there", "differ"]
+    table(title, columns, [list(row.values()) for row in counts])
+    for row in differences:
+        for part in PARTS:
+            for key in row[part]:
+                print(part.replace("_", "-"), row["expert"], row["fingerprint"], key)
 
 
 @app.command("export")

@@ -1,12 +1,13 @@
 """`mova train STAGE`: one command per stage, made of the fields and defaults of `TrainConfig`."""
 
+import dataclasses
 import inspect
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mova_core.figures import number
 from pipelines.cli.help import App
 from pipelines.cli.options import (
     DATA,
@@ -23,7 +24,7 @@ from pipelines.cli.options import (
     by_expert,
     name_value,
 )
-from pipelines.cli.output import print_result, results_only, table
+from pipelines.cli.output import fields, line, print_result, results_only
 from pipelines.cli.paths import Overwrite, check_output_folder, output_path, read_model_config
 from pipelines.train.config import STAGES, Stage, TrainConfig
 
@@ -95,7 +96,11 @@ STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
 
 def option_defaults(stage: Stage) -> dict[str, Any]:
     """Option -> default, from `TrainConfig` and the stage; options without an entry are required."""
-    plain = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
+    plain = {
+        field.name: field.default
+        for field in dataclasses.fields(TrainConfig)
+        if field.default is not dataclasses.MISSING
+    }
     own = {"learning_rate": STAGES[stage].learning_rate, "batch_size": STAGES[stage].batch_size, "fingerprints": None}
     return plain | own
 
@@ -127,7 +132,7 @@ def _add_command(stage: Stage) -> None:
 
             with ray_session():
                 result = train(config, progress=not (quiet or as_json), data=data)
-        print_result(result, as_json, lambda: _show(result))
+        print_result(result, as_json, lambda: show_training(result))
 
     command.__signature__ = inspect.Signature(_parameters(stage))  # type: ignore[attr-defined]  # what typer reads
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters(stage)}
@@ -146,11 +151,22 @@ def train_config(stage: Stage, settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig(stage=stage, **settings | paths | {"fingerprints": fingerprints})
 
 
-def _show(result: dict[str, Any]) -> None:
-    hidden = {"stage", "skipped"} | ({"resumed_from"} if not result.get("resumed_from") else set())
-    rows = [[key.replace("_", " "), value] for key, value in result.items() if key not in hidden]
-    rows += [["records left out", len(result["skipped"])]] if result["skipped"] else []
-    table(f"{result['stage']} finished", ["", ""], rows)
+def show_training(result: dict[str, Any]) -> None:
+    """What a training did, for people."""
+    line(f"{result['stage']} finished")
+    steps = number(result.get("steps"))
+    if result.get("resumed_from"):
+        steps += f", resumed from step {number(result['resumed_from'])}"
+    rows = {
+        "samples": result["samples"],
+        "steps": steps,
+        "loss": f"{number(result.get('loss'))} nats per token over the last steps",
+        "time": f"{number(result['seconds'])} s",
+        "output": result["output"],
+    }
+    rows |= {f"left out, {reason}": count for reason, count in (result.get("left_out") or {}).items()}
+    rows |= {"invalid records left out": len(result["skipped"])} if result["skipped"] else {}
+    fields(rows.items())
 
 
 for _stage in STAGES:

@@ -29,6 +29,7 @@ from mova_core.assemble import assemble
 from mova_core.data import IMAGE_MARK, Sample, read_samples
 from mova_core.experts import EXPERTS
 from mova_core.features import FeatureStore
+from mova_core.figures import number
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import build_routing_prompt, build_routing_reply
 from pipelines.demo.data import build_demo_data
@@ -190,7 +191,7 @@ class Stages:
         self.results[name] = {**work(), "seconds": round(time.perf_counter() - started, 1)}
         to_file(marker, {"settings": self.chain, "result": self.results[name]})
         numbers = {key: value for key, value in self.results[name].items() if isinstance(value, int | float)}
-        self.say(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+        self.say(f"{name}: " + ", ".join(f"{key} {number(value)}" for key, value in numbers.items()))
 
 
 class PeakMemory:

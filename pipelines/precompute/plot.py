@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mova_core.figures import number
 from pipelines.precompute.progress import RunLog
 
 SOFTWARE = "mova precompute"  # in the metadata of a PNG: such a file may be replaced without --overwrite
@@ -21,7 +22,7 @@ def draw_run(log: RunLog, path: str | Path) -> None:
     )
     colors = plt.get_cmap("tab10")
     drawn = [(name, expert) for name, expert in log.experts.items() if expert.computed]
-    for number, (name, expert) in enumerate(drawn):
+    for index, (name, expert) in enumerate(drawn):
         seconds = np.array([sample.seconds for sample in expert.samples])
         computed = np.array([sample.computed for sample in expert.samples], float)
         actors = np.array([sample.actors for sample in expert.samples])
@@ -30,14 +31,14 @@ def draw_run(log: RunLog, path: str | Path) -> None:
         rate = (computed - before) / np.maximum(np.minimum(seconds, width), 1e-9)
         rate[rate <= 0] = np.nan
         # A marker per sample, so that an expert that was done within one sample shows as a dot.
-        overall = "" if expert.images_per_second is None else f", {expert.images_per_second:.3g} images/s"
-        rates.plot(seconds, rate, color=colors(number), label=name + overall, linewidth=1.6, marker=".", markersize=3)
+        overall = "" if expert.images_per_second is None else f", {number(expert.images_per_second)} images/s"
+        rates.plot(seconds, rate, color=colors(index), label=name + overall, linewidth=1.6, marker=".", markersize=3)
         # Beside each other, not upon: equal pools would hide one another.
         sizes.step(
             seconds,
-            actors + 0.05 * number * (actors > 0),
+            actors + 0.05 * index * (actors > 0),
             where="post",
-            color=colors(number),
+            color=colors(index),
             linewidth=1.6,
         )
     for seconds_in, text in log.events:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ray.util.metrics import Gauge
 
+from mova_core.figures import number, percent
 from pipelines.progress_bar import progress_bar
 
 WINDOW = 15.0  # seconds over which a rate is taken
@@ -221,10 +222,10 @@ class RunLog:
             self._last_line = time.monotonic()
             for name, log in self.experts.items():
                 if log.done + len(log.failed) < log.total:
-                    eta = "?" if log.eta is None else f"{log.eta:,.0f} s"
+                    eta = "?" if log.eta is None else f"{number(round(log.eta))} s"
                     self.line(
-                        f"{self.job}: {name} {log.done:,} of {log.total:,} features, "
-                        f"{log.recent_rate:.1f} images/s, {eta} to go, {_beside(log)}"
+                        f"{self.job}: {name} {number(log.done)} of {number(log.total)} features, "
+                        f"{number(log.recent_rate)} images/s, {eta} to go, {_beside(log)}"
                     )
 
     def close(self) -> None:
@@ -235,5 +236,5 @@ class RunLog:
 
 
 def _beside(log: ExpertLog) -> str:
-    busy = "" if log.busy is None else f", {log.busy:.0%} busy"
-    return f"{log.actors} actors{busy}, {log.pending} blocks wait, {log.bytes / 2**20:,.0f} MiB written"
+    busy = "" if log.busy is None else f", {percent(log.busy)} busy"
+    return f"{log.actors} actors{busy}, {log.pending} blocks wait, {number(log.bytes / 2**20)} MiB written"

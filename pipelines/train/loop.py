@@ -10,6 +10,7 @@ from ray.train.torch import prepare_model
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from mova_core.figures import number
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from pipelines.train.batches import open_batches
@@ -66,7 +67,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         schedule.step()
         losses.append(loss.item())
         if rank == 0:
-            arguments["progress"].report(step, steps, f"loss of worker 0: {sum(losses) / len(losses):.3f}")
+            arguments["progress"].report(step, steps, f"loss of worker 0: {number(sum(losses) / len(losses))}")
         if step % config.checkpoint_every == 0 or step == steps:
             metrics = {"steps": step, "loss": sum(losses) / len(losses), "resumed_from": resumed_from}
             report(RunState(metrics=metrics, batches=batches.state_dict()), model, saved, optimizer, trained)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.cli.output import number, percent, table
+from mova_core.figures import number, percent
+from pipelines.cli.output import line, table
 
 COLUMNS = ["expert", "fingerprint", "features", "network", "public weights"]
 ROWS: list[list[Any]] = [
@@ -82,3 +83,9 @@ def test_a_terminal_leaves_columns_out_and_says_so():
 def test_rows_become_blocks_where_nothing_may_be_left_out():
     shown = in_terminal(lambda: table("title", COLUMNS, ROWS), 40)
     assert "  features: 1,234,567" in shown.splitlines() and 60 * "w" in shown and "  features: -" in shown
+
+
+def test_a_terminal_wraps_lines_between_words():
+    text = "bottleneck: " + " ".join(f"{number(count)}" for count in range(1_000_000, 1_000_020))
+    shown = in_terminal(lambda: line(text)).splitlines()
+    assert len(shown) > 1 and max(map(len, shown)) <= 80 and " ".join(" ".join(shown).split()) == text
