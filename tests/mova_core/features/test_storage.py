@@ -1,14 +1,16 @@
 """The storage backends by themselves: what they promise to a store, and the errors that name the reason."""
 
+import ctypes
 import errno
 import os
 import pickle
+import re
 import resource
 
 import numpy as np
 import pytest
 
-from mova_core.features.storage import LocalStorage, StoreError, open_storage, writing
+from mova_core.features.storage import LocalStorage, StoreError, mapped, open_storage, writing
 from mova_core.features.storage.mapped import PRIVATE_BYTES
 from mova_core.io.filesystem import AccessDeniedError
 
@@ -66,21 +68,64 @@ def test_backends_pickle(storage):
     assert pickle.loads(pickle.dumps(storage)).read("a") == b"a"
 
 
-def test_held_ranges_leave_descriptors_to_others(tmp_path):
-    """`mmap.mmap` holds a descriptor for every mapping: beyond half the limit ranges are copied."""
+def test_held_ranges_need_no_descriptors(tmp_path):
+    """`mmap.mmap` holds a descriptor for every mapping: at `ulimit -n 1024` the 993rd feature held could not be read."""
     storage = LocalStorage(str(tmp_path))
-    storage.put("a", [bytes(PRIVATE_BYTES)])
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (2 * used + 64, hard))
+    for file in ("a", "b"):
+        storage.put(file, [bytes(PRIVATE_BYTES)])
+        storage.read_range(file, 0, PRIVATE_BYTES)
+    before = os.listdir("/proc/self/fd")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, before)) + 2, limits[1]))
     try:
-        held = [storage.read_range("a", 0, PRIVATE_BYTES, own=True) for _ in range(2 * used + 100)]
+        held = [storage.read_range("ab"[number % 2], 0, PRIVATE_BYTES, own=True) for number in range(2000)]
         for number, part in enumerate(held):
             part[0] = number % 251
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
     assert [int(part[0]) for part in held] == [number % 251 for number in range(len(held))]
-    assert not np.any(storage.read_range("a", 0, PRIVATE_BYTES))
+    assert not np.any(storage.read_range("a", 0, PRIVATE_BYTES)), "the file is unchanged"
+    del held, part
+    assert not mapped._private_mappings, "unmapped with the last array"
+
+
+def test_a_shard_has_one_descriptor_and_the_shards_are_bounded(tmp_path):
+    storage = LocalStorage(str(tmp_path))
+    before, held = len(os.listdir("/proc/self/fd")), []
+    for number in range(200):
+        storage.put(str(number), [bytes([number]) * 2 * PRIVATE_BYTES])
+        held += [storage.read_range(str(number), 0, PRIVATE_BYTES, own=own) for own in (True, False)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 64
+    assert [int(part[-1]) for part in held] == [number for number in range(200) for _ in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (errno.EFAULT, errno.EIO),  # a page that cannot be read
+        (mapped.EHWPOISON, errno.EIO),
+        (errno.ENOMEM, errno.ENOMEM),
+        (errno.EINVAL, None),  # a kernel before Linux 5.14: pages are read when touched
+    ],
+)
+def test_pages_that_cannot_be_read_are_an_error_and_no_signal(tmp_path, monkeypatch, failure, expected):
+    class Failing:
+        def madvise(self, *arguments):
+            ctypes.set_errno(failure)
+            return -1
+
+    storage = LocalStorage(str(tmp_path))
+    storage.put("a", [bytes(4096)])
+    storage.read_range("a", 0, 10)
+    monkeypatch.setattr(mapped, "_libc", Failing)
+    monkeypatch.setattr(mapped.MappedFile, "in_memory", lambda *arguments: False)
+    if expected is None:
+        assert not np.any(storage.read_range("a", 0, 4096))
+    else:
+        with pytest.raises(OSError, match=re.escape(os.strerror(expected))) as caught:
+            storage.read_range("a", 0, 4096)
+        assert caught.value.errno == expected
 
 
 def test_another_system_is_told(monkeypatch):
