@@ -69,6 +69,7 @@ class Answer:
 
     text: str = ""
     experts: list[str] = field(default_factory=list)  # used, in the order in which the router named them
+    over_budget: dict[str, float] = field(default_factory=dict)  # expert that the budget did not pay for -> its cost
     router: str | None = None  # the router's reply; None where the router was not asked
     readable: bool = True  # False: the router's reply named no expert and not "none", so no expert was used
     gates: list[dict[str, float]] = field(default_factory=list)  # per adapter block: weight of each expert used
@@ -257,6 +258,8 @@ class Answerer:
             if cost <= budget:
                 budget -= cost
                 request.answer.experts.append(name)
+            else:
+                request.answer.over_budget[name] = cost
         run.prefetcher.request(request.images, request.answer.experts)
 
     def _encode_base(self, run: _Pass) -> None:

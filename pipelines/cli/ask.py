@@ -244,6 +244,9 @@ def show_answer(answer: Any) -> None:
         choice = f"router said {answer.router!r}" + ("" if answer.readable else ", which names no expert")
     print()
     line(f"experts: {', '.join(answer.experts) or 'none'} ({choice})")
+    if answer.over_budget:
+        costs = ", ".join(f"{name} (cost {number(cost)})" for name, cost in answer.over_budget.items())
+        line(f"left out, as --budget did not pay for them: {costs}")
     for block, gates in enumerate(answer.gates, 1):
         if gates:
             line(f"gate, block {block}: " + ", ".join(f"{name} {number(weight)}" for name, weight in gates.items()))

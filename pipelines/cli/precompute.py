@@ -283,6 +283,10 @@ def show_preview(counts: dict[str, dict[str, Any]], pictures: int) -> None:
         ],
         drop=["stored"],
     )
+    if unknown := [expert for expert, row in counts.items() if row["there"] is None]:
+        line(
+            f"the weights of {', '.join(unknown)} are not on this machine, so what the store holds of them is not counted"
+        )
     if estimates:
         print()
         table("device-hours of the features to compute", ["expert", "device", "hours"], estimates)

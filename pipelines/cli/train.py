@@ -78,6 +78,14 @@ OPTIONS: dict[str, Any] = {
         int, typer.Option(help="Reading processes per worker; 0: a thread reads ahead.", min=0, rich_help_panel=RUN)
     ],
 }
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Only check the settings, the data and the store, and count samples and steps; needs neither Ray nor weights.",
+        rich_help_panel=RUN,
+    ),
+]
 STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
     "router": {
         "lora_rank": Annotated[
@@ -106,8 +114,12 @@ def option_defaults(stage: Stage) -> dict[str, Any]:
 
 
 def _parameters(stage: Stage) -> list[inspect.Parameter]:
-    defaults = option_defaults(stage) | {"overwrite": False, "quiet": False, "as_json": False}
-    options = OPTIONS | STAGE_OPTIONS.get(stage, {}) | {"overwrite": Overwrite, "quiet": Quiet, "as_json": Json}
+    defaults = option_defaults(stage) | {"dry_run": False, "overwrite": False, "quiet": False, "as_json": False}
+    options = (
+        OPTIONS
+        | STAGE_OPTIONS.get(stage, {})
+        | {"dry_run": DryRun, "overwrite": Overwrite, "quiet": Quiet, "as_json": Json}
+    )
     return [
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=defaults.get(name, inspect.Parameter.empty)
@@ -117,7 +129,7 @@ def _parameters(stage: Stage) -> list[inspect.Parameter]:
 
 
 def _add_command(stage: Stage) -> None:
-    def command(overwrite: bool, quiet: bool, as_json: bool, **settings: Any) -> None:
+    def command(dry_run: bool, overwrite: bool, quiet: bool, as_json: bool, **settings: Any) -> None:
         with results_only(quiet or as_json):
             config = train_config(stage, settings)
             inputs = (config.model, config.data, config.store, config.images)
@@ -126,17 +138,33 @@ def _add_command(stage: Stage) -> None:
             from pipelines.train.data import check_data
 
             data = check_data(config)  # before torch and Ray, which take 10 to 30 s to start
+            if dry_run:
+                result = _counts(data)
+            else:
+                from cluster.session import ray_session
+                from pipelines.train.run import train
 
-            from cluster.session import ray_session
-            from pipelines.train.run import train
-
-            with ray_session():
-                result = train(config, progress=not (quiet or as_json), data=data)
+                with ray_session():
+                    result = train(config, progress=not (quiet or as_json), data=data)
         print_result(result, as_json, lambda: show_training(result))
 
     command.__signature__ = inspect.Signature(_parameters(stage))  # type: ignore[attr-defined]  # what typer reads
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters(stage)}
     app.command(stage, help=STAGES[stage].summary)(command)
+
+
+def _counts(data: Any) -> dict[str, Any]:
+    """What a run would train on."""
+    from pipelines.train.data import total_steps
+
+    return {
+        "stage": data.config.stage,
+        "samples": len(data.samples),
+        "skipped": data.skipped,
+        "left_out": data.counts(),
+        "output": data.config.output,
+        "steps": total_steps(data.config, len(data.samples)),
+    }
 
 
 def train_config(stage: Stage, settings: dict[str, Any]) -> TrainConfig:
@@ -153,6 +181,10 @@ def train_config(stage: Stage, settings: dict[str, Any]) -> TrainConfig:
 
 def show_training(result: dict[str, Any]) -> None:
     """What a training did, for people."""
+    if "seconds" not in result:
+        line(f"{result['stage']} can start; nothing was trained")
+        fields((name, result[name]) for name in ("samples", "steps", "output"))
+        return _show_left_out(result)
     line(f"{result['stage']} finished")
     steps = number(result.get("steps"))
     if result.get("resumed_from"):
@@ -164,9 +196,14 @@ def show_training(result: dict[str, Any]) -> None:
         "time": f"{number(result['seconds'])} s",
         "output": result["output"],
     }
-    rows |= {f"left out, {reason}": count for reason, count in (result.get("left_out") or {}).items()}
-    rows |= {"invalid records left out": len(result["skipped"])} if result["skipped"] else {}
     fields(rows.items())
+    _show_left_out(result)
+
+
+def _show_left_out(result: dict[str, Any]) -> None:
+    fields((f"left out, {reason}", count) for reason, count in result["left_out"].items())
+    if result["skipped"]:
+        fields([("invalid records left out", len(result["skipped"]))])
 
 
 for _stage in STAGES:

@@ -18,8 +18,8 @@ import torch
 from cluster.nodes import running_nodes
 from cluster.placement import plan_placement
 from cluster.pools import PlanError, PoolSpec, fit_pools, know_memory, plan_pools
-from mova_core.experts import EXPERTS, expert_card, expert_module, fingerprint, load_expert
-from mova_core.experts.cost import Profile
+from mova_core.experts import EXPERTS, expert_card, expert_module, fingerprint, found_here, load_expert
+from mova_core.experts.cost import Profile, shapes_of
 from mova_core.features import FeatureStore, StoreError
 from mova_core.io.atomic import write_atomic
 from pipelines.precompute.inspect_images import Inspection, inspect
@@ -215,7 +215,9 @@ def preview(
     """What `precompute` would have to do, per expert: features `wanted`, `there` and `to_compute`, `bytes` to be written,
     and estimated device-`hours` per kind of device profiled (of a whole GPU, or as many CPUs as the profile used).
 
-    Inspects every image and writes nothing. Takes what `precompute` takes.
+    Inspects every image, writes nothing and downloads no weights: `there` is None for an expert of which the store has
+    features while its weights are not on this machine, since weights decide which features are its. Takes what `precompute`
+    takes.
     """
     settings = PrecomputeSettings(
         experts=experts,
@@ -231,13 +233,14 @@ def preview(
     except StoreError:
         store = None
     rows = {}
+    unknown: set[str] = set()
     with tempfile.TemporaryDirectory() as aside:
         readable = _readable(images, FeatureStore(aside, create=True), progress).readable
-    for work, _ in _workloads(settings, readable, store, write=False):
+    for work, _ in _workloads(settings, readable, store, unknown):
         missing = work.refresh_missing()
         rows[work.expert] = {
             "wanted": len(work),
-            "there": len(work) - missing,
+            "there": None if work.expert in unknown else len(work) - missing,
             "to_compute": missing,
             "bytes": missing * work.feature_bytes,
             "hours": {
@@ -268,9 +271,14 @@ def _readable(images: pa.Table, store: FeatureStore, progress: bool) -> Inspecti
 
 
 def _workloads(
-    settings: PrecomputeSettings, readable: pa.Table, store: FeatureStore | None, write: bool = True
+    settings: PrecomputeSettings, readable: pa.Table, store: FeatureStore | None, unknown: set[str] | None = None
 ) -> Iterator[tuple[ExpertWorkload, list[dict[str, str]]]]:
-    """Each expert's work, and the pictures left out of it because they failed in an earlier run."""
+    """Each expert's work, and the pictures left out of it because they failed in an earlier run.
+
+    Args:
+        unknown: for a preview, which writes nothing: gets the experts of which it cannot be told what is stored, because
+            their weights are not on this machine. None for a run.
+    """
     failed_before: dict[str, dict[bytes, str]] = {}  # expert -> key -> reason
     if store is not None and not settings.retry_quarantined:
         for record in store.quarantined():
@@ -280,9 +288,16 @@ def _workloads(
     images = ImageTable(readable)
     for name in settings.experts:
         weights = settings.weights.get(name)
-        expert = load_expert(name, weights=weights, size=settings.size, dtype=getattr(torch, settings.dtype))
         stored = settings.codecs.get(name, settings.dtype)
-        description = expert.describe(getattr(torch, stored))
+        digests = [] if store is None else store.experts().get(name, [])
+        source = weights or (expert_card(name).weights if settings.size == "full" else "")  # "": a fixed random network
+        if unknown is not None and not (digests and (not source or found_here(source))):
+            expert, description = shapes_of(name, settings.size), None
+            unknown |= {name} if digests else set()
+        else:
+            expert = load_expert(name, weights=weights, size=settings.size, dtype=getattr(torch, settings.dtype))
+            description = expert.describe(getattr(torch, stored))
+        (height, width), channels = expert.grid, expert.channels
         del expert  # frees its weights before the next expert's are loaded
         failed = failed_before.get(name, {})
         wanted, out = without(_wanted(name, readable["experts"]), images, failed)
@@ -290,11 +305,13 @@ def _workloads(
             {"path": row["image"], "reason": f"{name}: {failed[row['key']]} (in an earlier run)"}
             for row in readable.select(["key", "image"]).take(pa.array(out)).to_pylist()
         ]
-        partition, digest = None, fingerprint(description)
-        if store is not None and (write or digest in store.experts().get(name, [])):
-            partition = store.add_expert(description) if write else store.partition(name, digest)
-        height, width = description["grid"]
-        feature_bytes = height * width * description["channels"] * getattr(torch, stored).itemsize
+        partition = None
+        if store is not None and description is not None:
+            if unknown is None:
+                partition = store.add_expert(description)
+            elif (digest := fingerprint(description)) in digests:
+                partition = store.partition(name, digest)
+        feature_bytes = height * width * channels * getattr(torch, stored).itemsize
         by_size = max(1, int(settings.shard_mb * 2**20 / feature_bytes))
         count = len(images) if wanted is None else len(wanted)
         work = ExpertWorkload(

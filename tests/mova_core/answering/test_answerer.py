@@ -286,6 +286,8 @@ def test_caller_can_forbid_cap_and_set_a_budget(mini, processor, local_experts, 
     assert experts(budget=6) == ["sam", "biomedclip"], "in the order they were named"
     assert experts(budget=4.5, image=(images[0], images[0])) == ["vary", "biomedclip"], "each picture costs"
     assert experts(budget=0) == []
+    asked = Question(image=images[0], text="what?", experts=("sam", "vary", "dinov2", "biomedclip"), budget=6)
+    assert answerer.answer([asked], 1)[0].over_budget == {"vary": 0.9, "dinov2": 3.5}
 
 
 @pytest.mark.parametrize(

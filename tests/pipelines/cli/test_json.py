@@ -59,7 +59,14 @@ def test_the_summary_and_the_status_of_a_run():
 
 
 def test_an_answer():
-    answer = Answer(text="red", experts=["sam"], router="G", gates=[{"sam": 1.0}], seconds={"base encoder": 0.1})
+    answer = Answer(
+        text="red",
+        experts=["sam"],
+        over_budget={"vary": 2.0},
+        router="G",
+        gates=[{"sam": 1.0}],
+        seconds={"base encoder": 0.1},
+    )
     check("ask", asdict(answer))
 
 

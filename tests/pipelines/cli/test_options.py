@@ -17,6 +17,7 @@ from pipelines.cli.options import NameValue, by_expert, cost_number, expert_sett
 from pipelines.cli.paths import path_or_url
 from pipelines.cli.train import OPTIONS, STAGE_OPTIONS, option_defaults, train_config
 from pipelines.train.config import STAGES, TrainConfig
+from tests.pipelines.cli.json_page import check
 
 URLS = ("s3://bucket/store", "gs://bucket/a//b", "https://example.org/x.json?v=1", "memory://store")
 
@@ -128,3 +129,25 @@ def test_a_bad_record_is_reported_before_ray_starts(command, model, tmp_path, mo
     output = [] if command == "evaluate" else ["--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*command.split(), *shared, *output])
     assert isinstance(result.exception, DataError) and "line 1: broken JSON" in str(result.exception)
+
+
+def test_a_dry_run_of_training_counts_and_starts_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.session.ray_session", lambda *_: pytest.fail("Ray was started"))
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    records = [{"image": "a.png", "routing": ["sam"], "conversations": turns}] * 9 + [{"conversations": turns}]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    FeatureStore(tmp_path / "store", create=True)
+    arguments = ["train", "router", "--dry-run", "--model", model, "--data", tmp_path / "data.json", "--store"]
+    arguments += [tmp_path / "store", "--output", tmp_path / "out", "--batch-size", "4", "--epochs", "3"]
+    counts = json.loads(CliRunner().invoke(app, [*map(str, arguments), "--json"]).stdout)
+    check("train", counts)
+    assert (counts["samples"], counts["steps"], counts["left_out"]) == (9, 6, {"no picture": 1})
+    shown = CliRunner().invoke(app, [*map(str, arguments)]).stdout
+    assert "nothing was trained" in shown and "left out, no picture: 1" in shown and not (tmp_path / "out").exists()
+
+
+def test_experts_of_a_model(model):
+    listed = json.loads(CliRunner().invoke(app, ["experts", "--model", str(model), "--json"]).stdout)
+    assert [row["expert"] for row in listed] == ["clip", "sam", "vary"] and listed[1]["input"] < 512, "size mini"
+    shown = CliRunner().invoke(app, ["experts", "--model", str(model)]).stdout
+    assert [row.split()[:2] for row in shown.splitlines()[-2:]] == [["A", "sam"], ["B", "vary"]]

@@ -160,6 +160,7 @@ ANSWER = Answer(
     text="A red square.",
     experts=list(EXPERTS),
     router="A, C, G",
+    over_budget={"our-other-encoder": 12_345.6},
     gates=[dict.fromkeys(EXPERTS, 0.333333)] * 3,
     seconds=dict.fromkeys(
         ("preprocess", "base encoder", "routing", "experts", "fusion", "first token", "answer"), 12.3456
@@ -168,7 +169,7 @@ ANSWER = Answer(
 
 # Name -> what prints the output, and cells that a narrow terminal must show too.
 OUTPUTS: dict[str, tuple[Callable[[], None], list[str]]] = {
-    "experts": (lambda: experts.show_experts(POOL, "full"), [number(12_345.678901), "12,346", "128x128"]),
+    "experts": (lambda: experts.show_experts(POOL, "full", EXPERTS), [number(12_345.678901), "12,346", "128x128"]),
     "profile": (lambda: profile.show_profiles(MEASURED, "full"), ["512", "123,457", "81,920", DEVICE.split()[-1]]),
     "plan": (lambda: plan.show_plan(PLACED, None), ["1,024", "A100-80G", "0.0625", "123,457"]),
     "precompute": (lambda: precompute.show_summary(SUMMARY), [number(PICTURES), "12,346", percent(0.987), "345,679"]),
@@ -181,7 +182,7 @@ OUTPUTS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "label": (lambda: label.show_labels(Labels), ["9,876,543", number(PICTURES), "2.35", "12,345"]),
     "train": (lambda: train.show_training(TRAINED), [number(PICTURES), "5.62", "158,209", "1,000,000", "40,000"]),
     "evaluate": (lambda: evaluate.show_kinds(KINDS), ["document with a table", number(PICTURES), "98.8 %", "12.3 %"]),
-    "ask": (lambda: ask.show_answer(ANSWER), ["0.333", "12.3"]),
+    "ask": (lambda: ask.show_answer(ANSWER), ["0.333", "12.3", "our-other-encoder (cost 12,346)"]),
 }
 
 

@@ -25,6 +25,7 @@ from pipelines.precompute.scheduler import Execution, State, enter
 from pipelines.precompute.shard_queue import CHUNK_ROWS, Block, ShardQueue, rows_at
 from pipelines.precompute.status_actor import WorkerView
 from pipelines.precompute.workload import ExpertWorkload, ImageTable
+from tests.pipelines.cli.json_page import check
 
 KEYS = np.random.default_rng(0).bytes(32 * 100)
 
@@ -235,6 +236,12 @@ def test_each_expert_gets_the_pictures_named_for_it_and_stores_them_its_way(slow
     assert dtypes == {"slow": "bfloat16", "biomedclip": "int8"}
     assert [row["expert"] for row in store.quarantined()] == ["slow"] * 2
     assert preview(images, tmp_path / "store", **run)["slow"]["to_compute"] == 0
+    elsewhere = preview(images, tmp_path / "store", **run, weights={"biomedclip": "nobody/not-on-this-machine"})
+    assert {name: (row["there"], row["to_compute"]) for name, row in elsewhere.items()} == {
+        "slow": (4, 0),
+        "biomedclip": (None, 4),
+    }
+    check("precompute --dry-run", {"experts": elsewhere, "skipped": []})
 
     again = precompute(images, tmp_path / "store", **run)
     assert again.reused == {"slow": 4, "biomedclip": 4} and not again.experts["slow"]["actors"][-1][1]
