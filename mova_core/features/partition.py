@@ -96,7 +96,7 @@ class FeaturePartition:
         self._recent = ReceiptIndex.empty()  # receipts that the snapshot does not cover
         # Receipts not yet merged into `_recent`: merging sorts, and a writer that never looks anything up need not.
         self._pending_receipts: dict[str, pa.Table] = {}
-        self._reported: set[str] = set()  # damaged receipts that a warning has named
+        self._reported: set[str] = set()  # damaged receipts and snapshots that a warning has named
         self.refresh()
 
     @classmethod
@@ -253,13 +253,25 @@ class FeaturePartition:
         for number in reversed(self.numbers("snapshots", ".json")):
             if number == self._snapshot_number:
                 return
-            with suppress(OSError, ValueError, KeyError, TypeError, pa.ArrowException):
-                snapshot = json.loads(self.storage.read(f"snapshots/{number}.json"))
+            name = f"snapshots/{number}.json"
+            if name in self._reported:
+                continue
+            try:
+                snapshot = json.loads(self.storage.read(name))
                 path = self.storage.local_copy(
                     f"index/{snapshot['index']}", snapshot["index_bytes"], snapshot["index_xxh3"]
                 )
                 self._snapshot, self._snapshot_number = ReceiptIndex.mapped(path), number
                 return
+            except OSError:  # superseded and deleted since the listing, or a read that the next refresh tries again
+                continue
+            except (ValueError, KeyError, TypeError, pa.ArrowException):
+                self._reported.add(name)
+                logger.warning(
+                    "%s/%s or its index is damaged, older ones and receipts are read: run `mova store verify`",
+                    self.location,
+                    name,
+                )
         self._snapshot, self._snapshot_number = ReceiptIndex.empty(), 0
 
     def numbers(self, folder: str, suffix: str) -> list[int]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from mova_core.io.atomic import atomic_path
-from mova_core.io.cache import cache_folder
+from mova_core.io.cache import cache_folder, private_folder
 
 ABANDONED_S = 3600.0  # the writer of a temporary file older than this has died
 LOCKS_HEX_DIGITS = 3  # 4096 lock files serve all names, so that no lock file need ever be deleted
@@ -30,7 +30,7 @@ class NodeCache:
     An error of the cache's disk never reaches the caller: the object is fetched without the cache.
 
     Args:
-        folder: created when first used. A folder of another user is not used, because its content cannot be trusted.
+        folder: created when first used. One that others can write is not used, because its content cannot be trusted.
         limit: of all objects together, in bytes.
     """
 
@@ -69,10 +69,8 @@ class NodeCache:
             return pa.py_buffer(content)
 
     def _create_folders(self) -> None:
-        for folder in (self._objects, self._locks):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if folder.stat().st_uid != os.getuid():
-                raise PermissionError(f"{folder} belongs to another user")
+        for folder in (self.folder, self._objects, self._locks):
+            private_folder(folder)
 
     def _put(self, path: Path, content: bytes) -> None:
         if not 0 < len(content) <= self.limit // 4:  # a larger object would evict too many others

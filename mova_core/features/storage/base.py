@@ -12,6 +12,7 @@ shorter than it was published, means damage.
 from __future__ import annotations
 
 import errno
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from mova_core.io.uris import is_url
 
@@ -123,17 +125,15 @@ class StorageBackend(ABC):
         """
 
     @abstractmethod
-    def local_copy(self, name: str, size: int, version: str) -> Path:
+    def local_copy(self, name: str, size: int, xxh3: str) -> Path:
         """A local file with the content of `name`: the file itself, or a copy in this user's cache folder.
-
-        Only the number of bytes is checked: the caller checks the content where it matters.
 
         Args:
             size: bytes of the file as published.
-            version: differs between all contents that were ever published in the folder of `name`, such as a hash.
+            xxh3: xxh3-64 of its content, 16 hex digits.
 
         Raises:
-            ValueError: the file has another size.
+            ValueError: the file has another size or content.
             OSError: see the module's docstring.
         """
 
@@ -156,6 +156,25 @@ class StorageBackend(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Deletes a file if it exists."""
+
+
+def checked(path: Path, size: int, xxh3: str) -> Path:
+    """The path of a local file that is whole.
+
+    Raises:
+        ValueError: it has another size or content.
+        OSError: it cannot be read.
+    """
+    digest = xxhash.xxh3_64()
+    with open(path, "rb", buffering=0) as file:
+        found = os.fstat(file.fileno()).st_size
+        if found != size:
+            raise ValueError(f"{path} has {found:,} bytes, {size:,} were published")
+        while part := file.read(1 << 24):  # read, not mapped: a bad sector is then an error and no SIGBUS
+            digest.update(part)
+    if digest.hexdigest() != xxh3:
+        raise ValueError(f"{path} has other bytes than were published")
+    return path
 
 
 _FIXES = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mova_core.features.storage.base import StorageBackend, StoreError
+from mova_core.features.storage.base import StorageBackend, StoreError, checked
 from mova_core.features.storage.mapped import MappedFile
 from mova_core.io.atomic import atomic_path, flush, temporary_path
 
@@ -110,13 +110,9 @@ class LocalStorage(StorageBackend):
         """See `StorageBackend`."""
         return self._open(name).read_range(offset, size, own)
 
-    def local_copy(self, name: str, size: int, version: str) -> Path:
+    def local_copy(self, name: str, size: int, xxh3: str) -> Path:
         """See `StorageBackend`: the file itself."""
-        path = Path(self._path(name))
-        found = path.stat().st_size
-        if found != size:
-            raise ValueError(f"{path} has {found:,} bytes, {size:,} were published")
-        return path
+        return checked(Path(self._path(name)), size, xxh3)
 
     def put(self, name: str, pieces: Sequence[Any]) -> None:
         """See `StorageBackend`."""

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mova_core.features.storage.base import StorageBackend, StoreError
+from mova_core.features.storage.base import StorageBackend, StoreError, checked
 from mova_core.io.atomic import atomic_path
-from mova_core.io.cache import cache_folder
+from mova_core.io.cache import cache_folder, private_folder
 from mova_core.io.filesystem import NotFoundError, ReadError, open_filesystem, with_retries
 
 COPY_BYTES = 32 << 20  # of a request of `local_copy`
@@ -134,20 +134,21 @@ class ObjectStorage(StorageBackend):
             raise EOFError(f"{name} ends before byte {end}")
         return np.frombuffer(bytearray(content) if own else content, np.uint8)
 
-    def local_copy(self, name: str, size: int, version: str) -> Path:
+    def local_copy(self, name: str, size: int, xxh3: str) -> Path:
         """See `StorageBackend`: a copy in the cache folder, deleted when a newer version of the same folder is copied."""
-        folder = cache_folder("indexes")
+        folder = private_folder(cache_folder("indexes"))
         stem = hashlib.sha256(f"{self.location}/{name.rpartition('/')[0]}".encode()).hexdigest()[:16]
-        copy = folder / f"{stem}-{version}"
-        if copy.exists() and copy.stat().st_size == size:
-            return copy
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(copy, durable=False) as temporary, open(temporary, "xb") as file:
-            for offset in range(0, size, COPY_BYTES):
-                try:
-                    file.write(self.read_range(name, offset, min(COPY_BYTES, size - offset)).data)
-                except EOFError as error:
-                    raise ValueError(str(error)) from None
+        copy = folder / f"{stem}-{xxh3}"
+        with suppress(FileNotFoundError, ValueError):  # not there yet, or damaged: then copied again
+            return checked(copy, size, xxh3)
+        with atomic_path(copy, durable=False) as temporary:
+            with open(temporary, "xb") as file:
+                for offset in range(0, size, COPY_BYTES):
+                    try:
+                        file.write(self.read_range(name, offset, min(COPY_BYTES, size - offset)).data)
+                    except EOFError as error:
+                        raise ValueError(str(error)) from None
+            checked(temporary, size, xxh3)
         for other in folder.glob(f"{stem}-*"):
             if other != copy:
                 other.unlink(missing_ok=True)  # processes that have the older copy mapped keep its content

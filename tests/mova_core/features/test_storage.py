@@ -6,9 +6,11 @@ import os
 import pickle
 import re
 import resource
+import stat
 
 import numpy as np
 import pytest
+import xxhash
 
 from mova_core.features.storage import LocalStorage, StoreError, mapped, open_storage, writing
 from mova_core.features.storage.mapped import PRIVATE_BYTES
@@ -52,15 +54,27 @@ def test_one_writer_takes_a_name(storage):
 
 
 def test_local_copy(storage, monkeypatch, tmp_path):
+    """What is mapped into memory is checked first: size, and every byte."""
     monkeypatch.setenv("MOVA_CACHE", str(tmp_path / "cache"))
+    copies = tmp_path / "cache" / "indexes"
+    first, second, third = (f"{xxhash.xxh3_64_intdigest(content):016x}" for content in (b"first", b"second", b"third"))
     storage.put("1.arrow", [b"first"])
-    assert storage.local_copy("1.arrow", 5, "v1").read_bytes() == b"first"
+    assert storage.local_copy("1.arrow", 5, first).read_bytes() == b"first"
     storage.put("2.arrow", [b"second"])
-    assert storage.local_copy("2.arrow", 6, "v2").read_bytes() == b"second"
-    if not isinstance(storage, LocalStorage):
-        assert len(list((tmp_path / "cache" / "indexes").iterdir())) == 1, "only the newest copy stays"
-    with pytest.raises(ValueError, match=r"bytes|ends before"):
-        storage.local_copy("1.arrow", 7, "v3")
+    assert storage.local_copy("2.arrow", 6, second).read_bytes() == b"second"
+    for size, expected, said in ((7, first, r"bytes|ends before"), (5, third, "other bytes")):
+        with pytest.raises(ValueError, match=said):
+            storage.local_copy("1.arrow", size, expected)
+    if isinstance(storage, LocalStorage):
+        return
+    [copy] = copies.iterdir()
+    assert copy.read_bytes() == b"second", "only the newest copy stays"
+    copy.write_bytes(b"damage")
+    assert storage.local_copy("2.arrow", 6, second).read_bytes() == b"second", "a damaged copy is replaced"
+    assert stat.S_IMODE(copies.stat().st_mode) == 0o700
+    copies.chmod(0o777)
+    with pytest.raises(PermissionError, match="others may write"):
+        storage.local_copy("2.arrow", 6, second)
 
 
 def test_backends_pickle(storage):

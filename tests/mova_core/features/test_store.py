@@ -619,6 +619,21 @@ def test_a_flipped_byte_is_found(store, partition):
     assert {found["reason"].split(": ")[-1] for found in FeatureStore(store.location).verify()} == {"the file is gone"}
 
 
+def test_a_damaged_index_hides_no_feature(store, partition, caplog):
+    """An index is checked before it is mapped: a flipped bit in a key would make its feature look missing."""
+    fill(partition, KEYS[:12])
+    partition.snapshot()
+    fill(partition, KEYS)
+    assert partition.snapshot() == 2
+    flip(Path(partition.location, "index", "2.arrow"), Path(partition.location, "index", "2.arrow").stat().st_size // 2)
+    opened = FeaturePartition(partition.location)
+    assert same(opened, KEYS) and opened.snapshot_number == 1
+    opened.refresh()
+    warnings = [record.message for record in caplog.records]
+    assert len(warnings) == 1 and "snapshots/2.json or its index is damaged" in warnings[0]
+    assert [found["shard"] for found in store.verify()] == ["index/2.arrow"]
+
+
 def test_a_hundred_flipped_bytes_are_found_and_made_anew(store):
     """Of any files of three partitions, store.json and expert.json among them."""
     keys = [key(number) for number in range(150)]

@@ -1,6 +1,7 @@
 """The cache of fetched bytes that the processes of a machine share."""
 
 import os
+import stat
 import time
 
 import pytest
@@ -51,8 +52,26 @@ def test_failed_and_empty_fetches_are_not_cached(tmp_path):
     assert cache.get("a", lambda: b"again").to_pybytes() == b"again"
 
 
-def test_a_folder_of_another_user_is_not_trusted(tmp_path, monkeypatch):
+def test_a_folder_of_another_user_is_not_trusted(tmp_path, monkeypatch, caplog):
     cache = NodeCache(tmp_path / "cache", 1000)
     assert cache.get("a", lambda: b"planted").to_pybytes() == b"planted"
-    monkeypatch.setattr(os, "getuid", lambda: 4_000_000)
-    assert cache.get("a", lambda: b"fetched").to_pybytes() == b"fetched"
+    with monkeypatch.context() as other_user:
+        other_user.setattr(os, "getuid", lambda: 4_000_000)
+        for _ in range(2):
+            assert cache.get("a", lambda: b"fetched").to_pybytes() == b"fetched"
+    assert "belongs to another user" in caplog.text and len(caplog.records) == 1
+    assert cache.get("a", lambda: b"fetched").to_pybytes() == b"planted", "our own again"
+
+
+def test_nobody_else_may_enter_the_folder(tmp_path):
+    folder = tmp_path / "cache"
+    cache = NodeCache(folder, 1000)
+    cache.get("a", lambda: b"a")
+    folders = (folder, folder / "objects", folder / "locks")
+    assert [stat.S_IMODE(path.stat().st_mode) for path in folders] == [0o700] * 3
+    folder.chmod(0o755)  # of an earlier version: closed, and used
+    assert cache.get("a", lambda: b"b").to_pybytes() == b"a" and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for path in folders:  # somebody else may have planted something
+        path.chmod(0o777)
+        assert cache.get("a", lambda: b"b").to_pybytes() == b"b"
+        path.chmod(0o700)
