@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 
-from cluster.nodes import GIB, NodeType, PlanError, accelerator_of
+from cluster.nodes import GIB, NodeType, PlanError, profiles_on
 from cluster.placement import CONTEXT, SHARES, plan_placement
 from cluster.pools import PoolSpec
-from cluster.simulator import simulate
+from cluster.simulator import Conditions, simulate
 from mova_core.experts import EXPERTS, expert_card
 from mova_core.experts.cost import Measured, Profile, read_profiles
 
 SHARD = 64  # rows
+CONDITIONS = Conditions(shard_rows=SHARD, noise=0.05)
 GPUS = {"H100": (400.0, 80), "A100": (180.0, 40), "L4": (50.0, 22), "T4": (25.0, 15)}  # TFLOP/s and GiB, about
 TFLOPS = dict(zip(EXPERTS, (3.48, 0.93, 4.70, 2.53, 0.52, 0.04, 5.64), strict=True))  # a picture
 
@@ -74,7 +75,7 @@ def drawn(seed: int) -> list[Profile]:
 def sized(name: str, one: NodeType, share: float, profiles: Sequence[Profile]) -> PoolSpec | None:
     """A pool of one actor on a share of a GPU, with its rate; None where it does not fit."""
     room = share * (one.gpu_memory or 0) - CONTEXT
-    measured = [row for row in profiles if row.expert == name and accelerator_of(row.device) == one.accelerator]
+    measured = profiles_on(one.accelerator, name, profiles)
     if not measured or (measured[0].batches[0].peak_bytes or 0) > room:
         return None
     best = measured[0].best(room)
@@ -120,12 +121,12 @@ def row(name: str, nodes: Sequence[NodeType], profiles: Sequence[Profile], image
     def run(pools: Sequence[PoolSpec]) -> float | None:
         """Images/s of the mix, starts included; None where it cannot run."""
         try:
-            return images / simulate(pools, wanted, profiles, nodes, shard_rows=SHARD, noise=0.05).seconds
+            return images / simulate(pools, wanted, profiles, nodes, CONDITIONS).seconds
         except PlanError:
             return None
 
     begin = time.perf_counter()
-    done = simulate(placed.pools, wanted, profiles, nodes, shard_rows=SHARD, noise=0.05)
+    done = simulate(placed.pools, wanted, profiles, nodes, CONDITIONS)
     simulator = time.perf_counter() - begin
     rates = [run(naive(wanted, nodes, profiles)) for naive in (round_robin, everywhere)]
     whole = images / done.seconds

@@ -35,7 +35,7 @@ def set_for_command() -> None:
 
 @contextlib.contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets variables within it; those that the user set stay as they are, the others are removed at the end."""
+    """Sets variables while it is open and removes them at the end; variables that the user set stay as they are."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:

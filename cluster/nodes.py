@@ -1,12 +1,14 @@
 """The machines of a cluster: as Ray reports them, or as a file describes a cluster that need not exist."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mova_core.experts.cost import Profile
 
 GIB = 2**30
 ACCELERATOR_LABEL = "ray.io/accelerator-type"  # node label that Ray sets on a machine with GPUs
@@ -29,19 +31,25 @@ class NodeType:
     gpu_memory: int | None = None  # bytes of one GPU; None: not known
 
 
-def accelerator_of(device: str) -> str | None:
-    """The accelerator-type label that Ray gives a device of a profile, None for a CPU.
+def profiles_on(accelerator: str | None, expert: str, profiles: "Iterable[Profile]") -> "list[Profile]":
+    """The profiles of an expert that were measured on one kind of device.
 
-    The driver's name of an NVIDIA GPU is cut as Ray cuts it: "NVIDIA A100-SXM4-40GB" is an A100. A name without a space
-    is a label already, as in profiles made by hand.
+    `mova profile` records the label of the node it measured on. A profile measured without Ray has only the driver's
+    name of the GPU: a label fits it whose words stand in it, as A100 in "NVIDIA A100-SXM4-40GB" or GeForce-RTX-4090 in
+    "NVIDIA GeForce RTX 4090".
+
+    Args:
+        accelerator: Ray's accelerator-type label; None for CPUs.
     """
-    if device.startswith("cpu"):
-        return None
-    if " " not in device:
-        return device
-    model = re.match(r"\w+\s+((?:[A-Z]+\s+)*[A-Z0-9]*\d[A-Z0-9]*)", device)
-    name = model[1] if model else re.sub(r"^NVIDIA\s+", "", device)
-    return name.replace(" ", "-")
+
+    def matches(profile: "Profile") -> bool:
+        if accelerator is None or profile.device.startswith("cpu"):
+            return accelerator is None and profile.device.startswith("cpu")
+        if profile.accelerator is not None:
+            return profile.accelerator == accelerator
+        return f" {accelerator} ".replace("-", " ") in f" {profile.device} ".replace("-", " ")
+
+    return [profile for profile in profiles if profile.expert == expert and matches(profile)]
 
 
 def read_cluster(path: str | os.PathLike[str]) -> list[NodeType]:
@@ -51,7 +59,7 @@ def read_cluster(path: str | os.PathLike[str]) -> list[NodeType]:
         - {count: 10, cpus: 32, memory_gib: 128}
 
     Raises:
-        PlanError: no such file, or not one of machines.
+        PlanError: the file is not there or cannot be read, or an entry is no machine; the message names the entry.
     """
     rows = read_yaml(path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -84,10 +92,10 @@ def _machines(where: str, row: Mapping[str, Any]) -> NodeType:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Any:
-    """What a YAML (or JSON) file holds.
+    """The content of a YAML (or JSON) file.
 
     Raises:
-        PlanError: no such file, or it cannot be parsed.
+        PlanError: the file is not there, cannot be read or cannot be parsed.
     """
     import yaml
 
@@ -100,15 +108,16 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
 
 
 def live_node(row: Mapping[str, Any]) -> NodeType | None:
-    """One row of `ray.nodes()`: a machine, or None where the node is dead or gives actors neither CPU nor GPU."""
+    """The machine of one row of `ray.nodes()`; None where the node is dead or has neither CPU nor GPU for actors."""
     total = row["Resources"]
     if not row["Alive"] or not total.get("CPU", 0.0) + total.get("GPU", 0.0):
         return None
-    named = (key.removeprefix(ACCELERATOR_RESOURCE) for key in total if key.startswith(ACCELERATOR_RESOURCE))
+    # Ray sets both; a test cluster or an older Ray may have only the resource.
+    labels = (key.removeprefix(ACCELERATOR_RESOURCE) for key in total if key.startswith(ACCELERATOR_RESOURCE))
     return NodeType(
         cpus=total.get("CPU", 0.0),
         memory=int(total.get("memory", 0.0)),
-        accelerator=row.get("Labels", {}).get(ACCELERATOR_LABEL) or next(named, None),
+        accelerator=row.get("Labels", {}).get(ACCELERATOR_LABEL) or next(labels, None),
         gpus=int(total.get("GPU", 0.0)),
     )
 
@@ -123,26 +132,25 @@ def group_identical(rows: Iterable[Mapping[str, Any]]) -> list[NodeType]:
     for row in rows:
         if (node := live_node(row)) is None:
             continue
-        named = node.accelerator is not None and node.gpus > 0
+        labelled = node.accelerator is not None and node.gpus > 0
         memory = node.memory // GIB * GIB
-        kind = replace(node, memory=memory) if named else NodeType(cpus=node.cpus, memory=memory)
+        kind = replace(node, memory=memory) if labelled else NodeType(cpus=node.cpus, memory=memory)
         counts[kind] += 1
     return [replace(kind, count=count) for kind, count in counts.items()]
 
 
 def running_nodes() -> list[NodeType]:
-    """The machines of the cluster this process is connected to, their GPUs' memory asked on one node of each kind."""
+    """The machines of the cluster this process is connected to; one node of each kind is asked for its GPUs' memory."""
     import ray
 
-    @ray.remote(num_cpus=0, max_calls=1)  # its process ends, and with it what CUDA took
+    @ray.remote(num_cpus=0, max_calls=1)  # the process ends after the call, and frees CUDA's context on the GPU
     def gpu_memory() -> int | None:
         import torch
 
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
-    found = group_identical(ray.nodes())
-    asked: dict[str | None, Any] = {
-        kind: gpu_memory.options(accelerator_type=kind).remote() for kind in {one.accelerator for one in found} if kind
-    }
-    known = dict(zip(asked, ray.get(list(asked.values())), strict=True))
-    return [replace(one, gpu_memory=known.get(one.accelerator)) for one in found]
+    nodes = group_identical(ray.nodes())
+    kinds = sorted({node.accelerator for node in nodes if node.accelerator})
+    memories = ray.get([gpu_memory.options(accelerator_type=kind).remote() for kind in kinds])
+    memory_of = dict(zip(kinds, memories, strict=True))
+    return [replace(node, gpu_memory=memory_of.get(node.accelerator or "")) for node in nodes]

@@ -87,7 +87,7 @@ class FreeResources:
             if (machine := machine_of.get(node_id or "")) is not None:
                 free._move(pool, free._seat_on(pool, machine), -1)
         for pool in [pool for node_id, pool in placed if node_id not in machine_of] + unplaced:
-            if free.take(pool) is None:  # Ray found room for it where this model finds none
+            if free.take(pool) is None:  # Ray placed it where this model finds no room: count it against the cluster
                 free._reserve(pool, -1)
         if available is not None:
             names = {"cpu": "CPU", "gpu": "GPU", "memory": "memory"}

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cluster.nodes import GIB, NodeType, PlanError, accelerator_of
+from cluster.nodes import GIB, NodeType, PlanError, profiles_on
 from cluster.packing import READING_CPUS, first_fit
 from cluster.pools import ROUNDING, PoolSpec
 from mova_core.figures import number
@@ -217,9 +217,7 @@ def placement_options(
     options: list[PlacementOption] = []
     unprofiled, too_large = [], []
     for kind in (None, *gpu_memory):
-        measured = [
-            profile for profile in profiles if profile.expert == name and accelerator_of(profile.device) == kind
-        ]
+        measured = profiles_on(kind, name, profiles)
         if not measured:
             unprofiled.append(kind)
             continue

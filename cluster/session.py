@@ -1,4 +1,4 @@
-"""The Ray session a command works in: the cluster it was submitted to, or one of its own on this machine."""
+"""The Ray session of a command: a connection to the cluster it was submitted to, or a cluster of its own."""
 
 import contextlib
 import logging
@@ -29,14 +29,15 @@ def ray_session(num_cpus: int | None = None, start: bool = True) -> Iterator[dic
 
     Args:
         num_cpus: CPU slots of a cluster started here; default its cores, at least `LOCAL_CPUS`.
-        start: whether to start a cluster where RAY_ADDRESS names none; else the one last started on this machine is
-            connected to.
+        start: whether to start a cluster where RAY_ADDRESS names none. False: connect to the one that was last
+            started on this machine.
 
     Yields:
-        The cluster's resources. A session that is already open is used and left open.
+        The cluster's resources, as `ray.cluster_resources()` returns them. A session that is already open is used and
+        left open.
 
     Raises:
-        SessionError: no cluster answers.
+        SessionError: no cluster answers at RAY_ADDRESS, or it refuses the connection.
     """
     if ray.is_initialized():
         yield ray.cluster_resources()
@@ -88,7 +89,7 @@ def _ray_data_logs_nothing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stderr_dropped() -> Iterator[None]:
-    """Drops what Ray's processes write to the terminal within it; what fails raises an exception."""
+    """Drops what this process and Ray's C++ threads write to stderr while it is open; failures still raise exceptions."""
     sys.stderr.flush()
     with contextlib.redirect_stdout(sys.stderr), open(os.devnull, "wb") as devnull:
         stderr = os.dup(2)

@@ -1,16 +1,27 @@
 """Profile: how fast each expert is and what memory it takes, per batch size, on one kind of device of the cluster."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.expert_server import ExpertServer
+from cluster.nodes import ACCELERATOR_LABEL
 from cluster.pools import PoolSpec, fit_pools
 from mova_core.experts import expert_module
 from mova_core.experts.cost import Profile, write_profiles
 from pipelines.progress_bar import progress_bar
+
+
+class _ProfiledServer(ExpertServer):
+    """An expert server that adds the label of its node to what it measured: `mova plan` knows the GPU by that label."""
+
+    def labelled_profile(self) -> Profile:
+        label: Any = ray.get_runtime_context().get_node_labels().get(ACCELERATOR_LABEL)  # a str, typed as a list
+        measured = self.measured()
+        return measured if measured.device.startswith("cpu") else replace(measured, accelerator=label)
 
 
 def profile(
@@ -38,7 +49,7 @@ def profile(
     """
     fit_pools({place.expert: [place]}, ray.cluster_resources())
     write_profiles(output, [])  # fails now, not after the measuring, where it cannot be written
-    server = ray.remote(ExpertServer).options(
+    server = ray.remote(_ProfiledServer).options(
         num_cpus=place.cpus, num_gpus=place.gpu, accelerator_type=place.accelerator
     )
     measured: list[Profile] = []
@@ -55,7 +66,7 @@ def profile(
                 module=expert_module(name),
             )
             try:
-                measured.append(ray.get(actor.measured.remote()))
+                measured.append(ray.get(actor.labelled_profile.remote()))
             finally:
                 ray.kill(actor)
             write_profiles(output, measured[-1:])

@@ -33,7 +33,7 @@ from mova_core.checkpoint.tensors import safetensors_tensors, stored_tensors
 from mova_core.config import MoVAConfig
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, expert_class
-from mova_core.experts.weights import unfitting
+from mova_core.experts.weights import mismatch
 from mova_core.model import ROUTING_LORA, MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor, prepare_tokenizer
 
@@ -158,7 +158,9 @@ def convert_back(
     ours = MoVAConfig.from_pretrained(source)
     model = stored_tensors(source)
     if foreign := [name for name in model if not name.startswith(tuple(OURS.values()))]:
-        raise WeightsError(f"{source}: a published checkpoint has no place for {unfitting((), foreign, ())}")
+        raise WeightsError(
+            f"{source}: a published checkpoint has no place for {mismatch({}, {name: model[name] for name in foreign})}"
+        )
     stored = {
         published_name(part, name.removeprefix(prefix)): tensor
         for part, prefix in OURS.items()
@@ -221,15 +223,8 @@ def _check(source: Path, parts: PublishedParts, metas: Mapping[str, Tensor], our
     optional = [name for name in absent if SHARED.match(name)]
     if ours.text_config.tie_word_embeddings:
         optional += ["lm_head.weight"] if "lm_head.weight" in absent else []
-    problem = unfitting(
-        missing=set(absent) - set(optional),
-        unexpected=metas.keys() - wanted.keys() - parts.rest.keys(),
-        shapes=(
-            f"{name} {tuple(metas[name].shape)} instead of {tuple(it.shape)}"
-            for name, it in wanted.items()
-            if name in metas and metas[name].shape != it.shape
-        ),
-    )
+    given = {name: tensor for name, tensor in metas.items() if name not in parts.rest}
+    problem = mismatch(wanted, given, optional)
     if problem:
         raise WeightsError(f"{source} is no whole MoVA of its config.json: {problem}")
     return optional

@@ -1,4 +1,4 @@
-"""What an expert costs: FLOPs counted on its shapes, and speed and memory per batch size as measured on a device."""
+"""The cost of an expert: FLOPs counted on its shapes, speed and memory per batch size measured on a device."""
 
 import json
 import math
@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 VERSION = 1
-GROWTH = 1.05  # a doubled batch that brings less than this is not worth its memory
-LARGEST = 512  # pictures per forward pass, never more
-REPEAT_SECONDS = 0.1  # passes shorter than this are repeated and the fastest counts
+GROWTH = 1.05  # a doubled batch that is not at least this much faster is not worth its memory
+LARGEST = 512  # images per forward pass, at most
+REPEAT_SECONDS = 0.1  # shorter passes are repeated for this long, and the fastest one counts
 
 
 class ProfileError(ValueError):
@@ -50,9 +50,9 @@ class ProfileError(ValueError):
 class Measured:
     """One batch size on one device."""
 
-    batch: int  # pictures per forward pass
+    batch: int  # images per forward pass
     images_per_second: float  # from pixels on the CPU to features on the CPU
-    peak_bytes: int | None  # most memory of the device this process took, weights included; None: cannot be told here
+    peak_bytes: int | None  # peak device memory of this process, weights included; None: this system does not report it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,33 +62,34 @@ class Profile:
     expert: str
     arch: Mapping[str, Any]
     dtype: str
-    device: str  # its kind, see `device_kind`
-    threads: int  # of the CPU, that PyTorch used
-    batches: Sequence[Measured]  # by batch size, rising
+    device: str  # as `device_kind` returns it
+    threads: int  # CPU threads of PyTorch
+    batches: Sequence[Measured]  # by rising batch size
+    accelerator: str | None = None  # Ray's accelerator-type label of the GPU; None: a CPU, or measured without Ray
 
     def is_of(self, card: ExpertCard, size: str, dtype: str) -> bool:
-        """Whether it was measured on this expert at this size, computing in this dtype."""
+        """Whether the profile was measured on this expert at this size, computing in this dtype."""
         arch = card.mini if size == "mini" else card.full
         return (self.expert, dict(self.arch), self.dtype) == (card.name, _plain(arch), dtype)
 
     def fits(self, expert: VisionExpert, device: torch.device) -> bool:
-        """Whether it was measured on such an expert on such a device."""
+        """Whether the profile was measured on an expert of this name, arch and dtype, on this kind of device."""
         measured = (self.expert, dict(self.arch), self.dtype, self.device)
         return measured == (expert.card.name, _plain(expert.arch), _dtype(expert), device_kind(device))
 
     def at(self, batch: int) -> Measured:
-        """What is known of a batch: of the next larger one measured, else of the largest."""
-        return next((one for one in self.batches if one.batch >= batch), self.batches[-1])
+        """The measurement of this batch size: of the next larger one that was measured, else of the largest."""
+        return next((measured for measured in self.batches if measured.batch >= batch), self.batches[-1])
 
     def best(self, memory: float | None = None) -> Measured:
-        """The smallest batch that is nearly as fast as any whose peak stays within `memory` bytes."""
-        within = [one for one in self.batches if memory is None or (one.peak_bytes or 0) <= memory] or self.batches[:1]
-        fastest = max(one.images_per_second for one in within)
-        return next(one for one in within if one.images_per_second * GROWTH >= fastest)
+        """The smallest batch within 5 % of the fastest, among those whose peak fits `memory` bytes; else the smallest."""
+        fits = [run for run in self.batches if memory is None or (run.peak_bytes or 0) <= memory] or self.batches[:1]
+        fastest = max(run.images_per_second for run in fits)
+        return next(run for run in fits if run.images_per_second * GROWTH >= fastest)
 
 
 def device_kind(device: torch.device) -> str:
-    """What a profile is good for: the accelerator's model name, or "cpu" and the processor's."""
+    """The kind of device that a profile is valid for: the GPU's model name, or "cpu" and the processor's."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
@@ -96,21 +97,21 @@ def device_kind(device: torch.device) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor that tells no name
+    except (OSError, StopIteration):  # not Linux, or a processor without a model name
         model = platform.processor() or platform.machine()
     return f"cpu {model}"
 
 
 def example(expert: VisionExpert) -> dict[str, Tensor]:
-    """A batch of one grey picture, as `preprocess` gives it."""
+    """A batch of one grey image, preprocessed."""
     return expert.preprocess([np.full((64, 64, 3), 127, dtype=np.uint8)])
 
 
 def shapes_of(name: str, size: str) -> VisionExpert:
-    """An expert of the pool on the meta device: its shapes without weights, as `count_flops` takes it.
+    """An expert on the meta device: shapes without weights, as `count_flops` needs it.
 
     Raises:
-        ValueError: no such expert.
+        ValueError: no expert has this name.
     """
     kind = expert_class(name)
     with torch.device("meta"):
@@ -118,22 +119,22 @@ def shapes_of(name: str, size: str) -> VisionExpert:
 
 
 def count_flops(expert: VisionExpert) -> int | None:
-    """Floating-point operations per picture, a multiply-add as two, of the matrix products and convolutions.
+    """Counts floating-point operations per image in matrix products and convolutions; a multiply-add is two.
 
-    Works on shapes alone, on an expert whose parameters are on the meta device. None where the forward pass decides by
-    its numbers in a way that shapes do not tell.
+    Needs shapes only: the expert's parameters are on the meta device. None where the forward pass branches on values,
+    which the meta device does not have.
     """
     batch = {name: tensor.to("meta") for name, tensor in example(expert).items()}
     try:
-        with FlopCounterMode(display=False) as counter, _Decided(), torch.no_grad():
+        with FlopCounterMode(display=False) as counter, _ValuesAreTrue(), torch.no_grad():
             expert(batch)
-    except RuntimeError:  # NotImplementedError too: there are no numbers on the meta device
+    except RuntimeError:  # NotImplementedError too: an operation needs values
         return None
     return counter.get_total_flops()
 
 
-class _Decided(TorchDispatchMode):
-    """Answers yes where a forward pass on the meta device asks its numbers, such as whether every patch is real."""
+class _ValuesAreTrue(TorchDispatchMode):
+    """Answers True where a forward pass on the meta device reads a value, such as whether every patch is real."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -144,15 +145,16 @@ class _Decided(TorchDispatchMode):
 def measure(
     expert: VisionExpert, run: Callable[[int], object], device: torch.device, *, seconds: float, largest: int = LARGEST
 ) -> Profile:
-    """Doubles the batch from 1 on until speed stops growing, memory runs out or the time is up.
+    """Measures batches of 1, 2, 4, ... images until speed stops growing, memory runs out or the time is over.
 
     Args:
-        run: computes that many pictures, and returns when their features are there.
-        seconds: time to spend, about; a batch size that would take longer is not tried, but one picture always is.
-        largest: most pictures per forward pass.
+        run: computes features of that many images, and returns when they are on the CPU.
+        device: the device of the expert, whose peak memory is read.
+        seconds: approximate time to spend. A batch that would exceed it is not tried, but one image always is.
+        largest: most images per forward pass.
 
     Raises:
-        RuntimeError: even one picture cannot be computed.
+        RuntimeError, MemoryError: even one image cannot be computed.
     """
     started = time.perf_counter()
     batches: list[Measured] = []
@@ -161,7 +163,7 @@ def measure(
     while batch <= largest:
         with _peak(device) as peak:
             try:
-                run(batch)  # compiles and allocates
+                run(batch)  # warm-up: compiles kernels and allocates memory
                 best = spent = _timed(run, batch)
                 while spent < REPEAT_SECONDS:
                     again = _timed(run, batch)
@@ -178,7 +180,9 @@ def measure(
         left = seconds - (time.perf_counter() - started)
         if speed >= GROWTH * fastest:
             fastest, where = speed, batch
-        if batch >= 4 * where or left < 4 * best:  # twice no gain, once may be chance; two passes of twice as long
+        if (
+            batch >= 4 * where or left < 4 * best
+        ):  # two batches without gain (one may be chance), or no time for two passes
             break
         batch *= 2
     return Profile(
@@ -192,15 +196,15 @@ def measure(
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch may do."""
+    """Whether an error says that memory ran out, so that a smaller batch may succeed."""
     return isinstance(error, MemoryError) or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def read_profiles(path: str | os.PathLike[str]) -> list[Profile]:
-    """The profiles of a file that `write_profiles` wrote, or a person (docs/json.md).
+    """Reads the profiles of a file that `write_profiles` or a person wrote (docs/json.md).
 
     Raises:
-        ProfileError: no such file, or not one of profiles; the message names the profile and the key.
+        ProfileError: the file cannot be read or holds no profiles; the message names the profile and the key.
     """
     try:
         content = json.loads(Path(path).read_text())
@@ -216,8 +220,8 @@ def read_profiles(path: str | os.PathLike[str]) -> list[Profile]:
 
 
 def _profile(where: str, row: Any) -> Profile:
-    """One profile of a file. A person may name the size instead of the arch, and leave out what has a usual value."""
-    row = {"dtype": "float32", "threads": 1} | _keys(where, row, Profile, {"size"}, {"arch", "dtype", "threads"})
+    """One profile of a file. A person may write the size in place of the arch, and leave out keys that have a default."""
+    row = {"dtype": "float32", "threads": 1} | _keys(where, row, Profile, {"size"}, {"arch", "dtype", "threads", "accelerator"})
     if not isinstance(row["batches"], list) or not row["batches"]:
         raise ProfileError(f"{where}: `batches` must be a list of at least one batch")
     batches = []
@@ -247,7 +251,7 @@ def _profile(where: str, row: Any) -> Profile:
 
 
 def _keys(where: str, row: Any, kind: type, further: set[str], optional: set[str]) -> dict[str, Any]:
-    """A JSON object whose keys are the fields of a dataclass, and `further` ones; those of `optional` may be missing."""
+    """Checks that the keys of a JSON object are fields of a dataclass or in `further`; `optional` ones may be missing."""
     known = {field.name for field in fields(kind)}
     if not isinstance(row, dict):
         raise ProfileError(f"{where} is no object: write one with {', '.join(sorted(known))}")
@@ -261,11 +265,15 @@ def _keys(where: str, row: Any, kind: type, further: set[str], optional: set[str
 
 
 def write_profiles(path: str | os.PathLike[str], profiles: Iterable[Profile]) -> None:
-    """Puts profiles into a file, beside those of other experts, dtypes and devices that are there."""
-    path = Path(path)
-    known = {_key(one): one for one in (read_profiles(path) if path.exists() else ())}
-    known |= {_key(one): one for one in profiles}
-    rows = [asdict(one) for _, one in sorted(known.items())]
+    """Writes profiles into a file; profiles of other experts, archs, dtypes and devices in the file stay.
+
+    Raises:
+        ProfileError: the file exists and holds no profiles.
+        OSError: the file cannot be written.
+    """
+    merged = {_key(profile): profile for profile in (read_profiles(path) if Path(path).exists() else ())}
+    merged |= {_key(profile): profile for profile in profiles}
+    rows = [asdict(profile) for _, profile in sorted(merged.items())]
     write_atomic(path, json.dumps({"version": VERSION, "profiles": rows}, indent=1))
 
 
@@ -289,13 +297,13 @@ def _timed(run: Callable[[int], object], batch: int) -> float:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Gives what tells, after the body, the most memory in bytes that this process took of the device within it."""
+    """Yields a function that returns, after the body, the peak memory in bytes that this process took of the device."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_reserved(device)
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: begins the high-water mark anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of resident memory, VmHWM
     except OSError:
         yield lambda: None
         return
@@ -314,14 +322,14 @@ def expert_costs(
     stated: Mapping[str, float] | None = None,
     profile: str | Path | None = None,
 ) -> dict[str, float]:
-    """Expert -> cost of one picture, for a budget: as stated, else measured on this CPU in ms, else counted in GFLOPs.
+    """Expert -> cost of one image, for a budget: as stated, else measured on this CPU in ms, else counted in GFLOPs.
 
     Args:
         experts: the experts to price.
         size: their size, "full" or "mini".
         dtypes: expert -> dtype it computes in; float32 by default.
         stated: expert -> cost in a unit of the caller's own; each expert must have one.
-        profile: file of `write_profiles`; the throughput at batch size 1 counts.
+        profile: file of `write_profiles`, whose speed at batch size 1 is used.
 
     Raises:
         ValueError: an expert has no cost, or both `stated` and `profile` are given; the message names the fix.
@@ -350,6 +358,6 @@ def expert_costs(
 
 
 def feature_bytes(name: str, size: str, dtype: str) -> int:
-    """Bytes of one picture's features of an expert, stored in `dtype`."""
+    """Bytes of one image's features of an expert, stored in `dtype`."""
     height, width = (expert := shapes_of(name, size)).grid
     return height * width * expert.channels * getattr(torch, dtype).itemsize

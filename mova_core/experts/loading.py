@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mova_core.experts.base import ExpertCard, VisionExpert
 from mova_core.experts.registry import BASE, EXPERTS, expert_class
-from mova_core.experts.weights import WeightsError, read_weights, unfitting
+from mova_core.experts.weights import WeightsError, mismatch, read_weights
 
 ARCH_WORDS = {"width", "depth", "heads", "mlp_hidden", "channels", "patch_size", "image_size", "pos_grid"}
 ARCH_WORDS |= {"window_size", "global_blocks"}
@@ -152,15 +152,6 @@ def _draw(expert: VisionExpert) -> dict[str, Tensor]:
 
 
 def _check_fit(expert: VisionExpert, state: Mapping[str, Tensor], source: object) -> None:
-    needed = expert.state_dict()
-    problem = unfitting(
-        missing=needed.keys() - state.keys(),
-        unexpected=state.keys() - needed.keys(),
-        shapes=(
-            f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
-            for key, tensor in needed.items()
-            if key in state and state[key].shape != tensor.shape
-        ),
-    )
+    problem = mismatch(expert.state_dict(), state)
     if problem:
         raise WeightsError(f"{source} does not fit expert {expert.card.name!r} of arch {expert.arch}: {problem}")

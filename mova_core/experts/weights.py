@@ -1,7 +1,7 @@
-"""Weights in the forms in which people have them -> one state dict: a folder, a file, sharded or not, or a hub id.
+"""Reads weights into one state dict from a folder, a file (sharded or not) or a hub id.
 
-Only tensors are ever read: safetensors, or .bin/.pth with `weights_only`. Files are mapped, so what is not asked for is
-not read from disk.
+Only tensors are read: safetensors, or .bin/.pth with `weights_only`. Files are memory-mapped, so tensors that nobody uses
+are not read from disk.
 """
 
 import json
@@ -10,6 +10,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ SAFE = (".safetensors",)
 TORCH = (".bin", ".pth", ".pt")
 # What Trainer, accelerate and DeepSpeed leave beside the weights in the folder of a checkpoint.
 _TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|sampler)([._-]|$)")
-NESTED = ("state_dict", "model", "module")  # where training code keeps the state dict in a .pth
+NESTED = ("state_dict", "model", "module")  # keys under which training code saves the state dict in a .pth
 
 
 class WeightsError(ValueError):
@@ -26,15 +27,17 @@ class WeightsError(ValueError):
 
 
 def read_weights(source: str | os.PathLike[str], part: str = "") -> dict[str, Tensor]:
-    """All tensors of `source` by name, on the CPU.
+    """Reads all tensors of `source` by name, on the CPU.
 
     Args:
         source: a folder as `save_pretrained` writes it, a .safetensors, .bin, .pth or .pt file, or a hub id. A path
-            wins over a hub id of the same name.
-        part: where a checkpoint has names that start with this, only those are read, without it.
+            that exists wins over a hub id of the same name.
+        part: prefix of tensor names. Where some names start with it, only those tensors are read, and the prefix is
+            removed.
 
     Raises:
-        WeightsError: nothing there, not reachable, torn, more than one candidate, or more than tensors in a pickle.
+        WeightsError: `source` does not exist, cannot be reached or is torn, the folder has several weights files, or a
+            pickle holds more than tensors.
     """
     path = Path(source)
     files = weight_files(path if path.exists() else _download(str(source)))
@@ -45,12 +48,12 @@ def read_weights(source: str | os.PathLike[str], part: str = "") -> dict[str, Te
         part = ""
     try:
         return {name.removeprefix(part): read(name) for name, read in readers.items() if name.startswith(part)}
-    except Exception as error:  # safetensors and torch raise whatever they stumble on
+    except Exception as error:  # safetensors and torch document no common class of errors
         raise _torn(files[0], error) from error
 
 
 def found_here(source: str | os.PathLike[str]) -> bool:
-    """Whether weights are on this machine, as a file or folder or in the hub's cache. Asks nobody."""
+    """Whether weights are on this machine: a file, a folder, or in the hub's cache. Opens no connection."""
     path = Path(source)
     if source and path.exists():
         return True
@@ -58,12 +61,22 @@ def found_here(source: str | os.PathLike[str]) -> bool:
 
     try:
         return bool(weight_files(Path(snapshot_download(str(source), local_files_only=True))))
-    except (OSError, ValueError):  # not in the cache, not whole, or no name of a repository
+    except (OSError, ValueError):  # not in the cache, incomplete, or not the form of a repository id
         return False
 
 
-def unfitting(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str]) -> str:
-    """What is wrong with a state dict, in one line; empty if nothing is."""
+def mismatch(needed: Mapping[str, Any], given: Mapping[str, Any], optional: Iterable[str] = ()) -> str:
+    """Says in one line which tensors differ in name or shape from the needed ones; empty if none does.
+
+    Args:
+        optional: names that may be missing.
+    """
+    shapes = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in needed.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    missing, unexpected = needed.keys() - given.keys() - set(optional), given.keys() - needed.keys()
     parts = []
     for title, listed in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)):
         if names := sorted(listed):
@@ -73,18 +86,22 @@ def unfitting(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterabl
 
 
 def _download(repository: str) -> Path:
-    """The hub's folder of a repository's weights; from the local cache where the hub is out of reach."""
+    """Downloads the weights of a hub repository and returns their folder; uses the local cache where the hub is down.
+
+    Raises:
+        WeightsError: the hub has no such repository or cannot be reached, or the repository holds no weights file.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise WeightsError(f"{repository}: no such file or folder")
     from huggingface_hub import snapshot_download
 
     try:
-        for suffixes in (SAFE, TORCH):  # many repositories hold both
-            wanted = [f"*{suffix}{tail}" for suffix in suffixes for tail in ("", ".index.json")]
-            folder = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*/*"]))
+        for suffixes in (SAFE, TORCH):  # many repositories hold both: download one kind only
+            patterns = [f"*{suffix}{tail}" for suffix in suffixes for tail in ("", ".index.json")]
+            folder = Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*/*"]))
             if any(file.suffix in suffixes for file in folder.iterdir()):
                 return folder
-    except (OSError, ValueError) as error:  # every error of the hub is one of these
+    except (OSError, ValueError) as error:  # base classes of every error of huggingface_hub
         raise WeightsError(
             f"{repository}: neither a file or folder here nor reachable as a hub id "
             f"({' '.join(str(error).split())[:160]}). Fix: download it where there is a connection and pass its "
@@ -94,7 +111,11 @@ def _download(repository: str) -> Path:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files of a folder, safetensors before pickles; or the file itself."""
+    """The weight files of a folder, safetensors before pickles; or the file itself.
+
+    Raises:
+        WeightsError: the folder holds no weights file, several without an index, or not every shard of its index.
+    """
     if path.is_file():
         if path.suffix not in SAFE + TORCH:
             raise WeightsError(f"{path}: weights must be a folder or a {', '.join(SAFE + TORCH)} file")
@@ -103,8 +124,8 @@ def weight_files(path: Path) -> list[Path]:
         indices = [file for suffix in suffixes for file in sorted(path.glob(f"*{suffix}.index.json"))]
         if indices:
             shards = [path / name for name in _shard_names(indices[0])]
-            if absent := [shard.name for shard in shards if not shard.is_file()]:
-                raise WeightsError(f"{path}: {indices[0].name} names shards that are not there: {', '.join(absent)}")
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
+                raise WeightsError(f"{path}: {indices[0].name} names shards that are not there: {', '.join(missing)}")
             return shards
         files = sorted(
             file for suffix in suffixes for file in path.glob(f"*{suffix}") if not _TRAINING.match(file.name)
@@ -131,7 +152,7 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def _readers(file: Path) -> dict[str, Callable[[str], Tensor]]:
-    """Tensor names of one file -> what reads a tensor by its name."""
+    """Tensor names of one file, each with the function that reads a tensor by name."""
     try:
         if file.suffix in SAFE:
             from safetensors import safe_open
@@ -155,7 +176,7 @@ def _readers(file: Path) -> dict[str, Callable[[str], Tensor]]:
 
 
 def _is_zip(file: Path) -> bool:
-    """Whether torch wrote it in its newer format, the one that can be mapped."""
+    """Whether torch wrote the file as a zip archive (since torch 1.6): only such a file can be memory-mapped."""
     with file.open("rb") as opened:
         return opened.read(4) == b"PK\x03\x04"
 

@@ -117,6 +117,7 @@ def plan(
         from cluster.placement import plan_placement
         from cluster.pools import write_pools
         from cluster.session import ray_session
+        from cluster.simulator import Conditions
         from cluster.simulator import simulate as simulate_plan
         from mova_core.experts import expert_card
         from mova_core.experts.cost import feature_bytes, read_profiles
@@ -150,19 +151,15 @@ def plan(
         simulated = None
         if simulate:
             with progress_bar(sum(placed.wanted.values()), "simulate", "features", not silent) as bar:
-                simulated = simulate_plan(
-                    placed.pools,
-                    placed.wanted,
-                    measured,
-                    nodes,
+                conditions = Conditions(
                     shard_rows=shard_rows,
                     feature_bytes=bytes_each,
                     decode=decode,
                     node_bytes_per_second=node_mb_s and node_mb_s * 2**20,
                     store_bytes_per_second=store_mb_s and store_mb_s * 2**20,
                     mtbf_hours=mtbf_hours,
-                    on_shard=bar.update,
                 )
+                simulated = simulate_plan(placed.pools, placed.wanted, measured, nodes, conditions, bar.update)
 
     result: dict[str, Any] = asdict(placed) | {
         "in_turn": placed.sequential,

@@ -11,7 +11,6 @@ import threading
 import time
 import traceback
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from cluster.allocation import ExpertDemand, PoolDemand, allocate
 from cluster.packing import FreeResources
 from cluster.pools import PlanError, PoolSpec
 from cluster.session import stderr_dropped
@@ -146,10 +146,10 @@ class ExpertRun:
         """Actors of a pool that draw shards, or will when they have started."""
         return sum(execution.size for execution in self.of_pool(spec) if execution.state is State.RUNNING)
 
-    def room_to_grow(self, spec: PoolSpec) -> int:
-        """Further actors that a pool may have and that would find work."""
+    def demand(self) -> ExpertDemand:
+        """What `allocate` needs to know of this expert."""
         starting = sum(execution.starting for execution in self.executions if execution.state is State.RUNNING)
-        return max(0, min(spec.max_size - self.size(spec), self.pending - starting))
+        return ExpertDemand(pending=self.pending, starting=starting, seconds=self.log.eta)
 
     def waiting_pools(self) -> list[PoolSpec]:
         """Pools without an actor that have work and may start."""
@@ -347,7 +347,7 @@ class PrecomputeScheduler:
         return (execution for expert in self.experts.values() for execution in expert.executions)
 
     def _start_pools(self) -> None:
-        """Starts pools whose least size finds room, in order; the room left goes to the pools with most to do."""
+        """Starts pools and grows those that run, where there is room (see `cluster/allocation.py`)."""
         executions = list(self._executions())
         free = FreeResources.from_live(
             ray.nodes(),
@@ -355,61 +355,31 @@ class PrecomputeScheduler:
             [execution.spec for execution in executions for _ in range(execution.starting)],
             ray.available_resources(),
         )
-        waiting = [(expert, spec) for expert in self.experts.values() for spec in expert.waiting_pools()]
-        actors: Counter[tuple[ExpertRun, PoolSpec]] = Counter()
-        for expert, spec in waiting:
-            least = min(spec.min_size, expert.pending)
-            if free.take_several(spec, least, least):
-                actors[expert, spec] += least
-        if len(actors) == len(waiting):  # else the room is kept for the pools that wait
-            self._grow(free, actors)
-        for (expert, spec), size in actors.items():
-            self._start(expert, spec, size)
-        if waiting and not actors and not any(self._executions()):
+        pools: list[tuple[ExpertRun, PoolDemand]] = []
+        for expert in self.experts.values():
+            demand = expert.demand()
+            may_start = expert.waiting_pools()
+            for spec in expert.work.pools:
+                if (size := expert.size(spec)) or spec in may_start:
+                    pools.append((expert, PoolDemand(spec=spec, expert=demand, size=size)))
+        waiting = [expert for expert, pool in pools if not pool.size]  # before `allocate` counts what it adds
+        seats = allocate(free, [pool for _, pool in pools])
+        for (expert, pool), seated in zip(pools, seats, strict=True):
+            if seated:
+                self._start(expert, pool.spec, len(seated))
+        if waiting and not any(seats) and not any(self._executions()):
             self._wait_for_room(waiting)
 
-    def _wait_for_room(self, waiting: Sequence[tuple[ExpertRun, PoolSpec]]) -> None:
-        for expert in dict.fromkeys(expert for expert, _ in waiting):
+    def _wait_for_room(self, waiting: Sequence[ExpertRun]) -> None:
+        for expert in dict.fromkeys(waiting):
             try:
                 check_nodes(expert.work.pools)
             except PlanError as error:  # nodes have left the cluster since the run began
                 expert.fail(error)
         self._waited += TICK
         if self._waited % 60 < TICK:
-            names = ", ".join(dict.fromkeys(expert.work.expert for expert, _ in waiting))
+            names = ", ".join(dict.fromkeys(expert.work.expert for expert in waiting))
             self.log.event(f"{names}: the cluster has no room now, waiting for it")
-
-    def _grow(self, free: FreeResources, actors: "Counter[tuple[ExpertRun, PoolSpec]]") -> None:
-        """Adds actors to pools, one more for each in turn, those with most to do first, while there is room."""
-
-        def most_to_do(pool: tuple[ExpertRun, PoolSpec]) -> float:
-            """Seconds to go, or blocks per actor where no rate is known yet."""
-            expert, spec = pool
-            blocks = expert.pending / max(1, expert.size(spec) + actors[pool])
-            return blocks if expert.log.eta is None else expert.log.eta
-
-        growing = [
-            (expert, spec)
-            for expert in self.experts.values()
-            for spec in expert.work.pools
-            if expert.size(spec) + actors[expert, spec]
-        ]
-        while growing:
-            added = Counter({expert: 0 for expert, _ in growing})
-            for (expert, _), count in actors.items():
-                added[expert] += count
-            growing = [
-                (expert, spec)
-                for expert, spec in growing
-                if actors[expert, spec] < expert.room_to_grow(spec) and added[expert] < expert.pending
-            ]
-            for pool in sorted(growing, key=most_to_do, reverse=True):
-                if free.take(pool[1]) is not None:
-                    actors[pool] += 1
-                else:
-                    growing.remove(pool)
-        for pool in [pool for pool, count in actors.items() if not count]:
-            del actors[pool]
 
     def _start(self, expert: ExpertRun, spec: PoolSpec, size: int) -> None:
         execution = Execution(spec=spec, size=size)

@@ -1,8 +1,12 @@
+from typing import Any
+
 import pytest
 
-from cluster.nodes import GIB, NodeType, PlanError, accelerator_of, group_identical, read_cluster
+from cluster.nodes import GIB, NodeType, PlanError, group_identical, profiles_on, read_cluster
+from mova_core.experts.cost import Profile
 
-NAMES = {
+# What NVIDIA's driver calls a GPU, and the accelerator-type label that Ray gives its node.
+LABELS = {
     "NVIDIA H100 80GB HBM3": "H100",
     "NVIDIA H100 PCIe": "H100",
     "NVIDIA H200": "H200",
@@ -19,16 +23,26 @@ NAMES = {
 }
 
 
-def test_devices_of_profiles_are_named_as_ray_names_them():
-    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager as Manager
-
-    for device, label in NAMES.items():
-        assert accelerator_of(device) == label == Manager._gpu_name_to_accelerator_type(device)
-    assert accelerator_of("cpu AMD EPYC 7763") is None
-    assert accelerator_of("T4") == "T4", "by hand"
+def profile(device: str, **settings: Any) -> Profile:
+    return Profile(expert="sam", arch={}, dtype="float32", device=device, threads=1, batches=(), **settings)
 
 
-def test_a_cluster_is_read_from_a_file(tmp_path):
+def test_profiles_measured_without_ray_belong_to_the_label_that_their_device_names():
+    profiles = [profile(device) for device in (*LABELS, "cpu AMD EPYC 7763")]
+    for label in LABELS.values():
+        devices = [measured.device for measured in profiles_on(label, "sam", profiles)]
+        assert devices == [device for device, expected in LABELS.items() if expected == label]
+    assert [measured.device for measured in profiles_on(None, "sam", profiles)] == ["cpu AMD EPYC 7763"]
+    assert profiles_on("T4", "sam", [profile("T4")]), "a profile written by hand"
+    assert not profiles_on("T4", "vary", profiles), "of another expert"
+
+
+def test_the_label_that_a_profile_records_decides():
+    own = profile("NVIDIA A100-SXM4-40GB", accelerator="A100-40G")  # a label that an administrator set
+    assert profiles_on("A100-40G", "sam", [own]) == [own] and not profiles_on("A100", "sam", [own])
+
+
+def test_a_cluster_file_is_read_and_a_wrong_one_refused(tmp_path):
     file = tmp_path / "cluster.yaml"
     file.write_text(
         "- {count: 4, cpus: 64, memory_gib: 256, accelerator: A100, gpus: 8, gpu_memory_gib: 40}\n"
@@ -49,7 +63,7 @@ def test_a_cluster_is_read_from_a_file(tmp_path):
             read_cluster(file)
 
 
-def test_machines_that_ray_tells_are_put_together():
+def test_identical_live_nodes_are_grouped():
     def row(alive=True, **resources):
         return {"Alive": alive, "Resources": {"memory": 64.3 * GIB} | resources}
 

@@ -1,10 +1,8 @@
 from typing import Any
 
-import pytest
-
 from cluster.nodes import GIB, NodeType
 from cluster.packing import FreeResources, Seat, first_fit
-from cluster.pools import PoolSpec, divide
+from cluster.pools import PoolSpec
 
 
 def pool(text: str) -> PoolSpec:
@@ -78,13 +76,3 @@ def test_live_nodes_less_what_our_actors_hold():
     assert free.take(whole) is None and free.take(pool("sam=1,gpu=0.5")) is not None, "actors of others hold the rest"
     free = FreeResources.from_live(rows, starting=[pool("sam=1,cpu=3")], available={"CPU": 5.0, "memory": 16.0 * GIB})
     assert len(free.take_several(pool("sam=9"), 9)) == 1, "of 5 CPUs 3 are promised and one stays free"
-
-
-@pytest.mark.parametrize("shards", [0, 1, 7, 1000])
-def test_shards_are_divided_by_the_predicted_rates(shards):
-    fast, slow = PoolSpec(expert="sam", rate=30.0, gpu=1), PoolSpec(expert="sam", rate=10.0, max_size=9)
-    parts = divide(shards, [fast, slow])
-    assert [number for part in parts for number in part] == list(range(shards)), "each shard once"
-    assert len(parts[0]) == round(0.75 * shards)
-    unknown = PoolSpec(expert="sam", max_size=3)
-    assert len(divide(shards, [slow, unknown])[0]) == round(0.75 * shards), "without a rate the sizes count"
