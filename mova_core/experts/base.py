@@ -1,4 +1,4 @@
-"""What every vision expert is: a card, a frozen network, its own preprocessing, and features on its native grid.
+"""The interface of every vision expert: a card, a frozen network, its preprocessing, and features on its native grid.
 
 Shapes: B images, H x W the expert's native grid, N = H*W tokens, C channels.
 """
@@ -28,7 +28,7 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertCard:
-    """What the pool knows of an expert without building it."""
+    """The description of an expert that the pool has without building the network."""
 
     name: str
     title: str  # as people call it, e.g. "DINOv2-giant"
@@ -39,11 +39,17 @@ class ExpertCard:
 
 
 class VisionExpert(nn.Module, ABC):
-    """A vision expert. A subclass sets `card` and `preprocessing`, and writes `preprocess`, `forward`, `grid` and,
-    where public checkpoints name or shape their weights otherwise, `from_public` and `to_public`."""
+    """A vision expert: images in, features on its native grid out.
+
+    A subclass sets `card` and `preprocessing`, and implements `preprocess`, `forward` and `grid`. Where public
+    checkpoints name or shape their weights differently, it also implements `from_public` and `to_public`.
+
+    Args:
+        arch: sizes of the network; the words are those of the card's `full` and `mini`.
+    """
 
     card: ClassVar[ExpertCard]
-    preprocessing: ClassVar[str]  # a version of the pixels' path; part of the fingerprint
+    preprocessing: ClassVar[str]  # version of the preprocessing; part of the fingerprint
 
     def __init__(self, arch: Mapping[str, Any]):
         super().__init__()
@@ -52,50 +58,64 @@ class VisionExpert(nn.Module, ABC):
     @property
     @abstractmethod
     def grid(self) -> tuple[int, int]:
-        """(H, W) of the features."""
+        """(H, W) of the features: rows and columns of tokens."""
 
     @property
     def channels(self) -> int:
-        """C of the features."""
+        """C, the width of one token."""
         return self.arch["channels"]
 
     @abstractmethod
     def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
-        """Images to the float32 tensors that `forward` takes, batched on the first axis."""
+        """Turns images into the float32 tensors that `forward` takes, batched on the first axis.
+
+        Args:
+            compat: "fixed", or "published" for the pixels of the published code, its defects included.
+
+        Raises:
+            ImageError: an image cannot be read or used.
+        """
 
     @abstractmethod
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
-        """Preprocessed tensors to features with tokens (B, H*W, C) in the module's dtype."""
+        """Computes features with tokens (B, H*W, C) in the module's dtype from what `preprocess` returned."""
 
     @classmethod
     def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The arch of weights in the published MoVA's names, as far as their shapes determine it; else the card's.
+        """Reads the arch off the shapes of weights in the published MoVA's names; words left open keep the card's value.
 
-        Only the experts of published checkpoints need it.
+        Only experts that published checkpoints contain need to implement this.
         """
         return dict(cls.card.full)
 
     @classmethod
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Public checkpoint names and shapes to this module's. Names already ours pass through unchanged."""
+        """Converts names and shapes of a public checkpoint to this module's; names of this module stay unchanged."""
         return dict(state_dict)
 
     @classmethod
     def to_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """This module's state dict to the published MoVA's names and shapes: the inverse of `from_public` on those."""
+        """Converts this module's state dict to the published MoVA's names and shapes: the inverse of `from_public`."""
         return dict(state_dict)
 
     def describe(self, dtype: torch.dtype | None = None, compat: PreprocessingMode = "fixed") -> dict[str, Any]:
-        """All that decides a stored feature's value: expert, arch, weights (xxh3 of every tensor), pixels, dtype."""
+        """Everything that decides a stored feature's value: expert, arch, weights (xxh3 of every tensor), pixels, dtype.
+
+        Args:
+            dtype: of the stored features; default: that of the parameters.
+            compat: as in `preprocess`.
+        """
         weights = xxhash.xxh3_128()
-        # Published names, because those of this module may follow the installed libraries'.
+        # Published names: this module's names may change with the installed transformers, fingerprints must not.
         for name, tensor in sorted(self.to_public(self.state_dict(), self.arch).items()):
             weights.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         stored = dtype or next(self.parameters()).dtype
         return {
             "expert": self.card.name,
-            "arch": {key: list(it) if isinstance(it, tuple) else it for key, it in sorted(self.arch.items())},
+            "arch": {
+                key: list(value) if isinstance(value, tuple) else value for key, value in sorted(self.arch.items())
+            },
             "weights": weights.hexdigest(),
             "preprocessing": f"{self.preprocessing}/{compat}",
             "dtype": str(stored).removeprefix("torch."),
@@ -105,5 +125,5 @@ class VisionExpert(nn.Module, ABC):
 
 
 def fingerprint(description: Mapping[str, Any]) -> str:
-    """16 hex digits of what `VisionExpert.describe` tells: new weights never read old features."""
+    """16 hex digits that identify what `VisionExpert.describe` returns, so that new weights never read old features."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,6 +1,7 @@
-"""BiomedCLIP's image encoder (timm's ViT-B/16): biomedical pictures; expert F.
+"""BiomedCLIP's image encoder (timm's ViT-B/16): biomedical images; expert F.
 
-Zhang et al. 2023, "BiomedCLIP" (arXiv 2303.00915). MoVA feeds it CLIP's picture, so in CLIP's normalisation, shrunk.
+Zhang et al. 2023, "BiomedCLIP" (arXiv 2303.00915). MoVA gives this network the base encoder's image, in CLIP's
+normalisation, shrunk to 224 pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ OTHER_PARTS = ("text.", "head.", "logit_scale", "logit_bias")
 class BiomedCLIP(VisionExpert):
     """224 px -> 14x14 tokens of 768 channels, after the final norm and without the class token.
 
-    An arch word of its own: `picture_size`, the side at which pictures are prepared, the base encoder's.
+    `picture_size` in its arch is the side in pixels to which `preprocess` scales images: the base encoder's size.
     """
 
     preprocessing = "square-clip-bicubic-bilinear-1"
@@ -54,7 +55,7 @@ class BiomedCLIP(VisionExpert):
 
     def __init__(self, arch: Mapping[str, Any]):
         super().__init__(arch)
-        from timm.models.vision_transformer import VisionTransformer  # seconds to import, so only where it is built
+        from timm.models.vision_transformer import VisionTransformer  # takes seconds to import, so only when built
 
         self.trunk = VisionTransformer(
             img_size=arch["image_size"],
@@ -77,16 +78,16 @@ class BiomedCLIP(VisionExpert):
         return {"pixel_values": self._shrink(clip_pixels(images, self.arch["picture_size"], compat))}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
-        """`pixel_values` (B, 3, h, w) of any size, resized to image_size -> tokens (B, H*W, C)."""
+        """`pixel_values` (B, 3, h, w) -> tokens (B, H*W, C). Images of any size are resized to image_size first."""
         pixels = self._shrink(batch["pixel_values"]).to(self.trunk.patch_embed.proj.weight.dtype)
         return Features(self.trunk.forward_features(pixels)[:, 1:], self.grid)
 
     def _shrink(self, pixels_B3hw: Tensor) -> Tensor:
-        # No antialiasing, as published: where one side is an odd multiple of the other, 672 -> 224, it keeps the middle
-        # pixel of each group.
+        # Bilinear without antialiasing, as published. For an odd ratio such as 672 -> 224 this is exactly the middle pixel
+        # of each group, and a strided copy is faster.
         size = (self.arch["image_size"], self.arch["image_size"])
         if pixels_B3hw.shape[-2:] == size:
-            return pixels_B3hw  # as `preprocess` gives them
+            return pixels_B3hw  # `preprocess` has shrunk them
         times, rest = divmod(pixels_B3hw.shape[-1], self.arch["image_size"])
         if not rest and times % 2 and pixels_B3hw.shape[-2] == pixels_B3hw.shape[-1]:
             return pixels_B3hw[..., times // 2 :: times, times // 2 :: times].float().contiguous()

@@ -3,17 +3,15 @@
 Legend: B images, N patches, D width.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
 from mova_core.experts.registry import register
-from mova_core.experts.weight_shapes import WeightShapes
+from mova_core.experts.weight_shapes import WeightShapes, resize_positions
 from mova_core.images import ImageSource, clip_pixels
 
 PREFIX = "vision_model."
@@ -25,8 +23,8 @@ OTHER_PARTS = ("text_model.", "text_projection.", "visual_projection.", "logit_s
 class Clip(VisionExpert):
     """672 px -> 48x48 tokens of 1024 channels: the output of the last layer but one, without the class token.
 
-    The last layer and the norm after it are not computed. They are kept as buffers, not as parameters: a checkpoint
-    goes in and out whole, and a trainer finds no parameter that never gets a gradient.
+    The last layer and the norm after it are never computed. They are buffers, not parameters, so that a checkpoint is
+    loaded and saved whole while DDP finds no parameter without a gradient.
     """
 
     preprocessing = "square-clip-bicubic-1"
@@ -41,7 +39,7 @@ class Clip(VisionExpert):
 
     def __init__(self, arch: Mapping[str, Any]):
         super().__init__(arch)
-        from transformers import CLIPVisionConfig, CLIPVisionModel  # seconds to import, so only where it is built
+        from transformers import CLIPVisionConfig, CLIPVisionModel  # takes seconds to import, so only when built
 
         network = CLIPVisionModel(
             CLIPVisionConfig(
@@ -74,7 +72,7 @@ class Clip(VisionExpert):
         """`pixel_values` (B, 3, image_size, image_size) -> tokens (B, H*W, C).
 
         Raises:
-            ValueError: pictures of another size.
+            ValueError: images of another size.
         """
         pixels = batch["pixel_values"].to(self.embeddings.patch_embedding.weight.dtype)
         if pixels.shape[-2:] != (self.arch["image_size"],) * 2:
@@ -108,7 +106,8 @@ class Clip(VisionExpert):
             if not name.startswith(OTHER_PARTS) and not name.endswith("position_ids")
         }
         if POSITIONS in state:
-            state[POSITIONS] = _resize_positions(state[POSITIONS], arch["image_size"] // arch["patch_size"])
+            side = arch["image_size"] // arch["patch_size"]
+            state[POSITIONS] = resize_positions(state[POSITIONS][None], (side, side), others=1)[0]
         return state
 
     @classmethod
@@ -117,18 +116,8 @@ class Clip(VisionExpert):
         return {PREFIX + name: tensor for name, tensor in state_dict.items()}
 
 
-def _resize_positions(positions_ND: Tensor, grid: int) -> Tensor:
-    """Class row kept, the square of the others resized bicubic to grid x grid, as the published code does."""
-    count = len(positions_ND) - 1
-    side = math.isqrt(count)
-    if side == grid or not count or side**2 != count or positions_ND.ndim != 2:
-        return positions_ND  # as it must be, or no square: then strict loading refuses it
-    map_1DHW = positions_ND[1:].T.reshape(1, -1, side, side).float()
-    map_1DHW = F.interpolate(map_1DHW, size=(grid, grid), mode="bicubic", align_corners=False)
-    return torch.cat([positions_ND[:1], map_1DHW.flatten(2)[0].T.to(positions_ND.dtype)])
-
-
 def _keep_as_buffers(module: nn.Module) -> None:
+    """Replaces the parameters of a module and of its children by buffers of the same names."""
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):
             delattr(child, name)

@@ -1,13 +1,13 @@
 """Co-DETR's backbone (ViT-L, EVA-02 style) with one level of its feature pyramid: objects and where they are; expert C.
 
-Zong et al. 2023, "DETRs with Collaborative Hybrid Assignments Training" (arXiv 2211.12860). In MoVA it reads Vary's
-picture, normalised as CLIP's, enlarged 1024 -> 1280 by repeating pixels, and its 80x80 map is shrunk to 37x37.
+Zong et al. 2023, "DETRs with Collaborative Hybrid Assignments Training" (arXiv 2211.12860). MoVA gives this network the
+image at Vary's size, normalised as for CLIP and enlarged 1024 -> 1280 by repeating pixels, and shrinks its 80x80 map to
+37x37.
 
 Shapes: B images, H x W patches, S side of an attended square, T = S*S its tokens, G squares in all, D width, A heads,
 K = D/A head width, P = K/2 pairs in it, C channels.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from mova_core.experts.base import ExpertCard, Features, VisionExpert
 from mova_core.experts.registry import register
-from mova_core.experts.weight_shapes import WeightShapes
+from mova_core.experts.weight_shapes import WeightShapes, resize_positions
 from mova_core.experts.window_vit import NORM_EPS, PatchEmbed, check_arch, from_windows, neck, to_windows
 from mova_core.images import ImageSource, PreprocessingMode, clip_pixels
 
-ROTARY_SPAN = 16  # a square of any side spans these positions: the grid that the network was first trained on
+ROTARY_SPAN = 16  # positions that a square of any side spans: the side of the grid in EVA-02's pretraining
 DETECTOR = ("neck.", "query_head.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
 
 
 class Rotary(nn.Module):
-    """Rotary positions on a square: half of the channel pairs turn with the row, half with the column."""
+    """Rotary position embeddings on a square: half of the channel pairs rotate with the row, half with the column."""
 
-    freqs_cos: Tensor  # (T, K), every angle twice, as published
+    freqs_cos: Tensor  # (T, K); every angle stands twice, as in published checkpoints
     freqs_sin: Tensor
 
     def __init__(self, head_width: int, side: int):
@@ -43,14 +43,14 @@ class Rotary(nn.Module):
         self.register_buffer("freqs_sin", angle_TK.sin())
 
     def turns(self) -> Tensor:
-        """(T, 1, K/2) complex64: what turns each pair of channels at each place."""
+        """(T, 1, P) complex64: the rotation of each channel pair at each position."""
         return torch.complex(self.freqs_cos[:, ::2].float(), self.freqs_sin[:, ::2].float()).unsqueeze(1)
 
 
 def turned(x_GTAK: Tensor, turns_T1P: Tensor) -> Tensor:
-    """Queries or keys with their neighbouring channels (0, 1), (2, 3), ... turned, in float32 within."""
+    """Rotates neighbouring channels (0, 1), (2, 3), ... of queries or keys; computes in float32, keeps the dtype."""
     pairs = x_GTAK.float().view(*x_GTAK.shape[:-1], -1, 2)
-    if torch.compiler.is_compiling():  # which fuses real arithmetic, but none of complex numbers
+    if torch.compiler.is_compiling():  # torch.compile fuses real arithmetic only
         (even, odd), cos, sin = pairs.unbind(-1), turns_T1P.real, turns_T1P.imag
         pairs = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     else:
@@ -70,6 +70,7 @@ class RotaryAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BHWD: Tensor, turns_T1P: Tensor) -> Tensor:
+        """(B, H, W, D) -> (B, H, W, D)."""
         _, H, W, _ = x_BHWD.shape
         side = self.window or H
         x_GTD = to_windows(x_BHWD, side, None)
@@ -80,7 +81,7 @@ class RotaryAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """EVA-02's gated feed-forward, with a norm before its output projection."""
+    """EVA-02's gated feed-forward on (..., D), with a norm before the output projection."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -110,7 +111,10 @@ class Block(nn.Module):
 
 @register
 class CoDETR(VisionExpert):
-    """1280 px -> 80x80 patches -> 37x37 tokens of 256 channels. `pos_grid` is the side of its position table."""
+    """1280 px -> 80x80 patches -> 37x37 tokens of 256 channels.
+
+    `pos_grid` in its arch is the side of the trained position table.
+    """
 
     preprocessing = "square-clip-bicubic-1"
     card = ExpertCard(
@@ -149,10 +153,14 @@ class CoDETR(VisionExpert):
         check_arch(arch)
         width, heads = arch["width"], arch["heads"]
         if width // heads % 4:
-            raise ValueError(f"width {width} over heads {heads} must be a multiple of 4: pairs turn with row or column")
+            raise ValueError(
+                f"width {width} over heads {heads} must be a multiple of 4: channel pairs rotate with row or column"
+            )
         self.side = arch["image_size"] // arch["patch_size"]
         self.patch_embed = PatchEmbed(arch["patch_size"], width)
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + arch["pos_grid"] ** 2, width))  # first, an unused class's
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, 1 + arch["pos_grid"] ** 2, width)
+        )  # the first row is an unused class token's
         self.rope_win = Rotary(width // heads, arch["window_size"])
         self.rope_glb = Rotary(width // heads, self.side)
         self.blocks = nn.ModuleList(
@@ -168,23 +176,24 @@ class CoDETR(VisionExpert):
         return side, side
 
     def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
-        """`pixel_values` (B, 3, h, h) float32, h 4/5 of image_size: a padded square, bicubic, normalised as CLIP's."""
+        """`pixel_values` (B, 3, h, h) float32 with h = 4/5 image_size: padded to a square, bicubic, CLIP's normalisation."""
         return {"pixel_values": clip_pixels(images, self.arch["image_size"] * 4 // 5, compat)}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
-        """`pixel_values` (B, 3, h, w) of any size, enlarged to image_size -> tokens (B, H*W, C)."""
+        """`pixel_values` (B, 3, h, w) -> tokens (B, H*W, C). Images of any size are scaled to image_size first."""
         dtype = self.pos_embed.dtype
         pixels = F.interpolate(batch["pixel_values"].to(dtype), size=(self.arch["image_size"],) * 2, mode="nearest")
         x_BHWD = self.patch_embed(pixels) + self._positions()
-        in_windows, over_all = self.rope_win.turns(), self.rope_glb.turns()
+        window_turns, global_turns = self.rope_win.turns(), self.rope_glb.turns()
         for index, block in enumerate(self.blocks):
-            x_BHWD = block(x_BHWD, over_all if index in self.arch["global_blocks"] else in_windows)
+            x_BHWD = block(x_BHWD, global_turns if index in self.arch["global_blocks"] else window_turns)
         map_BCHW = self.neck(self.out_norm(x_BHWD).permute(0, 3, 1, 2))
         small = F.interpolate(map_BCHW.float(), size=self.grid, mode="bilinear", align_corners=False)
         return Features(small.to(dtype).flatten(2).transpose(1, 2), self.grid)
 
     def _positions(self) -> Tensor:
-        return _resize_grid(self.pos_embed[:, 1:], self.side).unflatten(1, (self.side, self.side))
+        size = (self.side, self.side)
+        return resize_positions(self.pos_embed[:, 1:], size).unflatten(1, size)
 
     @classmethod
     def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -212,9 +221,9 @@ class CoDETR(VisionExpert):
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
         """From a Co-DETR ViT-L detector (.pth) or a published MoVA tower.
 
-        A detector's positions and patches are resized to this arch (bicubic, as its authors load them), the level of
-        its pyramid at the patches' own scale (neck.p4) becomes the neck, its heads are left out. Rotary tables follow
-        from the arch, so they may be absent, and the blocks' copies of them are left out.
+        A detector's position table and patch kernels are resized to this arch (bicubic, as its authors load them). The
+        level of the feature pyramid at the scale of the patches (neck.p4) becomes the neck; the detector's heads are
+        left out. Rotary tables are computed from the arch where they are missing; the blocks' copies are left out.
         """
         detector = any(name.startswith("backbone.") for name in state_dict)
         ours = {}
@@ -227,8 +236,7 @@ class CoDETR(VisionExpert):
                 continue
             ours[re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name)] = tensor
         if detector and (positions := ours.get("pos_embed")) is not None:
-            grid = _resize_grid(positions[:, 1:], arch["pos_grid"])
-            ours["pos_embed"] = torch.cat((positions[:, :1], grid), dim=1)
+            ours["pos_embed"] = resize_positions(positions, (arch["pos_grid"],) * 2, others=1)
         if detector and (patches := ours.get("patch_embed.proj.weight")) is not None:
             size = (arch["patch_size"], arch["patch_size"])
             if patches.shape[-2:] != size:
@@ -242,7 +250,7 @@ class CoDETR(VisionExpert):
 
     @classmethod
     def to_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """To the published tower's names, with a copy of its rotary tables in every block."""
+        """To the published tower's names, which hold a copy of the rotary tables in every block."""
         bias = re.compile(r"\.attn\.([qv])_proj\.bias$")
         public = {bias.sub(r".attn.\1_bias", name): tensor for name, tensor in state_dict.items()}
         for index in range(arch["depth"]):
@@ -251,13 +259,3 @@ class CoDETR(VisionExpert):
                 if f"{tables}.{key}" in public:
                     public[f"blocks.{index}.attn.rope.{key}"] = public[f"{tables}.{key}"]
         return public
-
-
-def _resize_grid(table_1ND: Tensor, side: int) -> Tensor:
-    """A square table of positions (1, N, D) to (1, side*side, D), bicubic in float32 where it is of another size."""
-    old = math.isqrt(table_1ND.shape[1])
-    if old == side or old**2 != table_1ND.shape[1]:  # not a square: left to the strict loading to refuse
-        return table_1ND
-    table_1DHW = table_1ND.float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    resized = F.interpolate(table_1DHW, size=(side, side), mode="bicubic", align_corners=False)
-    return resized.flatten(2).transpose(1, 2).to(table_1ND.dtype)

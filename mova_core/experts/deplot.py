@@ -1,4 +1,4 @@
-"""DePlot (Liu et al. 2022, arXiv 2212.10505): plots and charts; expert E. Pix2Struct-base, trained on charts."""
+"""DePlot (Liu et al. 2022, arXiv 2212.10505): plots and charts; expert E. Pix2Struct-base trained on charts."""
 
 from mova_core.experts.base import ExpertCard
 from mova_core.experts.pix2struct import Pix2Struct
@@ -7,7 +7,7 @@ from mova_core.experts.registry import register
 
 @register
 class Deplot(Pix2Struct):
-    """720 px -> 45x45 tokens of 768 channels, after the final norm. Network, pixels and names are Pix2Struct's."""
+    """720 px -> 45x45 tokens of 768 channels, after the final norm. Network, preprocessing and names are Pix2Struct's."""
 
     card = ExpertCard(
         name="deplot",

@@ -3,9 +3,9 @@
 Legend: B images, N patches, D width, H x W patches.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from math import isqrt
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mova_core.experts.base import ExpertCard, Features, PreprocessingMode, VisionExpert
 from mova_core.experts.registry import register
-from mova_core.experts.weight_shapes import WeightShapes
+from mova_core.experts.weight_shapes import WeightShapes, resize_positions
 from mova_core.images import ImageSource, square_pixels
 
 MEAN = (0.485, 0.456, 0.406)
@@ -36,9 +36,10 @@ FUSED, GATE, UP = "mlp.weights_in", "mlp.gate_proj", "mlp.up_proj"  # published:
 class Dinov2(VisionExpert):
     """518 px -> 37x37 tokens of 1536 channels: the last layer but one, without final norm and class token.
 
-    An arch word of its own: `picture_size`, the side at which pictures are prepared (the base encoder's; the network
-    shrinks them). `mlp_hidden` of four times the width asks for the plain GELU MLP instead of SwiGLU. `pos_grid` is the
-    side of the trained position table; without it, loading resizes the table to the picture's grid.
+    Words of its arch beside the common ones: `picture_size` is the side in pixels to which `preprocess` scales images
+    (the base encoder's size; `forward` shrinks them to `image_size`). With `mlp_hidden` of four times the width, blocks
+    have the plain GELU MLP in place of SwiGLU. `pos_grid` is the side of the trained position table; without this word,
+    loading resizes the table to the image's grid.
     """
 
     preprocessing = "square-dinov2-bicubic-bilinear-1"
@@ -57,7 +58,7 @@ class Dinov2(VisionExpert):
         swiglu_hidden = (arch["width"] * 8 // 3 + 7) // 8 * 8
         mlp_hidden = arch.get("mlp_hidden", swiglu_hidden)
         gelu = mlp_hidden == 4 * arch["width"]
-        ratio = 4 if gelu else round(mlp_hidden * 3 / 2 / arch["width"])  # transformers takes whole ratios only
+        ratio = 4 if gelu else round(mlp_hidden * 3 / 2 / arch["width"])  # transformers accepts only whole ratios
         if not gelu and mlp_hidden != (arch["width"] * ratio * 2 // 3 + 7) // 8 * 8:
             choice = f"{swiglu_hidden} (SwiGLU) or {4 * arch['width']} (GELU)"
             raise ValueError(f"dinov2 of width {arch['width']} needs mlp_hidden {choice}, not {mlp_hidden}")
@@ -82,9 +83,9 @@ class Dinov2(VisionExpert):
         return {"pixel_values": square_pixels(images, self.arch["picture_size"], MEAN, STD, compat)}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
-        """`pixel_values` (B, 3, h, w), shrunk to image_size where wider -> tokens (B, H*W, C)."""
+        """`pixel_values` (B, 3, h, w) -> tokens (B, H*W, C). Images wider than image_size are shrunk to it first."""
         pixels, side = batch["pixel_values"], self.arch["image_size"]
-        if pixels.shape[-1] > side:  # without antialiasing, as published
+        if pixels.shape[-1] > side:  # without antialiasing, as in the published code
             pixels = F.interpolate(pixels.float(), size=(side, side), mode="bilinear", align_corners=False)
         map_BDHW = self.embeddings.patch_embeddings.projection(pixels.to(self.embeddings.cls_token.dtype))
         patches_BND = map_BDHW.flatten(2).transpose(1, 2)
@@ -96,7 +97,7 @@ class Dinov2(VisionExpert):
 
     def positions(self, height: int, width: int) -> Tensor:
         """Position embeddings (1, 1 + H*W, D) of a map of height x width patches."""
-        return _resize_positions(self.embeddings.position_embeddings, height, width)
+        return _resize(self.embeddings.position_embeddings, height, width)
 
     @classmethod
     def arch_from_weights(cls, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class Dinov2(VisionExpert):
             state = {name.replace(f".{old}.", f".{new}."): tensor for name, tensor in state.items()}
         if POSITIONS in state and "pos_grid" not in arch:
             side = arch["image_size"] // arch["patch_size"]
-            state[POSITIONS] = _resize_positions(state[POSITIONS], side, side)
+            state[POSITIONS] = _resize(state[POSITIONS], side, side)
         if GATE not in installed:
             return _fused(state)
         for name in [name for name in state if f".{FUSED}." in name]:
@@ -140,37 +141,32 @@ class Dinov2(VisionExpert):
 
 
 def _fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gate and up of every layer in one matrix, which costs their copy."""
+    """Concatenates the gate and up matrices of every layer, as published checkpoints hold them; copies both."""
     for gate in [name for name in state if f".{GATE}." in name and name.replace(GATE, UP) in state]:
         state[gate.replace(GATE, FUSED)] = torch.cat([state.pop(gate), state.pop(gate.replace(GATE, UP))])
     return state
 
 
-def _resize_positions(table_1ND: Tensor, height: int, width: int) -> Tensor:
-    """The class row, and the square of the others resized bicubic to height x width.
+def _resize(table_1ND: Tensor, height: int, width: int) -> Tensor:
+    """Resizes position embeddings, the class token's row kept, to a map of height x width patches.
 
-    By the published scale factor (H + 0.1)/side, not by the ratio of the sizes as in newer libraries: the results
-    differ by tenths.
+    The published code passes the scale factor (H + 0.1)/side where newer libraries pass the size: results differ in the
+    first decimal.
     """
-    count = table_1ND.shape[-2] - 1
-    side = math.isqrt(count)
-    if (height, width) == (side, side) or not count or side**2 != count or table_1ND.ndim != 3:
-        return table_1ND  # as it must be, or no square: then strict loading refuses it
-    map_1DHW = table_1ND[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()
-    scale = ((height + 0.1) / side, (width + 0.1) / side)
-    map_1DHW = F.interpolate(map_1DHW, scale_factor=scale, mode="bicubic", align_corners=False)
-    return torch.cat([table_1ND[:, :1], map_1DHW.flatten(2).transpose(1, 2).to(table_1ND.dtype)], dim=1)
+    side = isqrt(table_1ND.shape[-2] - 1)
+    scale = ((height + 0.1) / side, (width + 0.1) / side) if side else None
+    return resize_positions(table_1ND, (height, width), others=1, scale=scale)
 
 
 def _network(**config: Any) -> Any:
-    from transformers import Dinov2Config, Dinov2Model  # seconds to import, so only where it is built
+    from transformers import Dinov2Config, Dinov2Model  # takes seconds to import, so only when built
 
     return Dinov2Model(Dinov2Config(**config))
 
 
 @lru_cache(maxsize=1)
 def _installed_names() -> str:
-    """Parameter names of one layer as the installed transformers has them."""
-    with torch.device("meta"):  # of this thread alone, unlike `init_empty_weights`
+    """Parameter names of one layer in the installed version of transformers."""
+    with torch.device("meta"):  # only of this thread, unlike `init_empty_weights`
         network = _network(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, use_swiglu_ffn=True)
     return " ".join(network.state_dict())

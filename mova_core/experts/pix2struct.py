@@ -1,6 +1,6 @@
-"""Pix2Struct-large's encoder (Lee et al. 2022, arXiv 2210.03347): text in pictures; expert D. DePlot shares it.
+"""Pix2Struct-large's encoder (Lee et al. 2022, arXiv 2210.03347): text in images; expert D. DePlot has the same network.
 
-It reads flattened patches, each with its row and column, of a picture standardised by its own mean and deviation.
+The input is flattened patches, each with its row and column, of an image standardised by its own mean and deviation.
 
 Legend: B images, N patches, D width, P pixels along a patch, h x w pixels.
 """
@@ -38,7 +38,7 @@ TABLES = ("embeddings.row_embedder.weight", "embeddings.column_embedder.weight")
 class Pix2Struct(VisionExpert):
     """720 px -> 45x45 tokens of 1536 channels, after the final norm.
 
-    `pos_grid` is the number of rows, and of columns, that have a position embedding; those past the grid are not read.
+    `pos_grid` is the length of the tables of row and of column embeddings; entries beyond the grid are not used.
     """
 
     preprocessing = "square-standardised-patches-1"
@@ -56,7 +56,7 @@ class Pix2Struct(VisionExpert):
 
     def __init__(self, arch: Mapping[str, Any]):
         super().__init__(arch)
-        from transformers import Pix2StructVisionConfig, Pix2StructVisionModel  # seconds to import
+        from transformers import Pix2StructVisionConfig, Pix2StructVisionModel  # takes seconds to import
 
         network = Pix2StructVisionModel(
             Pix2StructVisionConfig(
@@ -77,12 +77,13 @@ class Pix2Struct(VisionExpert):
         return side, side
 
     def preprocess(self, images: Sequence[ImageSource], compat: PreprocessingMode = "fixed") -> dict[str, Tensor]:
-        """`flattened_patches` (B, H*W, 2 + 3*P*P) float32: row and column from 1, then the patch, pixel by pixel.
+        """`flattened_patches` (B, H*W, 2 + 3*P*P) float32: row and column, counted from 1, then the patch pixel by pixel.
 
-        The published path, byte for byte, gives 44 rows of 44 for some sizes and fills up with zero rows.
+        With compat "published", images of some sizes have 44 x 44 patches, as in the published code, and zero rows fill
+        up the rest.
 
         Raises:
-            ImageError: an image that cannot be used; with "published" also one that its path cannot read.
+            ImageError: an image cannot be used; with "published" also one of a size that the published code refuses.
         """
         side, patch = self.grid[0], self.arch["patch_size"]
         flatten = square_patches if compat == "fixed" else _published_square_patches
@@ -96,7 +97,7 @@ class Pix2Struct(VisionExpert):
         return {"flattened_patches": patches}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Features:
-        """`flattened_patches` (B, N, 2 + 3*P*P) -> tokens (B, N, C). Rows numbered 0 are padding: not attended to.
+        """`flattened_patches` (B, N, 2 + 3*P*P) -> tokens (B, N, C). Attention ignores patches of row 0: they are padding.
 
         The grid is (1, N) where N is not H*W.
         """
@@ -130,7 +131,7 @@ class Pix2Struct(VisionExpert):
         if any(name.startswith("encoder.embeddings.") for name in state):
             encoder = {name: tensor for name, tensor in state.items() if not name.startswith("decoder.")}
             state = {name.removeprefix("encoder."): tensor for name, tensor in encoder.items()}
-        for name in TABLES:  # of any length that covers the grid
+        for name in TABLES:  # any length that covers the grid is accepted
             if name in state and len(state[name]) > arch["image_size"] // arch["patch_size"]:
                 table_ND, missing = state[name][: _positions(arch)], _positions(arch) - len(state[name])
                 state[name] = F.pad(table_ND, (0, 0, 0, missing)) if missing > 0 else table_ND
@@ -138,23 +139,28 @@ class Pix2Struct(VisionExpert):
 
 
 def _positions(arch: Mapping[str, Any]) -> int:
-    """Length of the tables of row and column embeddings: numbers start at 1."""
+    """Length of the tables of row and column embeddings. Rows and columns are counted from 1, so entry 0 is padding's."""
     return max(arch["pos_grid"], arch["image_size"] // arch["patch_size"] + 1)
 
 
 def square_patches(image: Image.Image, side: int, patch: int, out: Tensor | None = None) -> Tensor:
-    """Patches of an RGB picture padded to a square with CLIP's mean colour: always side x side of them.
+    """Cuts an RGB image, padded to a square with CLIP's mean colour, into side x side patches.
 
-    The numbers of `published_patches` on the padded picture to about 1e-6, but from the picture alone: mean and
-    deviation come from its histogram, and only the narrow result of the resize along the longer side is padded.
+    The result equals `published_patches` of the padded image to about 1e-6, without building the padded image: the
+    histogram gives mean and deviation, and only the narrow result of the resize along the longer side is padded.
+
+    Args:
+        side: patches along a side.
+        patch: pixels along a side of a patch.
+        out: where to write the result.
 
     Returns:
-        (side*side, 2 + 3*patch*patch) float32; `out`, where it is given.
+        (side*side, 2 + 3*patch*patch) float32; this is `out` where given.
     """
     width, height = image.size
     longer, shorter, size = max(width, height), min(width, height), side * patch
     mean, deviation = _padded_statistics(image, longer)
-    # The longer side last, whichever it is; torch 2.15 resizes a picture one pixel wide wrongly along its height.
+    # Resize along the longer side as the width: torch 2.15 resizes an image one pixel wide wrongly along its height.
     lying = image.transpose(Image.Transpose.TRANSPOSE) if height > width else image
     pixels = np.empty((3, shorter, longer), dtype=np.float32)
     for channel in range(3):
@@ -169,12 +175,14 @@ def square_patches(image: Image.Image, side: int, patch: int, out: Tensor | None
 
 
 def published_patches(array: np.ndarray, max_patches: int, patch: int) -> Tensor:
-    """Patches as the published processor cuts them: as many as fit, proportions kept, zero rows at the end.
+    """Cuts an image into patches as the published processor does: as many as fit at its proportions, then zero rows.
 
-    An array whose first side is 1 or 3 is taken for channels-first, as published.
+    An array whose first axis has 1 or 3 entries is taken as channels-first, a defect of the published code.
 
     Args:
         array: (h, w, 3) uint8.
+        max_patches: rows of the result.
+        patch: pixels along a side of a patch.
 
     Returns:
         (max_patches, 2 + channels*patch*patch) float32.
@@ -191,7 +199,7 @@ def published_patches(array: np.ndarray, max_patches: int, patch: int) -> Tensor
 
 
 def published_grid(height: int, width: int, max_patches: int, patch: int) -> tuple[int, int]:
-    """(rows, columns) that the published processor cuts a picture into."""
+    """(rows, columns) of patches into which the published processor cuts an image of height x width pixels."""
     scale = math.sqrt(max_patches * (patch / height) * (patch / width))
     rows, columns = (math.floor(scale * length / patch) for length in (height, width))
     return max(min(rows, max_patches), 1), max(min(columns, max_patches), 1)
@@ -205,14 +213,14 @@ def _published_square_patches(image: Image.Image, side: int, patch: int, out: Te
 
 
 def _float32_sum(values: np.ndarray) -> float:
-    """The sum as numpy 1.26 rounds it: pairwise in runs of 8192. Newer ones differ in the last bit."""
+    """The sum as numpy 1.26 rounds it, pairwise in runs of 8192; numpy 2 differs in the last bit."""
     flat = values.reshape(-1)
     whole = flat[: flat.size // 8192 * 8192].reshape(-1, 8192).sum(axis=1)
     return float(np.cumsum(np.append(whole, flat[whole.size * 8192 :].sum()), dtype=np.float32)[-1])
 
 
 def _padded_statistics(image: Image.Image, longer: int) -> tuple[float, float]:
-    """Mean and standard deviation of all values of the padded picture; the latter at least 1/sqrt(their number)."""
+    """Mean and standard deviation of all values of the padded image; the deviation is at least 1/sqrt(number of values)."""
     counts = np.array(image.histogram(), dtype=np.int64).reshape(3, 256)
     counts[range(3), COLOUR] += longer * longer - image.width * image.height
     values, counts = np.arange(256), counts.sum(axis=0)
@@ -227,7 +235,7 @@ def _resize(pixels_Chw: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _flatten(pixels_Chw: Tensor, patch: int, out: Tensor | None = None) -> Tensor:
-    """(C, h, w) -> (h/P * w/P, 2 + P*P*C): row and column from 1, then the patch row by row, channels innermost."""
+    """(C, h, w) -> (h/P * w/P, 2 + P*P*C): row and column, from 1, then the patch row by row, channels innermost."""
     channels, height, width = pixels_Chw.shape
     rows, columns = height // patch, width // patch
     if out is None:
@@ -235,7 +243,7 @@ def _flatten(pixels_Chw: Tensor, patch: int, out: Tensor | None = None) -> Tenso
     grid = out.view(rows, columns, -1)
     grid[..., 0] = torch.arange(1, rows + 1)[:, None]
     grid[..., 1] = torch.arange(1, columns + 1)
-    # Channels first brought together, so that what is copied is whole runs of them.
+    # Channels-last first, so that each row of a patch is one contiguous run to copy.
     pixels_hwC = pixels_Chw.permute(1, 2, 0).contiguous()
     patches = pixels_hwC.view(rows, patch, columns, patch * channels).transpose(1, 2)
     grid[..., 2:].unflatten(-1, (patch, patch * channels)).copy_(patches)

@@ -8,7 +8,7 @@ from mova_core.experts.base import ExpertCard, VisionExpert
 BASE = "clip"
 EXPERTS = ("dinov2", "vary", "codetr", "pix2struct", "deplot", "biomedclip", "sam")  # routing order A..G
 
-_MODULES = {name: f"mova_core.experts.{name}" for name in (BASE, *EXPERTS)}  # imported when first asked for
+_MODULES = {name: f"mova_core.experts.{name}" for name in (BASE, *EXPERTS)}  # imported at first use
 _REGISTRY: dict[str, type[VisionExpert]] = {}
 
 _Expert = TypeVar("_Expert", bound=type[VisionExpert])
@@ -17,10 +17,10 @@ _Expert = TypeVar("_Expert", bound=type[VisionExpert])
 def register(expert: _Expert) -> _Expert:
     """Class decorator: registers a VisionExpert under its card's name. docs/custom_expert.md shows a complete expert.
 
-    A class of the same module and name replaces the registered one, as when its notebook cell runs twice.
+    A class of the same module and name replaces the registered one, as when a notebook cell runs twice.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: another class has this name.
     """
     name = expert.card.name
     registered = _REGISTRY.get(name, expert)
@@ -36,7 +36,7 @@ def expert_class(name: str) -> type[VisionExpert]:
     """The class registered under `name`.
 
     Raises:
-        ValueError: no such expert; the message lists those there are.
+        ValueError: no expert has this name; the message lists the names.
     """
     if name not in _REGISTRY and name in _MODULES:
         importlib.import_module(_MODULES[name])
@@ -46,15 +46,15 @@ def expert_class(name: str) -> type[VisionExpert]:
 
 
 def expert_names() -> tuple[str, ...]:
-    """Every expert there is: the base encoder, A..G, and those registered since."""
+    """The names of all experts: the base encoder, A..G, and experts registered since."""
     return tuple(dict.fromkeys((*_MODULES, *_REGISTRY)))
 
 
 def expert_module(name: str) -> str:
-    """The module that another process imports to have the expert too.
+    """The module that another process imports so that the expert is registered there, too.
 
     Raises:
-        ValueError: no such expert, or one of `__main__`, which no other process can import.
+        ValueError: no expert has this name, or its class is defined in `__main__`, which no other process can import.
     """
     module = expert_class(name).__module__
     if module == "__main__":
@@ -66,5 +66,9 @@ def expert_module(name: str) -> str:
 
 
 def expert_card(name: str) -> ExpertCard:
-    """What the pool knows of an expert without building it. An unknown name is a ValueError that lists the known."""
+    """The card of an expert, without building its network.
+
+    Raises:
+        ValueError: no expert has this name; the message lists the names.
+    """
     return expert_class(name).card

@@ -1,6 +1,7 @@
 """SAM's image encoder (ViT-H): segmentation; expert G.
 
-Kirillov et al. 2023, "Segment Anything" (arXiv 2304.02643). MoVA feeds it Vary's picture, normalised as CLIP's.
+Kirillov et al. 2023, "Segment Anything" (arXiv 2304.02643). MoVA gives this network the same
+image as Vary, normalised as for CLIP.
 """
 
 import re
@@ -65,7 +66,7 @@ class SAM(WindowViT):
 
     @classmethod
     def from_public(cls, state_dict: Mapping[str, Tensor], arch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """From segment-anything's .pth, transformers' SamModel, or a published MoVA tower, whose names are ours."""
+        """From segment-anything's .pth, transformers' SamModel, or a published MoVA tower (which has this module's names)."""
         ours = {}
         for name, tensor in state_dict.items():
             if name.startswith(OTHER_PARTS):

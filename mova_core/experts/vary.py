@@ -1,7 +1,8 @@
 """Vary's vocabulary network: dense text and documents; expert B.
 
 Wei et al. 2023, "Vary: Scaling up the Vision Vocabulary for Large Vision-Language Models" (arXiv 2312.06109): SAM's
-ViT-B and a convolution that halves the grid and doubles the channels. Vary's last one (net_3) is left out, as in MoVA.
+ViT-B and a convolution that halves the grid and doubles the channels. Vary's second such convolution (net_3) is left out,
+as in MoVA.
 """
 
 from collections.abc import Mapping
@@ -13,8 +14,8 @@ from mova_core.experts.base import ExpertCard, Features
 from mova_core.experts.registry import register
 from mova_core.experts.window_vit import WindowViT
 
-# Vary-base and Vary-toy hold a CLIP under `vision_tower` and this network under `vision_tower_high`; Vary-tiny has only
-# this one, under `vision_tower`. The rest is their language model.
+# Vary-base and Vary-toy hold a CLIP under `vision_tower` and this network under `vision_tower_high`; Vary-tiny holds only
+# this network, under `vision_tower`. All other tensors are the language model's.
 TOWERS = ("vision_tower_high.", "vision_tower.")
 LANGUAGE_MODEL = ("model.", "transformer.", "lm_head.")
 
@@ -29,7 +30,7 @@ class Vary(WindowViT):
         title="Vary-base",
         description="This model can handle images with text accurately and efficiently but fails to process natural "
         "images.",
-        weights="Haoran-megvii/Vary-toy",  # the network of Vary-base, whose own weights are public only inside MoVA's
+        weights="Haoran-megvii/Vary-toy",  # same network; Vary-base's own weights are public only within MoVA's
         full=dict(
             width=768,
             depth=12,

@@ -1,11 +1,12 @@
-"""The windowed vision transformer: what SAM, Vary and Co-DETR share, and SAM's image encoder, which is also Vary's.
+"""The windowed vision transformer: the parts that SAM, Vary and Co-DETR share, and the image encoder of SAM and Vary.
 
-Most blocks attend inside square windows, a few globally. SAM adds to each score a learned term per row distance and one
-per column distance (decomposed relative positions). Sources: Li et al. 2022, "Exploring Plain Vision Transformer
+Most blocks attend inside square windows, a few over the whole map. SAM adds two learned terms to each attention score:
+one for the distance in rows, one for the distance in columns (decomposed relative positions). Sources: Li et al. 2022, "Exploring Plain Vision Transformer
 Backbones for Object Detection" (arXiv 2203.16527); Kirillov et al. 2023, "Segment Anything" (arXiv 2304.02643).
 
 Shapes: B images, H x W patches, S side of an attended square (a window, or the whole map), T = S*S its tokens,
-G squares in all, D width, A heads, K = D/A head width, R = 2*S terms of rows and columns, C channels. Maps are channels-last until the convolutions.
+G squares in all, D width, A heads, K = D/A head width, R = 2*S terms of rows and columns, C channels. Maps are
+channels-last up to the convolutions of the neck.
 """
 
 from collections import OrderedDict
@@ -24,7 +25,11 @@ NORM_EPS = 1e-6
 
 
 def check_arch(arch: Mapping[str, Any]) -> None:
-    """Raises ValueError for a picture that is not whole patches."""
+    """Checks that an image is a whole number of patches.
+
+    Raises:
+        ValueError: image_size is not a multiple of patch_size.
+    """
     if arch["image_size"] % arch["patch_size"]:
         raise ValueError(f"image_size {arch['image_size']} is not a multiple of patch_size {arch['patch_size']}")
 
@@ -41,14 +46,14 @@ class PatchEmbed(nn.Module):
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W); copies nothing where the memory is channels-last, as in a neck."""
+    """LayerNorm over the channels of (B, C, H, W). No copy where the memory format is channels-last, as in a neck."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return super().forward(x_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def neck(width: int, channels: int, activation: bool = False) -> nn.Sequential:
-    """ViTDet's compression of (B, D, H, W) to (B, C, H, W): 1x1 and 3x3 convolution, each with its norm."""
+    """ViTDet's neck, (B, D, H, W) -> (B, C, H, W): a 1x1 and a 3x3 convolution, each with a norm."""
     return nn.Sequential(
         nn.Conv2d(width, channels, kernel_size=1, bias=False),
         ChannelNorm(channels, eps=NORM_EPS),
@@ -59,10 +64,11 @@ def neck(width: int, channels: int, activation: bool = False) -> nn.Sequential:
 
 
 def to_windows(x_BHWC: Tensor, side: int, padding_C: Tensor | None) -> Tensor:
-    """(B, H, W, C) -> (G, S*S, C). A map that the windows do not divide grows to the right and below by `padding_C`.
+    """(B, H, W, C) -> (G, S*S, C). A map that windows do not divide is padded on the right and below with `padding_C`.
 
-    Padding is attended to like any token, as published. It stands for a zero token, whose projection is the
-    projection's bias (None: zero), so windows are cut after the projection and none is spent on padding.
+    Attention sees padding as it sees any token, as in the published code, which pads with zero tokens before the
+    projection. A zero token's projection is the bias, so padding the projected map with the bias (None: zero) gives the
+    same numbers without projecting padding.
     """
     B, H, W, C = x_BHWC.shape
     rows, columns = -(-H // side), -(-W // side)
@@ -77,7 +83,7 @@ def to_windows(x_BHWC: Tensor, side: int, padding_C: Tensor | None) -> Tensor:
 
 
 def from_windows(x_GATK: Tensor, side: int, H: int, W: int) -> Tensor:
-    """What each head of each window gives, (G, A, S*S, K) -> (B, H, W, A*K) in one copy: padding is cut off."""
+    """Joins the outputs of all heads and windows, (G, A, S*S, K) -> (B, H, W, A*K), in one copy; removes padding."""
     rows, columns = -(-H // side), -(-W // side)
     _, A, _, K = x_GATK.shape
     x = x_GATK.view(-1, rows, columns, A, side, side, K).permute(0, 1, 4, 2, 5, 3, 6)
@@ -87,11 +93,11 @@ def from_windows(x_GATK: Tensor, side: int, H: int, W: int) -> Tensor:
 class RelativeAttention(nn.Module):
     """Attention with decomposed relative positions over the S x S windows of a map, or over a whole S x S map.
 
-    The terms of rows and columns reach the scores in one of two exact ways, `biased` and `folded`. A GPU folds, where
-    attention waits for memory; a CPU, where it waits for arithmetic, adds.
+    Two exact ways add the terms of rows and columns to the scores: `biased_attention` and `folded_attention`. Folding
+    needs less memory traffic and more arithmetic, so it is the default on a GPU, where memory limits attention.
     """
 
-    folded: bool | None = None  # None: on a GPU
+    folded: bool | None = None  # None: only on a GPU
 
     def __init__(self, width: int, heads: int, side: int):
         super().__init__()
@@ -102,14 +108,15 @@ class RelativeAttention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
+        """(B, H, W, D) -> (B, H, W, D)."""
         _, H, W, D = x_BHWD.shape
         S, A = self.side, self.heads
         qkv = to_windows(self.qkv(x_BHWD), S, self.qkv.bias)
         q_GATK, k_GATK, v_GATK = qkv.view(-1, S * S, 3, A, D // A).permute(2, 0, 3, 1, 4)
-        # The row y sees the row y' through entry y - y' + S - 1 of its table: a sliding view of it, mirrored.
+        # Entry y - y' + S - 1 of the table is the term of row y for row y': a sliding view of the table, mirrored.
         rows_SKS, columns_SKS = (table.unfold(0, S, 1).flip(-1) for table in (self.rel_pos_h, self.rel_pos_w))
         q_GASSK = q_GATK.unflatten(2, (S, S))
-        rows_GASSS = torch.einsum("gayxk,ykz->gayxz", q_GASSK, rows_SKS)  # of the unscaled q, as published
+        rows_GASSS = torch.einsum("gayxk,ykz->gayxz", q_GASSK, rows_SKS)  # q is not scaled, as published
         columns_GASSS = torch.einsum("gayxk,xkz->gayxz", q_GASSK, columns_SKS)
         fold = x_BHWD.is_cuda if self.folded is None else self.folded
         attend = folded_attention if fold else biased_attention
@@ -119,23 +126,23 @@ class RelativeAttention(nn.Module):
 
 def biased_attention(q_GATK: Tensor, k_GATK: Tensor, v_GATK: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Attention with the terms of rows and columns (G, A, S, S, S) summed to a bias: T*T numbers per head."""
-    # Made contiguous while small, so that their large sum is born in the shape that attention takes.
+    # Contiguous summands make the large sum contiguous: otherwise attention copies the T*T numbers.
     bias = rows.contiguous().unsqueeze(-1) + columns.contiguous().unsqueeze(-2)
     return F.scaled_dot_product_attention(q_GATK, k_GATK, v_GATK, attn_mask=bias.flatten(4).flatten(2, 3))
 
 
 def folded_attention(q_GATK: Tensor, k_GATK: Tensor, v_GATK: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The same without a bias: queries grow by their R terms, keys by the one-hot row and column that pick from them.
+    """The same scores without a bias: R terms are appended to each query, and one-hot row and column to each key.
 
-    Any flash kernel then does it, with (K + R) / K of the arithmetic and without the T*T numbers.
+    Flash kernels, which accept no bias, can then run: (K + R) / K of the arithmetic, and no T*T numbers in memory.
     """
     S, K = rows.shape[-1], q_GATK.shape[-1]
-    scale = K**-0.5  # divides all scores, so the terms are multiplied by its inverse
+    scale = K**-0.5  # applies to all scores, so the terms are divided by it beforehand
     q = torch.cat((q_GATK, (rows / scale).flatten(2, 3), (columns / scale).flatten(2, 3)), dim=-1)
     one_SS = torch.eye(S, dtype=k_GATK.dtype, device=k_GATK.device)
     picks_SSR = torch.cat((one_SS[:, None].expand(S, S, S), one_SS.expand(S, S, S)), dim=-1)
     k = torch.cat((k_GATK, picks_SSR.flatten(0, 1).expand(*k_GATK.shape[:2], -1, -1)), dim=-1)
-    v = F.pad(v_GATK, (0, 2 * S))  # kernels want all three of one width
+    v = F.pad(v_GATK, (0, 2 * S))  # flash kernels need queries, keys and values of one width
     return F.scaled_dot_product_attention(q, k, v, scale=scale)[..., :K]
 
 
@@ -157,13 +164,13 @@ class Block(nn.Module):
 
 
 class WindowViT(VisionExpert):
-    """SAM's image encoder as an expert, under segment-anything's own parameter names. Vary derives from it.
+    """SAM's image encoder as an expert, with the parameter names of segment-anything. Vary derives from it.
 
-    It reads pictures at `image_size`, fixed by its position table; in MoVA they are normalised as CLIP's, not as SAM's.
+    The position table fixes the size of images to `image_size`. MoVA normalises them as for CLIP, not as for SAM.
     """
 
     preprocessing = "square-clip-bicubic-1"
-    last_layer = "neck.0.weight"  # its first side is the number of channels
+    last_layer = "neck.0.weight"  # the first axis of this tensor is the number of channels
 
     def __init__(self, arch: Mapping[str, Any], neck_channels: int):
         super().__init__(arch)
@@ -190,7 +197,7 @@ class WindowViT(VisionExpert):
         """Pixels (B, 3, image_size, image_size) to the neck's map (B, C, H, W).
 
         Raises:
-            ValueError: pictures of another size.
+            ValueError: images of another size.
         """
         if pixels_B3hw.shape[-2:] != (self.arch["image_size"],) * 2:
             size = tuple(pixels_B3hw.shape[-2:])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mova_core.experts import load_expert
-from mova_core.experts.clip import Clip, _resize_positions
+from mova_core.experts.clip import Clip
+from mova_core.experts.weight_shapes import resize_positions
 
 close = partial(torch.testing.assert_close, atol=5e-5, rtol=0)
 
@@ -58,12 +59,16 @@ def test_every_layer(case):
     close(last, tensors[f"out.hidden{arch['depth']}"])
 
 
+def resized(table_ND: torch.Tensor, side: int) -> torch.Tensor:
+    return resize_positions(table_ND[None], (side, side), others=1)[0]
+
+
 def test_positions(case):
     weights, _, tensors = case
     table = weights["vision_model.embeddings.position_embedding.weight"]
-    close(_resize_positions(table, 6), tensors["out.position_embedding_6x6"])
-    close(_resize_positions(tensors["in.pos24"], 48), tensors["out.pos48"])
-    assert _resize_positions(table, 4) is table
+    close(resized(table, 6), tensors["out.position_embedding_6x6"])
+    close(resized(tensors["in.pos24"], 48), tensors["out.pos48"])
+    assert resize_positions(table[None], (4, 4), others=1).data_ptr() == table.data_ptr(), "its own size: not copied"
 
 
 def test_full_size_names(golden):
