@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.demo import data as demo_data
-from pipelines.demo.data import CORNERS, KINDS, PAPERS, QUESTIONS, SOURCES, DemoData, build_demo_data
+from pipelines.demo import charts, sources
+from pipelines.demo.data import KINDS, DemoData, build_demo_data
+from pipelines.demo.documents import PAPERS
+from pipelines.demo.picture import CORNERS
+from pipelines.demo.questions import QUESTIONS
+from pipelines.demo.sources import SOURCES
 
 IMAGES = 200
 
@@ -88,31 +92,31 @@ def test_no_picture_under_two_names_is_in_both_splits() -> None:
         return (values - values.mean()) / values.std()
 
     # two views of one motorcycle agree by 0.79, two encodings of one scan by 0.999; two heads in one scanner by 0.89
-    for kind, read, limit in (("photo", demo_data.photograph, 0.75), ("scan", demo_data.scan, 0.97)):
+    for kind, read, limit in (("photo", sources.photograph, 0.75), ("scan", sources.scan, 0.97)):
         train, test = ({n: small(read(p)) for n, p in SOURCES[kind][split].items()} for split in ("train", "test"))
         for (a, seen), (b, unseen) in product(train.items(), test.items()):
             assert abs((seen * unseen).mean()) < limit, f"{a} and {b} look like one picture"
-    left, right = (small(demo_data.photograph(f"skimage/data/motorcycle_{side}.png")) for side in ("left", "right"))
+    left, right = (small(sources.photograph(f"skimage/data/motorcycle_{side}.png")) for side in ("left", "right"))
     assert (left * right).mean() > 0.75
     names = ("examples_jpeg2k", "examples_rgb_color")
-    large, little = (small(demo_data.scan(f"pydicom/data/test_files/{name}.dcm")) for name in names)
+    large, little = (small(sources.scan(f"pydicom/data/test_files/{name}.dcm")) for name in names)
     assert (large * little).mean() > 0.97
 
 
 def test_no_text_table_row_or_digit_is_in_both_splits() -> None:
     texts = {
-        split: {p for path in SOURCES["text"][split].values() for p in demo_data.paragraphs(path)}
+        split: {p for path in SOURCES["text"][split].values() for p in sources.paragraphs(path)}
         for split in ("train", "test")
     }
     assert texts["train"].isdisjoint(texts["test"])
     rows: dict[str, set[tuple[float, ...]]] = {"train": set(), "test": set()}
     for split in ("train", "test"):
         for name, path in SOURCES["table"][split].items():
-            values = np.stack(list(demo_data.table(name, path).numbers.values()), axis=1)
+            values = np.stack(list(sources.table(name, path).numbers.values()), axis=1)
             rows[split] |= {tuple(row) for row in values if len(row) > 1}
     assert rows["train"] and rows["test"] and rows["train"].isdisjoint(rows["test"])
     scans = {
-        split: {s.tobytes() for group in demo_data.digits(split).values() for s in group} for split in ("train", "test")
+        split: {s.tobytes() for group in sources.digits(split).values() for s in group} for split in ("train", "test")
     }
     assert scans["train"].isdisjoint(scans["test"])
     assert 0.2 < len(scans["test"]) / (len(scans["train"]) + len(scans["test"])) < 0.3
@@ -190,7 +194,7 @@ def test_drawn_answers_hold_on_the_saved_files(data: DemoData) -> None:
     ],
 )
 def test_a_trend_is_only_told_where_it_is_plain(values: tuple[float, ...], trend: str | None) -> None:
-    assert demo_data._trend(np.array(values, dtype=float)) == trend
+    assert charts._trend(np.array(values, dtype=float)) == trend
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def test_a_trend_is_only_told_where_it_is_plain(values: tuple[float, ...], trend
     [((9, 1, 2), "left"), ((1, 9, 2), "middle"), ((1, 2, 9), "right"), ((1, 9, 2, 3), None), ((9, 8.5, 1), None)],
 )
 def test_a_peak_is_only_told_where_it_is_plain(values: tuple[float, ...], peak: str | None) -> None:
-    assert demo_data._peak(np.array(values, dtype=float)) == peak
+    assert charts._peak(np.array(values, dtype=float)) == peak
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
@@ -238,7 +242,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_missing_shipped_file_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"skimage does not ship data/absent\.png"):
-        demo_data.shipped("skimage/data/absent.png")
+        sources.shipped("skimage/data/absent.png")
 
 
 def test_bad_files_are_bad_in_four_ways_and_nobody_asks_about_them(data: DemoData) -> None:
@@ -258,16 +262,10 @@ def test_bad_files_are_bad_in_four_ways_and_nobody_asks_about_them(data: DemoDat
         Image.open(notes)
 
 
-def test_contact_sheet_shows_every_kind(data: DemoData) -> None:
-    sheet = demo_data.contact_sheet(data, per_kind=6)
-    assert sheet.width == 1500 and sheet.height > 5 * 250
-    assert np.asarray(sheet).std() > 10
-
-
 def test_it_needs_neither_ray_nor_torch() -> None:
     heavy = "{'ray', 'torch', 'skimage', 'sklearn', 'pandas', 'pooch'}"
     code = f"import sys, pipelines.demo.data; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(demo_data.__file__).parents[2]
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(sources.__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr
