@@ -221,7 +221,9 @@ def read_profiles(path: str | os.PathLike[str]) -> list[Profile]:
 
 def _profile(where: str, row: Any) -> Profile:
     """One profile of a file. A person may write the size in place of the arch, and leave out keys that have a default."""
-    row = {"dtype": "float32", "threads": 1} | _keys(where, row, Profile, {"size"}, {"arch", "dtype", "threads", "accelerator"})
+    row = {"dtype": "float32", "threads": 1} | _keys(
+        where, row, Profile, {"size"}, {"arch", "dtype", "threads", "accelerator"}
+    )
     if not isinstance(row["batches"], list) or not row["batches"]:
         raise ProfileError(f"{where}: `batches` must be a list of at least one batch")
     batches = []
