@@ -1,5 +1,6 @@
 """Sources of features: experts run here, loaded when asked for, and a store in front of them."""
 
+import hashlib
 import itertools
 import logging
 import random
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mova_core.experts import fingerprint, load_expert
+from mova_core.experts import Features, fingerprint, load_expert
 from mova_core.features import (
     FeaturePartition,
     FeatureStore,
@@ -23,6 +24,7 @@ from mova_core.features import (
     StoreError,
     Tiered,
 )
+from mova_core.features.shard_writer import ShardWriter
 from mova_core.features.single_flight import SingleFlight
 from mova_core.images import DecodedImage, ImageError, ImageRef, read_image
 
@@ -127,6 +129,20 @@ def test_fingerprints_are_read_while_an_expert_is_loaded(experts, images, monkey
     monkeypatch.setattr("mova_core.experts.fingerprint", load_meanwhile)
     assert list(source.fingerprints) == ["sam"]
     assert set(source.fingerprints) == {"sam", "dinov2"}
+
+
+def test_threads_of_lazy_experts_get_the_answers_of_one(experts, images):
+    """Each of eight threads is the first to ask for some expert; each expert is loaded once."""
+    requests = [[[NAMES[(start + at) % len(NAMES)]] for at in range(len(images))] for start in range(8)]
+    expected = [LocalExperts(experts).fetch(images, request) for request in requests]
+    source = LazyExperts(NAMES, size="mini")
+    with ThreadPoolExecutor(8) as threads:
+        answers = [threads.submit(source.fetch, images, request) for request in requests]
+        while not all(answer.done() for answer in answers):
+            assert source.fingerprints.keys() <= set(NAMES)
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert equal(answer.result(), wanted)
+    assert source.fingerprints == LocalExperts(experts).fingerprints
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -293,6 +309,41 @@ def test_what_is_written_back_is_gathered(experts, images, tmp_path):
     assert full.store.stat()["experts"]["sam"]["shards"] == 2
     full.fetch(images[:1], [["dinov2"]])  # closed, it still answers
     assert "dinov2" not in full.store.stat()["experts"] or not len(full.store.partition("dinov2"))
+
+
+def test_what_is_written_back_is_merged_into_snapshots(tmp_path, monkeypatch, caplog):
+    """A serving store does not grow by a receipt every few seconds that every new process opens."""
+    due = 8
+    monkeypatch.setattr("mova_core.features.shard_writer.SNAPSHOT_RECEIPTS", due)
+    store = FeatureStore(tmp_path / "store", create=True)
+    partition = store.add_expert({"expert": "sam", "dtype": "float32"})
+    writer = ShardWriter(shard_bytes=1, shard_seconds=60)
+
+    def write(numbers):
+        for number in numbers:
+            tokens = torch.full((1, 1), float(number))
+            writer.put(partition, {hashlib.sha256(bytes([number])).hexdigest(): Features(tokens, (1, 1))})
+        writer.flush()
+
+    write(range(due - 1))
+    assert partition.snapshot_number == 0
+    write(range(due - 1, 2 * due))
+    assert partition.snapshot_number == 2
+    with monkeypatch.context() as unread:
+        unread.setattr(FeaturePartition, "receipt", lambda self, shard_id: pytest.fail("a receipt was read"))
+        assert len(FeaturePartition(partition.location)) == 2 * due
+
+    def refuse(self):
+        raise StoreError("no room for a snapshot")
+
+    with monkeypatch.context() as refused:
+        refused.setattr(FeaturePartition, "snapshot", refuse)
+        write(range(2 * due, 3 * due))
+    assert "no room for a snapshot (8 receipts stay outside" in caplog.text and len(caplog.records) == 1
+    assert len(FeaturePartition(partition.location)) == 3 * due
+    write([3 * due])
+    assert partition.snapshot_number == 3
+    writer.close()
 
 
 def test_a_slow_disk_holds_requests_back(experts, images, tmp_path, monkeypatch):
