@@ -4,6 +4,7 @@ Ray Data runs the class as the callable of an actor pool (evaluation: `__call__`
 plain Ray actor calls `answer` with questions, which may have several images, a history and a budget.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from mova_core.answering import Answer, Answerer, Question
 from mova_core.features import FeatureStore
 from mova_core.images import ImageRef
+from mova_core.isolate import isolate_failures
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 
@@ -25,6 +27,7 @@ ANSWERED = pa.schema(
         ("readable", pa.bool_()),
         ("gates", pa.list_(pa.map_(pa.string(), pa.float64()))),
         ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("error", pa.string()),
     ]
 )
 
@@ -57,27 +60,32 @@ class AnswerServer:
         """Answers one block of a Ray Dataset.
 
         Args:
-            rows: columns `id`, `image` (a locator), `question` and optionally `experts` (forced routing, or null).
+            rows: columns `id`, `image` (a locator), `question`, and optionally `history` (JSON: the turns before it as
+                [role, text]) and `experts` (forced routing, or null).
 
         Returns:
-            Rows of schema `ANSWERED`, in the same order; `gates` has one map per adapter block.
+            Rows of schema `ANSWERED`, in the same order; `gates` has one map per adapter block. A question that cannot be
+            answered has its `error` and null in the other columns.
         """
         records = rows.to_pylist()
         questions = [
             Question(
                 image=ImageRef(path=record["image"]),
                 text=record["question"],
+                history=[(role, text) for role, text in json.loads(record.get("history") or "[]")],
                 experts=None if record.get("experts") is None else tuple(record["experts"]),
             )
             for record in records
         ]
-        answers = self.answer(questions)
+        answers = isolate_failures(self.answer, questions)
         return pa.Table.from_pylist(
             [self._row(record["id"], answer) for record, answer in zip(records, answers, strict=True)], schema=ANSWERED
         )
 
     @staticmethod
-    def _row(key: str, answer: Answer) -> dict[str, Any]:
+    def _row(key: str, answer: Answer | ValueError) -> dict[str, Any]:
+        if isinstance(answer, ValueError):
+            return {"id": key, "error": str(answer)}
         return {
             "id": key,
             "answer": answer.text,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from mova_core.data import DataError, Sample, iterate_samples
 from pipelines.data_args import BadRows
 
-__all__ = ["BadRows", "read_valid_samples", "report_left_out", "report_skipped"]
+__all__ = ["BadRows", "read_valid_samples", "report_failed", "report_left_out", "report_skipped"]
 
 SHOWN = 5  # invalid records reported in full
 
@@ -22,7 +22,7 @@ def read_valid_samples(
     check: Callable[[Sample], Any] | None = None,
     pool: Sequence[str] | None = None,
 ) -> tuple[list[Sample], list[str]]:
-    """The samples of a data file, and the error of each invalid record left out, which names its file and line.
+    """The samples of a data file, and the error of each invalid record left out, which names its file, number and line.
 
     Args:
         path, images, pool: as `read_samples` takes them.
@@ -69,3 +69,10 @@ def report_left_out(left_out: Mapping[str, Sequence[Sample]]) -> None:
     for reason, samples in left_out.items():
         count = f"{len(samples)} record{'' if len(samples) == 1 else 's'}"
         tqdm.write(f"{count} left out: {reason} (the first: {samples[0].where})", file=sys.stderr)
+
+
+def report_failed(what: str, reason: str, errors: Sequence[str]) -> None:
+    """Writes to stderr how many valid records or questions failed, and the first error."""
+    if errors:
+        count = f"{len(errors)} {what}{'' if len(errors) == 1 else 's'}"
+        tqdm.write(f"{count} left out: {reason} (the first: {errors[0]})", file=sys.stderr)

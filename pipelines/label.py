@@ -5,7 +5,8 @@ model per expert; here one model, trained with random sets of experts, is evalua
 """
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,12 @@ from mova_core.data import Sample, read_records, write_records
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
 from mova_core.io.uris import absolute, local_path
+from mova_core.isolate import isolate_failures
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import label_experts
 from pipelines.data_args import BadRows, DataArgs
+from pipelines.invalid_records import report_failed
 from pipelines.ray_data import map_with_actors
 from pipelines.read_data import ReadData, check_label_data
 
@@ -38,22 +41,41 @@ class ExpertLoss:
         self.processor = MoVAProcessor.from_pretrained(model)
         self.store = FeatureStore(store, fingerprints=self.model.config.fingerprints)
         self.pool = self.model.config.experts
+        context = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        self.max_length = min(self.processor.tokenizer.model_max_length, context or math.inf)
 
     @torch.inference_mode()
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Rows with id, image (path) and turns (JSON) to rows with id and one loss (nats per token) per column."""
-        samples = rows.to_pylist()
+        """Rows with id, image (path) and turns (JSON) to rows with id, one loss (nats per token) per column, and `error`.
+
+        A sample without a loss has null in the columns of losses and its `error`.
+        """
+        measured = isolate_failures(self._measure, rows.to_pylist())
+        names = [WITHOUT, *self.pool]
+        table: list[dict[str, Any]] = []
+        for key, losses in zip(rows["id"].to_pylist(), measured, strict=True):
+            if isinstance(losses, ValueError):
+                table.append({"id": key, "error": str(losses)})
+            elif not all(map(math.isfinite, losses)):
+                table.append({"id": key, "error": "the model's loss is no finite number"})
+            else:
+                table.append({"id": key, **dict(zip(names, losses, strict=True))})
+        columns = [("id", pa.int64()), ("error", pa.string()), *((name, pa.float64()) for name in names)]
+        return pa.Table.from_pylist(table, schema=pa.schema(columns))
+
+    def _measure(self, samples: Sequence[dict[str, Any]]) -> list[list[float]]:
+        """Losses of each sample: without an expert, then with each of the pool."""
         images = [ImageRef(path=row["image"]) for row in samples]
         turns = [[tuple(turn) for turn in json.loads(row["turns"])] for row in samples]
-        batch = self.processor(turns, images, labels=True, padding_side="right").to(self.device)
+        batch = self.processor(turns, images, labels=True, padding_side="right", max_length=self.max_length)
+        if (batch["labels"][:, 1:] == IGNORE).all(1).any():  # `isolate_failures` finds which
+            raise ValueError(f"its answer lies beyond the {self.max_length} tokens that the model reads")
+        batch = batch.to(self.device)
         base = self.model.encode_base(batch["pixel_values"])
         text = self.model.adapter.encode_text(batch["text_input_ids"], batch["text_attention_mask"])
         features = self.store.fetch(images, [self.pool] * len(images))
-        losses = {WITHOUT: self._loss(batch, base, text, None, features)}
-        for name in self.pool:
-            losses[name] = self._loss(batch, base, text, name, features)
-        columns: dict[str, Any] = {"id": [row["id"] for row in samples]}
-        return pa.table(columns | {name: pa.array(loss.tolist(), pa.float64()) for name, loss in losses.items()})
+        losses = [self._loss(batch, base, text, name, features) for name in (None, *self.pool)]
+        return torch.stack(losses, 1).tolist()
 
     def _loss(
         self,
@@ -104,8 +126,7 @@ def label(
 ) -> LabelSummary:
     """Writes the data file again with `routing` (expert names, lowest loss first) and `routing_losses` per record.
 
-    Needs an open Ray session. Records that cannot be labelled stay unchanged: those without an answer, without a picture or
-    with a quarantined picture.
+    Needs an open Ray session. Records that cannot be labelled stay unchanged, and are counted by reason in `left_out`.
 
     Args:
         model: local folder of a MoVA model.
@@ -137,7 +158,16 @@ def label(
         actors=actors,
         gpus=gpu,
     )
-    losses = {row.pop("id"): row for row in measured}
+    losses: dict[int, dict[str, float]] = {}
+    errors: dict[int, str] = {}
+    for row in measured:
+        number, error = row.pop("id"), row.pop("error")
+        if error is None:
+            losses[number] = row
+        else:
+            errors[number] = error
+    failed = [f"{sample.where}: {errors[sample.number]}" for sample in usable if sample.number in errors]
+    report_failed("record", "cannot be labelled", failed)
     counts = dict.fromkeys(pool, 0)
 
     def labelled() -> Iterator[dict[str, Any]]:
@@ -164,7 +194,7 @@ def label(
         per_sample=sum(counts.values()) / max(1, len(losses)),
         output=output,
         skipped=read.skipped,
-        left_out=read.counts(),
+        left_out=read.counts() | ({"cannot be labelled": len(failed)} if failed else {}),
     )
 
 

@@ -4,16 +4,17 @@ The command line calls these checks first: torch and Ray take 10 to 30 s to star
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mova_core.data import DataError, Sample, split_usable
+from mova_core.data import IMAGE_MARK, DataError, Sample, split_usable
 from mova_core.features import FeatureStore
 from mova_core.io.filesystem import read_file
-from mova_core.io.uris import joined, local_path
+from mova_core.io.uris import absolute, joined, local_path
 from pipelines.data_args import DataArgs
 from pipelines.invalid_records import read_valid_samples, report_left_out, report_skipped
+from pipelines.pictures import missing_files
 
 
 @dataclass(kw_only=True)
@@ -23,7 +24,7 @@ class ReadData:
     Attributes:
         samples: those that can be used.
         left_out: reason -> valid samples that cannot be used.
-        skipped: the error of each invalid record left out, which names its file and line.
+        skipped: the error of each invalid record left out, which names its file, number and line.
         pool: the model's experts in routing order.
     """
 
@@ -36,12 +37,15 @@ class ReadData:
         """Reason -> number of samples left out."""
         return {reason: len(samples) for reason, samples in self.left_out.items()}
 
-    def leave_out(self, reason: str, samples: list[Sample]) -> None:
-        """Moves samples from the usable ones to those left out."""
-        if samples:
-            leaving = {id(sample) for sample in samples}
-            self.samples = [sample for sample in self.samples if id(sample) not in leaving]
-            self.left_out[reason] = samples
+    def leave_out(self, reason: str, unusable: Callable[[Sample], bool]) -> None:
+        """Moves the samples for which `unusable` is true from the usable ones to those left out."""
+        usable: list[Sample] = []
+        for sample in self.samples:
+            if unusable(sample):
+                self.left_out.setdefault(reason, []).append(sample)
+            else:
+                usable.append(sample)
+        self.samples = usable
 
     def report(self) -> None:
         """Writes to stderr what was skipped and left out."""
@@ -63,26 +67,36 @@ def read_pool(model: str) -> list[dict[str, Any]]:
         raise DataError(f"{model} is no MoVA model ({reason}): make one with `mova init` or `mova convert`") from None
 
 
-def read_data(
-    args: DataArgs, *, need_answer: bool = False, fingerprints: Mapping[str, str] | None = None
-) -> tuple[ReadData, FeatureStore]:
-    """Reads the data file and opens the store.
+def open_store(args: DataArgs, fingerprints: Mapping[str, str] | None = None) -> tuple[FeatureStore, tuple[str, ...]]:
+    """The store, opened for the features that the model was trained on, and the model's experts in routing order.
 
     Args:
-        need_answer: leave out samples without an answer.
         fingerprints: expert -> features to read where the store has several; those of the model come first.
 
-    Returns:
-        The samples, and the store, opened for the features that the model was trained on.
-
     Raises:
-        DataError: no model, or an invalid data file or record.
+        DataError: no model.
         StoreError: no store, or features of other weights than the model's.
     """
     pool = read_pool(args.model)
     trained_on = {expert["name"]: expert["fingerprint"] for expert in pool if expert.get("fingerprint")}
     store = FeatureStore(args.store, fingerprints={**(fingerprints or {}), **trained_on})
-    names = tuple(expert["name"] for expert in pool)
+    return store, tuple(expert["name"] for expert in pool)
+
+
+def read_data(args: DataArgs, *, fingerprints: Mapping[str, str] | None = None) -> tuple[ReadData, FeatureStore]:
+    """Reads the data file and opens the store. What cannot be used is left out alike for every command.
+
+    Args:
+        fingerprints: as `open_store` takes them.
+
+    Returns:
+        The samples with a question, an answer and a picture that can be had; and the store.
+
+    Raises:
+        DataError: no model, an invalid data file or record, or no sample that can be used.
+        StoreError: no store, or features of other weights than the model's.
+    """
+    store, names = open_store(args, fingerprints)
 
     def check(sample: Sample) -> None:
         _ = sample.image  # raises where a sample has several pictures
@@ -92,9 +106,24 @@ def read_data(
     valid, skipped = read_valid_samples(args.data, args.images, args.bad_rows, check, names)
     samples, left_out = split_usable(valid, store.quarantined())
     data = ReadData(samples=samples, left_out=left_out, skipped=skipped, pool=names)
-    if need_answer:
-        data.leave_out("no answer", [sample for sample in samples if not sample.answer])
+    missing = missing_files({_path(sample) for sample in samples})
+    data.leave_out("picture cannot be read", lambda sample: _path(sample) in missing)
+    data.leave_out("empty question", _asks_nothing)
+    data.leave_out("no answer", lambda sample: not sample.exchanges)
+    if not data.samples:
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in data.counts().items())
+        first = next(iter(data.left_out.values()))[0]
+        raise DataError(f"{args.data} holds no usable record ({reasons}; the first: {first.where})")
     return data, store
+
+
+def _path(sample: Sample) -> str:
+    return absolute(sample.image.path or "") if sample.image else ""
+
+
+def _asks_nothing(sample: Sample) -> bool:
+    """Whether a user turn has no words: neither the router nor the gate could read a question."""
+    return any(role == "user" and not text.replace(IMAGE_MARK, "").strip() for role, text in sample.turns)
 
 
 def check_label_data(args: DataArgs, output: str) -> ReadData:
@@ -106,4 +135,4 @@ def check_label_data(args: DataArgs, output: str) -> ReadData:
     """
     if local_path(output) is None:
         raise DataError(f"--output {output}: labels are written to a local file; upload the file afterwards")
-    return read_data(args, need_answer=True)[0]
+    return read_data(args)[0]

@@ -59,7 +59,7 @@ def evaluate(
 ) -> None:
     """Answer the questions of a test set and compare the answers with the true ones, per kind of picture.
 
-    The kind of a picture is the record's field `kind`.
+    Each human turn is a question, asked with the turns before it. The kind of a picture is the record's field `kind`.
     """
     check_output_file("--answers", answers, overwrite)
     with results_only(quiet or as_json):
@@ -96,7 +96,10 @@ def evaluate(
     def show() -> None:
         show_kinds(result["kinds"])
         if result["unreadable"]:
-            line(f"{number(result['unreadable'])} of {number(len(result['answers']))} router replies named no expert")
+            replies = f"{number(result['unreadable'])} of {number(len(result['answers']))} router replies"
+            line(f"{replies} could not be read, so no expert was used for these questions")
+        if result["left_out"]:
+            line(f"left out: {', '.join(f'{reason} {number(count)}' for reason, count in result['left_out'].items())}")
 
     print_result({name: value for name, value in result.items() if name != "answers"}, as_json, show)
 

@@ -1,17 +1,17 @@
 """Evaluation: a pool of answer servers answers a test set; accuracy per kind of picture."""
 
-import sys
+import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from actors.answer_server import AnswerServer
+from mova_core.data import IMAGE_MARK, DataError
 from mova_core.io.uris import absolute
 from mova_core.metrics import exact_match
 from pipelines.data_args import BadRows, DataArgs
-from pipelines.evaluate.data import FORM, KIND, TestData, check_data
+from pipelines.evaluate.data import TestData, TestQuestion, check_data, questions_of
+from pipelines.invalid_records import report_failed
 from pipelines.ray_data import map_with_actors
 
 
@@ -31,10 +31,9 @@ def evaluate(
     progress: bool = True,
     read: TestData | None = None,
 ) -> dict[str, Any]:
-    """Answers every record with a picture and compares the answer with the record's. Needs an open Ray session.
+    """Answers every question of the records and compares the answers with the records'. Needs an open Ray session.
 
-    The user turns of a conversation are joined to one question, and the last assistant turn is its truth; a line on stderr
-    says for how many records.
+    Each user turn that an answer follows is a question of its own, asked with the true turns before it as history.
 
     Args:
         model, data, store, images, bad_rows: as `DataArgs`.
@@ -48,29 +47,28 @@ def evaluate(
         read: what `check_data` returned, if the caller has checked already.
 
     Returns:
-        {"kinds": {kind: {"questions", "accuracy", "chance", "experts"}}, "answers": [one mapping per record]}; accuracy
+        {"kinds": {kind: {"questions", "accuracy", "chance", "experts"}}, "answers": [one mapping per question]}; accuracy
         and chance (accuracy of the baseline, None without `train`) from 0 to 1, `experts` how often each was routed;
-        "unanswered": number of records without a picture or with a quarantined one; "left_out": the same by reason;
+        "unanswered": number of records left out, and of questions that the model cannot take; "left_out": the same by reason;
         "unreadable": number of router replies that name no expert and are not "none"; "skipped": the error of each
         invalid record.
 
     Raises:
-        DataError, StoreError: bad data; no features of the weights that this model was trained on.
+        DataError, StoreError: bad data, no question that can be answered; no features of the weights that this model was
+            trained on.
     """
     args = DataArgs(model=model, data=data, store=store, images=images, bad_rows=bad_rows)
     read = read or check_data(args, train)
     read.report()
-    samples = read.samples[:limit]
-    if joined := sum(sum(role == "user" for role, _ in sample.turns) > 1 for sample in samples):
-        tqdm.write(
-            f"{joined} of {len(samples)} records have several questions: each was joined to one question, "
-            "and the last answer is its truth",
-            file=sys.stderr,
-        )
+    questions = questions_of(read.samples)[:limit]
     rows = [
-        {"id": str(n), "image": absolute(sample.image.path or ""), "question": sample.question}
-        for n, sample in enumerate(samples)
-        if sample.image is not None
+        {
+            "id": str(number),
+            "image": absolute(question.sample.images[0].path or ""),
+            "question": question.text,
+            "history": json.dumps(question.history),
+        }
+        for number, question in enumerate(questions)
     ]
     replies = map_with_actors(
         AnswerServer,
@@ -89,35 +87,44 @@ def evaluate(
         actors=actors,
         gpus=gpu,
     )
-    answers = []
+    answers: list[dict[str, Any]] = []
+    failed: list[str] = []
     for row in replies:
-        number = int(row["id"])
-        sample = samples[number]
-        answers.append(
-            {
-                "id": sample.id,
-                "image": rows[number]["image"],
-                "kind": sample.extra.get(KIND, "all"),
-                "form": sample.extra.get(FORM, ""),
-                "question": sample.question,
-                "truth": sample.answer,
-                "answer": row["answer"],
-                "correct": exact_match(row["answer"], sample.answer),
-                "experts": list(row["experts"]),
-                "router": row["router"],
-                "readable": row["readable"],
-                "gates": [dict(block) for block in row["gates"]],
-                "seconds": dict(row["seconds"]),
-            }
-        )
-    unreadable = sum(not answer["readable"] for answer in answers)
+        question = questions[int(row["id"])]
+        if row["error"] is not None:
+            failed.append(f"{question.sample.where}: {row['error']}")
+        else:
+            answers.append(_judged(question, rows[int(row["id"])]["image"], row))
+    report_failed("question", "cannot be answered", failed)
+    if not answers:
+        raise DataError(f"{args.data}: none of its {len(questions)} questions can be answered; the first: {failed[0]}")
     return {
         "kinds": by_kind(answers, read.guesses),
         "answers": answers,
-        "unanswered": sum(read.counts().values()),
-        "left_out": read.counts(),
-        "unreadable": unreadable,
+        "unanswered": sum(read.counts().values()) + len(failed),
+        "left_out": read.counts() | ({"cannot be answered": len(failed)} if failed else {}),
+        "unreadable": sum(not answer["readable"] for answer in answers),
         "skipped": read.skipped,
+    }
+
+
+def _judged(question: TestQuestion, image: str, reply: dict[str, Any]) -> dict[str, Any]:
+    """One answer beside its truth."""
+    return {
+        "id": question.sample.id,
+        "turn": question.turn,
+        "image": image,
+        "kind": question.kind,
+        "form": question.form,
+        "question": question.text.replace(IMAGE_MARK, "").strip(),
+        "truth": question.truth,
+        "answer": reply["answer"],
+        "correct": exact_match(reply["answer"], question.truth),
+        "experts": list(reply["experts"]),
+        "router": reply["router"],
+        "readable": reply["readable"],
+        "gates": [dict(block) for block in reply["gates"]],
+        "seconds": dict(reply["seconds"]),
     }
 
 

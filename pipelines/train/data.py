@@ -1,12 +1,13 @@
 """The samples that a stage learns from, checked before torch and Ray start (neither is imported here)."""
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from mova_core.data import DataError, Sample
+from mova_core.data import DataError, Sample, iterate_samples
 from mova_core.features import FeatureStore, MissingFeatures
 from mova_core.io.uris import local_path
-from pipelines.read_data import ReadData, read_data
+from pipelines.read_data import ReadData, open_store, read_data
 from pipelines.train.config import LABEL_STAGES, TrainConfig
 
 PROBES = 64  # samples whose features are looked up before any worker starts
@@ -44,9 +45,9 @@ def read_training_data(config: TrainConfig) -> tuple[TrainingData, FeatureStore]
     Raises:
         DataError, StoreError: as `check_data`.
     """
-    data, store = read_data(config, need_answer=True, fingerprints=config.fingerprints)
+    data, store = read_data(config, fingerprints=config.fingerprints)
     if config.stage in LABEL_STAGES:
-        data.leave_out("no routing label", [sample for sample in data.samples if sample.routing is None])
+        data.leave_out("no routing label", lambda sample: sample.routing is None)
         if not data.samples:
             raise DataError(f"{config.data} holds no routing label: run `mova label` and give the file it writes")
     # Batch statistics of the light router need two samples per worker.
@@ -63,6 +64,18 @@ def read_training_data(config: TrainConfig) -> tuple[TrainingData, FeatureStore]
         )
     settled = replace(config, fingerprints=dict(store.fingerprints))
     return TrainingData(**vars(data), config=settled), store
+
+
+def read_chosen(config: TrainConfig, numbers: Collection[int]) -> tuple[list[Sample], FeatureStore]:
+    """The samples with these numbers and the store, as a worker reads them.
+
+    All workers must train on the samples that the driver chose, whatever becomes of a picture meanwhile: ranks that disagree
+    would wait for each other for ever.
+    """
+    store, pool = open_store(config, config.fingerprints)
+    chosen = set(numbers)
+    samples = iterate_samples(config.data, config.images, lambda _: None, pool)
+    return [sample for sample in samples if sample.number in chosen], store
 
 
 def check_features(config: TrainConfig, samples: list[Sample], pool: tuple[str, ...], store: FeatureStore) -> None:

@@ -1,5 +1,6 @@
 """The training loop of one Ray Train worker."""
 
+import math
 from collections import deque
 from itertools import chain, repeat
 from typing import Any
@@ -12,11 +13,11 @@ from transformers import get_cosine_schedule_with_warmup
 
 from mova_core.figures import number
 from mova_core.model import MoVAForConditionalGeneration
-from mova_core.processing import MoVAProcessor
+from mova_core.processing import IGNORE, MoVAProcessor
 from pipelines.train.batches import open_batches
 from pipelines.train.checkpoint import RunState, read_state, report, restore_optimizer, start_folder
 from pipelines.train.config import TrainConfig
-from pipelines.train.data import read_training_data, total_steps
+from pipelines.train.data import read_chosen, total_steps
 from pipelines.train.stages import LightRouting, choose_parameters
 
 LOSS_WINDOW = 50  # steps over which the reported loss is averaged
@@ -26,7 +27,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     """Trains on this rank's share of every batch.
 
     Args:
-        arguments: "config", the fields of a `TrainConfig`, and "progress", a `ProgressReporter`.
+        arguments: "config", the fields of a `TrainConfig`; "numbers", those of the records to train on, int64; and
+            "progress", a `ProgressReporter`.
     """
     config = TrainConfig(**arguments["config"])
     torch.manual_seed(config.seed)
@@ -34,12 +36,12 @@ def train_worker(arguments: dict[str, Any]) -> None:
         model = MoVAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         resumed, moments = read_state(folder)
     choose_parameters(model, config)
-    data, store = read_training_data(config)
-    steps, context = total_steps(config, len(data.samples)), ray.train.get_context()
+    samples, store = read_chosen(config, arguments["numbers"].tolist())
+    steps, context = total_steps(config, len(samples)), ray.train.get_context()
     rank = context.get_world_rank()
     # Two processors: a thread reads ahead with one while the other is saved, and a fast tokenizer allows no two threads.
     reading, saved = (MoVAProcessor.from_pretrained(config.model) for _ in range(2))
-    batches = open_batches(config, data.samples, store, reading, model.config.pool, rank, context.get_world_size())
+    batches = open_batches(config, samples, store, reading, model.config.pool, rank, context.get_world_size())
     if resumed.batches:
         batches.load_state_dict(resumed.batches)
     for expert in model.config.pool:
@@ -56,6 +58,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
     wrapped.train()
     resumed_from = resumed.steps or None
     losses: deque[float] = deque(maxlen=LOSS_WINDOW)
+    cut_off = 0  # samples of this rank whose whole answer lay beyond `max_length`
     rest_of_epochs = chain.from_iterable(repeat(batches))  # each iteration of `batches` gives the rest of its epoch
     # The range comes first: zip then ends without reading a batch that no step uses.
     for step, batch in zip(range(resumed.steps + 1, steps + 1), rest_of_epochs, strict=False):
@@ -65,15 +68,36 @@ def train_worker(arguments: dict[str, Any]) -> None:
         nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
+        cut_off += (without_answer := _without_answer(batch))
+        if without_answer < len(next(iter(batch.values()))):  # else there was nothing to take a loss of
+            losses.append(loss.item())
+        mean = sum(losses) / max(1, len(losses))
         if rank == 0:
-            arguments["progress"].report(step, steps, f"loss of worker 0: {number(sum(losses) / len(losses))}")
+            arguments["progress"].report(step, steps, f"loss of worker 0: {number(mean)}")
         if step % config.checkpoint_every == 0 or step == steps:
-            metrics = {"steps": step, "loss": sum(losses) / len(losses), "resumed_from": resumed_from}
+            metrics = {
+                "steps": step,
+                "loss": mean if losses and math.isfinite(mean) else None,
+                "resumed_from": resumed_from,
+                "cut_off": _sum_of_ranks(cut_off, device),
+            }
             report(RunState(metrics=metrics, batches=batches.state_dict()), model, saved, optimizer, trained)
     if resumed.steps == steps:  # the run was killed between its last step and the copy to its output
         metrics = {**resumed.metrics, "resumed_from": resumed_from}
         report(RunState(metrics=metrics, batches=resumed.batches), model, saved, optimizer, trained)
+
+
+def _without_answer(batch: dict[str, Any]) -> int:
+    """Samples of a batch that teach nothing, because `max_length` cut off their whole answer."""
+    return int((batch["labels"][:, 1:] == IGNORE).all(1).sum()) if "labels" in batch else 0
+
+
+def _sum_of_ranks(count: int, device: torch.device) -> int:
+    if not torch.distributed.is_initialized():
+        return count
+    total = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(total)
+    return int(total)
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
@@ -40,9 +41,11 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
         data: what `check_data(config)` returned, if the caller has checked already.
 
     Returns:
-        {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from"}. `skipped`: the
-        error of each invalid record left out; `left_out`: reason -> number of valid records that the stage cannot use;
-        `loss`: mean of worker 0 (not of all workers) over its last 50 steps; `resumed_from`: step, None for a fresh run.
+        {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from", "cut_off"}.
+        `skipped`: the error of each invalid record left out; `left_out`: reason -> number of valid records that the stage
+        cannot use; `loss`: mean of worker 0 (not of all workers) over its last 50 steps, None where it is no finite number;
+        `resumed_from`: step, None for a fresh run; `cut_off`: how often a sample's whole answer lay beyond `max_length`, over
+        all epochs since the start or the last resumption.
 
     Raises:
         DataError: the data cannot be read or lacks what the stage needs.
@@ -61,7 +64,11 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
     with follow_progress(config.stage, "steps", progress) as reporter, _stop_message(reporter, storage / name):
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"config": asdict(config), "progress": reporter},
+            train_loop_config={
+                "config": asdict(config),
+                "numbers": np.array([sample.number for sample in data.samples], np.int64),
+                "progress": reporter,
+            },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
             ),
@@ -79,6 +86,14 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
         shutil.copytree(folder, draft, ignore=shutil.ignore_patterns(OPTIMIZER, STATE))
     shutil.rmtree(storage, ignore_errors=True)
     metrics = result.metrics or {}
+    if cut_off := metrics.get("cut_off"):
+        tqdm.write(
+            f"{cut_off} samples taught nothing: --max-length {config.max_length} cut off their answer", file=sys.stderr
+        )
+    if metrics.get("loss") is None:
+        tqdm.write(
+            f"{config.stage}: the last losses were no finite numbers; the model may be of no use", file=sys.stderr
+        )
     return {
         "stage": config.stage,
         "samples": len(data.samples),
@@ -86,7 +101,7 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
         "left_out": data.counts(),
         "seconds": time.perf_counter() - started,
         "output": config.output,
-        **{key: metrics[key] for key in ("steps", "loss", "resumed_from") if key in metrics},
+        **{key: metrics[key] for key in ("steps", "loss", "resumed_from", "cut_off") if key in metrics},
     }
 
 

@@ -160,7 +160,9 @@ def test_a_light_router_learns_and_bad_rows_are_left_out(ran, tmp_path):
         train(replace(settings, bad_rows="raise"))
     done = train(settings, progress=False)
     assert done["samples"] == len(records) and done["steps"] == 6 * (len(records) // 16)
-    assert [line.split(":")[0] for line in done["skipped"]] == [f"{data}, line 1", f"{data}, line {len(lines) + 2}"]
+    assert [line.split(":")[0] for line in done["skipped"]] == [
+        f"{data}, record {n}, line {n}" for n in (1, len(lines) + 2)
+    ]
     assert "telescope" in done["skipped"][1]
 
     before = MoVAForConditionalGeneration.from_pretrained(root / "router")
@@ -202,7 +204,7 @@ def test_bad_rows_of_a_test_set(ran, tmp_path):
     judged = evaluate(str(root / "router"), str(data), str(root / "store"), train=str(data), **common)
     assert len(judged["answers"]) == 4 and judged["unanswered"] == 0
     assert [line.split(":")[0] for line in judged["skipped"]] == [
-        f"{data}, line {n}" for n in (5, 6, 6)
+        f"{data}, record {n}, line {n}" for n in (5, 6, 6)
     ]  # in the order of the file, then those of the training file
     done = label(str(root / "sft"), str(data), str(root / "store"), str(tmp_path / "labelled.json"), **common)
     assert done.samples == 4 and done.unlabelled == 0 and len(done.skipped) == 2

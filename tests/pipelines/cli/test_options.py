@@ -136,6 +136,7 @@ def test_a_dry_run_of_training_counts_and_starts_nothing(model, tmp_path, monkey
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     records = [{"image": "a.png", "routing": ["sam"], "conversations": turns}] * 9 + [{"conversations": turns}]
     (tmp_path / "data.json").write_text(json.dumps(records))
+    (tmp_path / "a.png").write_bytes(b"a")
     FeatureStore(tmp_path / "store", create=True)
     arguments = ["train", "router", "--dry-run", "--model", model, "--data", tmp_path / "data.json", "--store"]
     arguments += [tmp_path / "store", "--output", tmp_path / "out", "--batch-size", "4", "--epochs", "3"]

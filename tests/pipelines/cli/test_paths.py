@@ -72,6 +72,7 @@ def test_training_labelling_and_evaluation_read_urls(tmp_path):
         "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
     }
     fsspec.filesystem("memory").pipe_file("memory://paths/data.json", json.dumps([record]).encode())
+    fsspec.filesystem("memory").pipe_file("memory://paths/pictures/a.png", b"a")
     shared: dict[str, Any] = {
         "model": str(model(tmp_path / "model")),
         "data": "memory://paths/data.json",

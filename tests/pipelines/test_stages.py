@@ -1,0 +1,159 @@
+"""Labelling, evaluation and training over records that cannot all be used: the real stages, their workers in this process."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import pipelines.evaluate.run
+import pipelines.label
+from mova_core.data import DataError, Sample
+from mova_core.features import FeatureStore, Tiered
+from mova_core.images import ImageRef
+from mova_core.isolate import isolate_failures
+from pipelines.evaluate.data import most_frequent, questions_of
+from pipelines.evaluate.run import evaluate
+from pipelines.label import label
+from pipelines.train.config import TrainConfig
+from pipelines.train.data import check_data, read_chosen
+from tests.mova_core.conftest import local_experts, mini_folder, pictures  # noqa: F401  # fixtures
+
+
+def record(picture: Any = "0.png", *turns: str, **fields: Any) -> dict[str, Any]:
+    words = turns or ("<image>\nWhat?", "A cat")
+    conversation = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(words)]
+    return {"conversations": conversation, **({} if picture is None else {"image": picture}), **fields}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, mini_folder, local_experts, pictures):  # noqa: F811
+    """A model, its store with the features of three pictures, and the pictures' folder."""
+    store = tmp_path_factory.mktemp("stages") / "store"
+    with Tiered(FeatureStore(store, create=True), local_experts) as source:
+        images = [ImageRef(path=path) for path in pictures]
+        source.fetch(images, [list(local_experts.fingerprints)] * len(images))
+    return {"model": str(mini_folder), "store": str(store), "images": str(pictures[0].parent)}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """The stages' own workers, called without Ray's actors."""
+
+    def call(worker, rows, *, arguments, batch_size, **_):
+        instance, table = worker(**arguments), pa.Table.from_pylist([dict(row) for row in rows])
+        for start in range(0, len(table), batch_size):
+            yield from instance(table.slice(start, batch_size)).to_pylist()
+
+    monkeypatch.setattr(pipelines.label, "map_with_actors", call)
+    monkeypatch.setattr(pipelines.evaluate.run, "map_with_actors", call)
+
+
+def write(path: Path, records: list[Any], **options: Any) -> str:
+    path.write_text(json.dumps(records, **options))
+    return str(path)
+
+
+ODD = [
+    record("0.png", kind="x"),
+    record("not-downloaded.png"),
+    record(None, "Hello?", "Hi"),
+    record("1.png", "<image>", "A cat"),
+    record("1.png", "<image>\nWhat?", ""),
+    record("1.png", "<image>\n" + "bar " * 3000, "A cat"),
+    record("2.png", kind=None),
+]
+LEFT_OUT = {"no picture": 1, "picture cannot be read": 1, "empty question": 1, "no answer": 1}
+
+
+def test_labels_of_one_line_are_those_of_many_lines(places, in_this_process, tmp_path, capsys):
+    """Records were known by their line: all of a one-line file got the labels of the last."""
+    labelled = {}
+    for name, indent in (("one", None), ("many", 1)):
+        data = write(tmp_path / f"{name}.json", ODD, indent=indent)
+        done = label(data=data, output=str(tmp_path / f"{name}.out.json"), progress=False, **places)
+        assert done.left_out == LEFT_OUT | {"cannot be labelled": 1} and (done.samples, done.unlabelled) == (2, 5)
+        labelled[name] = json.loads((tmp_path / f"{name}.out.json").read_text())
+    assert labelled["one"] == labelled["many"] and len(labelled["one"]) == len(ODD)
+    assert [number for number, item in enumerate(labelled["one"]) if "routing" in item] == [0, 6]
+    first, last = labelled["one"][0]["routing_losses"], labelled["one"][6]["routing_losses"]
+    assert first["none"] != last["none"] and all(map(math.isfinite, [*first.values(), *last.values()]))
+    lines = capsys.readouterr().err.splitlines()
+    assert f"1 record left out: picture cannot be read (the first: {tmp_path}/many.json, record 2, line 16)" in lines
+    assert any("cannot be labelled (the first:" in line and "many.json, record 6" in line for line in lines)
+
+
+def test_a_question_that_cannot_be_answered_costs_no_other(places, in_this_process, tmp_path):
+    data = write(tmp_path / "test.json", ODD)
+    done = evaluate(data=data, train=data, max_new_tokens=2, progress=False, **places)
+    assert {kind: row["questions"] for kind, row in done["kinds"].items()} == {"all": 1, "x": 1}
+    assert done["left_out"] == LEFT_OUT | {"cannot be answered": 1} and done["unanswered"] == 5
+    assert done["unreadable"] == sum(not answer["readable"] for answer in done["answers"])
+    json.dumps(done, allow_nan=False)
+    with pytest.raises(
+        DataError,
+        match=r"none of its 1 questions can be answered; the first: .*record 1, line 1: .*but the LLM reads 2048",
+    ):
+        evaluate(data=write(tmp_path / "long.json", [ODD[5]]), progress=False, **places)
+    with pytest.raises(DataError, match=r"no usable record \(no picture: 1; the first: .*record 1, line 1\)"):
+        evaluate(data=write(tmp_path / "text.json", [ODD[2]]), progress=False, **places)
+
+
+def test_each_question_of_a_conversation_is_asked_with_its_history(places, in_this_process, tmp_path, monkeypatch):
+    asked: list[Any] = []
+    original = pipelines.evaluate.run.AnswerServer.answer
+
+    def answer(self, questions):
+        asked.extend(questions)
+        return original(self, questions)
+
+    monkeypatch.setattr(pipelines.evaluate.run.AnswerServer, "answer", answer)
+    talk = record("0.png", "<image>\nWhich colour?", "Red", "Which shape?", "Round", form="colour")
+    unanswered = record("1.png", "<image>\nWhat?", "A cat", "And now?")
+    data = write(tmp_path / "talk.json", [talk, unanswered])
+    done = evaluate(data=data, train=data, max_new_tokens=1, progress=False, **places)
+    assert [(a["turn"], a["question"], a["truth"]) for a in done["answers"]] == [
+        (1, "Which colour?", "Red"), (2, "Which shape?", "Round"), (1, "What?", "A cat"),
+    ]  # fmt: skip
+    assert [question.history for question in asked] == [[], [("user", "Which colour?"), ("assistant", "Red")], []]
+    assert len(evaluate(data=data, limit=2, max_new_tokens=1, progress=False, **places)["answers"]) == 2
+
+
+def test_a_missing_picture_is_found_before_training(places, tmp_path):
+    records = [record(f"{n % 3}.png", routing=["sam"]) for n in range(200)]
+    records[123]["image"] = "not-downloaded.jpg"
+    data = write(tmp_path / "train.json", records)
+    for seed in range(5):
+        config = TrainConfig(stage="sft", data=data, output=str(tmp_path / "out"), batch_size=32, seed=seed, **places)
+        checked = check_data(config)
+        assert checked.counts() == {"picture cannot be read": 1} and len(checked.samples) == 199
+    (tmp_path / "train.json").write_text(json.dumps([*records[:100], {}, *records[101:]]))  # whatever changes meanwhile
+    samples, _ = read_chosen(checked.config, [sample.number for sample in checked.samples])
+    assert [sample.number for sample in samples] == [n for n in range(1, 201) if n not in (101, 124)]
+
+
+def test_questions_and_the_baseline_count_every_turn():
+    turns = (("user", "a"), ("user", "b"), ("assistant", "1"), ("user", "c"), ("assistant", ""), ("user", "d"))
+    [question] = questions_of([Sample(id="x", images=(), turns=turns, extra={"kind": None, "form": 3})])
+    assert (question.history, question.text, question.truth) == ((("user", "a"),), "b", "1")
+    assert (question.kind, question.form) == ("all", "3")
+    talks = [Sample(id="", images=(), turns=(("user", "a"), ("assistant", answer)) * 2) for answer in ("yes", "no")]
+    assert most_frequent([*talks, *talks[:1]]) == {"": "yes"}
+
+
+def test_failures_are_isolated_in_few_calls():
+    calls = []
+
+    def double(numbers):
+        calls.append(len(numbers))
+        if 13 in numbers:
+            raise ValueError("unlucky")
+        return [2 * number for number in numbers]
+
+    results = isolate_failures(double, range(32))
+    assert str(results.pop(13)) == "unlucky" and results == [2 * number for number in range(32) if number != 13]
+    assert len(calls) == 11 and isolate_failures(double, []) == []
+    with pytest.raises(KeyError):
+        isolate_failures(lambda names: [double.__dict__[name] for name in names], ["nothing"])
