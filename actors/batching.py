@@ -5,6 +5,7 @@ the batch before. A batch that does not fit the device's memory is computed in p
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -25,9 +26,11 @@ from mova_core.images import ImageError, ImageRef
 
 logger = logging.getLogger(__name__)
 
-FAULTS = (
-    4  # consecutive images that fail alone before the batcher declares itself broken: the model or device is at fault
-)
+FAULTS = 4  # images that fail alone, one after the other, before the model is tried on an image known to work
+UNPROVEN = 32  # images that fail alone before any was computed: the model is at fault, not the images
+STAGE_SECONDS = 300.0  # longest time, at least, that one forward pass or the preparation of one batch may take, ...
+IMAGE_SECONDS = 60.0  # ... and for each image to be prepared so much more: it may have to be fetched
+PASSES = 50  # a forward pass may take so many times as long as the warm-up's
 
 Batch = Mapping[str, Tensor]  # the model's inputs, one row per image
 
@@ -40,6 +43,10 @@ class ServerError(RuntimeError):
     """The model itself fails, or the server was closed; it answers nothing any more and must be started again."""
 
     actor: tuple[str, str] | None = None  # (name, namespace) of the server's actor, where Serve runs it
+
+
+class DeviceLost(ServerError):
+    """The device's context is gone, often by one image: only a new process can compute on the device again."""
 
 
 class State(Enum):
@@ -78,6 +85,8 @@ class MicroBatcher:
         queue: most images that wait; more are refused.
         sizes: batch sizes to fall back to when memory runs out; None: any.
         prepare_threads: threads that prepare the pixels of one batch.
+        example: a batch of one image that the model has computed; None: there is none.
+        pass_seconds: that the model's longest pass took so far.
         observe: takes (metric name, value).
     """
 
@@ -94,6 +103,8 @@ class MicroBatcher:
         sizes: Sequence[int] | None,
         prepare_threads: int,
         observe: Callable[[str, float], None],
+        example: Batch | None = None,
+        pass_seconds: float = 0.0,
     ):
         self.name, self.device = name, device
         self.batch_size, self.wait, self.queue, self.sizes = batch_size, wait, queue, sizes
@@ -103,7 +114,11 @@ class MicroBatcher:
         self._failure = ServerError()  # what later images are refused with, where the state is not SERVING
         self._waiting: deque[PendingImage] = deque()
         self._unanswered: set[PendingImage] = set()  # the waiting ones, and those in the batches under way
-        self._faults = 0  # consecutive images that failed alone; of the computing thread
+        self._faults = 0  # images that failed alone since one was computed; of the computing thread
+        self._proven = False  # whether any image was computed; `_example` is one of them, then
+        self._example = example
+        self._pass_seconds = max(STAGE_SECONDS, PASSES * pass_seconds)
+        self._deadlines: dict[int, float] = {}  # thread -> when its stage must have ended; seconds, monotonic
         self._counting = threading.Lock()  # guards the counters: several threads prepare
         self._counters = {"computed": 0, "splits": 0, "busy": 0.0, "prepare": 0.0}
         self._prepare_threads = prepare_threads
@@ -131,9 +146,26 @@ class MicroBatcher:
             return self._counters | {"waiting": len(self._waiting)}
 
     def check(self) -> None:
-        """Raises ServerError if the batcher is broken or closed."""
+        """Raises ServerError if the batcher is broken or closed, or a stage has taken longer than it may."""
         if self._state is not State.SERVING:
-            raise ServerError(*self._failure.args)
+            raise type(self._failure)(*self._failure.args)
+        if late := self.overdue():
+            raise ServerError(f"{self.name} {late}")
+
+    def overdue(self) -> str | None:
+        """What takes longer than it may, in words; no thread can be stopped, so only a new process helps."""
+        late = time.monotonic() - min(list(self._deadlines.values()), default=math.inf)
+        return f"hangs: a batch is {late:,.0f} s over its time limit" if late > 0 else None
+
+    @contextmanager
+    def _limited(self, seconds: float) -> Iterator[None]:
+        """Sets the deadline of the stage that this thread works on."""
+        thread = threading.get_ident()
+        self._deadlines[thread] = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            del self._deadlines[thread]
 
     def submit(self, images: Sequence[ImageRef], wait_for_room: bool = False) -> list[PendingImage]:
         """Puts images into the queue.
@@ -239,7 +271,8 @@ class MicroBatcher:
         """The part with its pixels; if one image fails, each image by itself, and its error goes to its caller."""
         started = time.monotonic()
         try:
-            return [(part, self._prepare_images([pending.image for pending in part]))]
+            with self._limited(STAGE_SECONDS + IMAGE_SECONDS * len(part)):
+                return [(part, self._prepare_images([pending.image for pending in part]))]
         except Exception as error:
             failure = error
         finally:
@@ -267,14 +300,15 @@ class MicroBatcher:
             return
         started = time.monotonic()
         try:
-            rows = self._compute_batch(batch)
+            with self._limited(self._pass_seconds):
+                rows = self._compute_batch(batch)
         except Exception as error:
             failure = error.with_traceback(None)  # its frames hold the memory that the parts will need
         else:
-            self._answer_computed(group, rows, time.monotonic() - started)
+            self._answer_computed(group, batch, rows, time.monotonic() - started)
             return
         if isinstance(failure, torch.AcceleratorError):  # nothing runs in this process's context any more
-            self._stop(State.BROKEN, ServerError(f"{self.name} lost {self.device}: {failure}"))
+            self._stop(State.BROKEN, DeviceLost(f"{self.name} lost {self.device}: {failure}"))
             return
         reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
         part_size = 1  # finds the image that fails
@@ -300,26 +334,48 @@ class MicroBatcher:
         self._add("splits", 1)
         return self.batch_size
 
-    def _answer_computed(self, group: list[PendingImage], rows: list[Features | str], seconds: float) -> None:
+    def _answer_computed(
+        self, group: list[PendingImage], batch: Batch, rows: list[Features | str], seconds: float
+    ) -> None:
         self._observe("batch_size", len(group))
         self._observe("images_per_second", len(group) / seconds)
         self._add("computed", len(group))
         self._add("busy", seconds)
-        for pending, row in zip(group, rows, strict=True):
+        for index, (pending, row) in enumerate(zip(group, rows, strict=True)):
             if isinstance(row, str):
                 self._fail(pending, row)
-            else:
-                self._faults = 0
-                self._answer(pending, row)
+                continue
+            if not self._proven:
+                self._example = {name: tensor[index : index + 1].clone() for name, tensor in batch.items()}
+            self._faults, self._proven = 0, True
+            self._answer(pending, row)
 
     def _fail(self, pending: PendingImage, reason: str) -> None:
-        """Answers an image that failed alone with its error; after `FAULTS` such images in a row, breaks."""
+        """Answers an image that failed alone with its error, or breaks where the model and not the image is at fault.
+
+        Bad images often come together, so a row of them proves nothing. After each `FAULTS` of them the model is tried on
+        an image that it has computed before. A model that computes only the example, which is grey, fails by `UNPROVEN`.
+        """
         self._faults += 1
-        if self._faults < FAULTS:
+        broken = None
+        if self._faults % FAULTS == 0 and not self._computes_example():
+            again = "an image that was computed before" if self._proven else "its example"
+            broken = f"{self.name} failed on {self._faults} pictures in a row and now fails on {again}, too"
+        elif not self._proven and self._faults >= UNPROVEN:
+            broken = f"{self.name} failed on all of its first {self._faults} pictures"
+        if broken is None:
             self._answer(pending, ImageError(f"{pending}: {self.name}: {reason}"))
         else:
-            reason = f"{self.name} failed on {FAULTS} pictures in a row, the last: {pending}: {reason}"
-            self._stop(State.BROKEN, ServerError(reason))
+            self._stop(State.BROKEN, ServerError(f"{broken}; the last: {pending}: {reason}"))
+
+    def _computes_example(self) -> bool:
+        if self._example is None:
+            return False
+        try:
+            with self._limited(self._pass_seconds):
+                return not any(isinstance(row, str) for row in self._compute_batch(self._example))
+        except Exception:
+            return False
 
     # Any thread
 

@@ -9,14 +9,14 @@ import importlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from actors.batching import FAULTS, Batch, MicroBatcher, PendingImage, ServerBusy, ServerError
+from actors.batching import FAULTS, Batch, DeviceLost, MicroBatcher, PendingImage, ServerBusy, ServerError
 from actors.ray_metrics import RayTelemetry
 from mova_core.experts import Features, fingerprint, load_expert
 from mova_core.experts.cost import Profile, example, measure, out_of_memory
@@ -24,7 +24,7 @@ from mova_core.features import FeatureStore
 from mova_core.images import ImageError, ImageRef, ImageUnavailable
 from mova_core.telemetry import Telemetry
 
-__all__ = ["DONE", "FAULTS", "ExpertServer", "ServerBusy", "ServerError"]
+__all__ = ["DONE", "FAULTS", "DeviceLost", "ExpertServer", "ServerBusy", "ServerError"]
 
 _FAILED = pa.struct({"image": pa.string(), "key": pa.string(), "reason": pa.string()})
 DONE = pa.schema({"shard": pa.string(), "stored": pa.int64(), "bytes": pa.int64(), "failed": pa.list_(_FAILED)})
@@ -104,7 +104,7 @@ class ExpertServer:
         self._id, self._stored = uuid.uuid4().hex, 0
         self._watch, self._watched = watch, 0.0
         self._submitting_shard = threading.Lock()
-        self._example = example(self.expert)
+        self._example, self._pass_seconds = example(self.expert), 0.0
         warm_batch_size = self._warm_up(batch_size, memory_share, measure_seconds)
         self._batcher = MicroBatcher(
             expert,
@@ -117,6 +117,8 @@ class ExpertServer:
             sizes=self.shapes if self.fixed_shapes else None,
             prepare_threads=4 if on_accelerator else 1,
             observe=self._observe,
+            example=self._example,
+            pass_seconds=self._pass_seconds,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -165,11 +167,19 @@ class ExpertServer:
         """
         return [pending.result.result() for pending in self._batcher.submit(images)]
 
-    def __call__(self, shards: pa.Table) -> Iterator[pa.Table]:
+    def __call__(
+        self,
+        shards: pa.Table,
+        refused: Mapping[str, str] | None = None,
+        before_each: Callable[[str], None] | None = None,
+    ) -> Iterator[pa.Table]:
         """Computes and stores whole shards. Two threads may call at once: one computes while the other one writes.
 
         Args:
             shards: one row per shard with its `shard` id, and the `keys` (SHA-256, 32 bytes) and `images` (locators).
+            refused: key in hex -> reason, of images that are not computed and count as failed.
+            before_each: called with the key of each image before it is computed. Images are then computed one after the
+                other, so that a process that dies was computing the last of them.
 
         Yields:
             One row of schema `DONE` per shard: the number of features and bytes that were stored, and the `failed` images,
@@ -183,13 +193,16 @@ class ExpertServer:
                 ImageRef(path=path, key=key.hex()) for path, key in zip(shard["images"], shard["keys"], strict=True)
             ]
             done: dict[str, Any] = {"shard": shard["shard"], "stored": 0, "bytes": 0, "failed": []}
+            failed = [(image, ImageError(refused[image.key])) for image in images if refused and image.key in refused]
+            images = [image for image in images if not refused or image.key not in refused]
             with (
                 self._submitting_shard
             ):  # one shard after the other, so that a whole shard is ready to be written early
                 committed = partition.committed(shard["shard"])  # by this actor before it died, or by another run
-                pending = [] if committed else self._batcher.submit(images, wait_for_room=True)
+                pending = [] if committed else self._submit(images, before_each)
             if not committed:
-                computed, failed = self._collect(pending)
+                computed, failed_now = self._collect(pending)
+                failed += failed_now
                 rows = partition.write(shard["shard"], computed)
                 done["stored"], done["bytes"] = len(computed), sum(row["length"] for row in rows)
                 done["failed"] = [
@@ -197,20 +210,34 @@ class ExpertServer:
                     for image, error in failed
                 ]
                 self._stored += len(computed)
-                self.store.quarantine(
-                    [
-                        {
-                            "image": image.path,
-                            # Without a key the next run tries again: an image that cannot be read may come back.
-                            "sha256": None if isinstance(error, ImageUnavailable) else image.key,
-                            "reason": self._reason(image, error),
-                            "expert": self.name,
-                        }
-                        for image, error in failed
-                    ]
-                )
+                self._quarantine(failed)
                 self._report_load(every=0.0)
             yield pa.Table.from_pylist([done], schema=DONE)
+
+    def _submit(self, images: Sequence[ImageRef], before_each: Callable[[str], None] | None) -> list[PendingImage]:
+        if before_each is None:
+            return self._batcher.submit(images, wait_for_room=True)
+        pending = []
+        for image in images:
+            before_each(image.key)
+            pending += self._batcher.submit([image], wait_for_room=True)
+            pending[-1].result.exception()  # waits, and raises nothing
+        return pending
+
+    def _quarantine(self, failed: Sequence[tuple[ImageRef, ImageError]]) -> None:
+        assert self.store is not None
+        self.store.quarantine(
+            [
+                {
+                    "image": image.path,
+                    # Without a key the next run tries again: an image that cannot be read may come back.
+                    "sha256": None if isinstance(error, ImageUnavailable) else image.key,
+                    "reason": self._reason(image, error),
+                    "expert": self.name,
+                }
+                for image, error in failed
+            ]
+        )
 
     def _collect(
         self, pending: Sequence[PendingImage]
@@ -246,6 +273,10 @@ class ExpertServer:
             self._watched = time.monotonic()
             self._watch(self.load())
 
+    def overdue(self) -> str | None:
+        """What takes longer than it may, in words: only a new process helps then; see `MicroBatcher.overdue`."""
+        return self._batcher.overdue()
+
     def close(self) -> None:
         """Ends the server's threads; images that still wait get a `ServerError`."""
         self._batcher.close()
@@ -275,7 +306,9 @@ class ExpertServer:
             return self.shapes[-1]
 
     def _pass(self, batch: int) -> None:
+        started = time.monotonic()
         self._forward({name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in self._example.items()})
+        self._pass_seconds = max(self._pass_seconds, time.monotonic() - started)
 
     @torch.no_grad()  # not inference_mode: training an adapter on these tensors saves them for the backward pass
     def _forward(self, batch: Batch) -> list[Features | str]:

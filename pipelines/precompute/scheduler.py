@@ -123,12 +123,13 @@ class ExpertRun:
         self.pending = 0  # blocks no worker has drawn
         self._holders: frozenset[str] = frozenset()  # workers that hold blocks
         self._failed: set[Any] = set()  # devices of the pools that failed in this round
+        self._given_up: Sequence[str] = ()  # why blocks of this round are computed no more
         self._missing = len(work.missing)
         self.log.pools = [str(pool) for pool in work.pools]
         self._start_round()
 
     def _start_round(self) -> None:
-        self.error, self._failed = None, set()
+        self.error, self._failed, self._given_up = None, set(), ()
         chunks = self.work.images.chunks(self.work.missing)
         block_shards = self.work.block_shards()
         queue = (self.work.missing, self.work.shard_rows, block_shards, chunks)
@@ -197,6 +198,16 @@ class ExpertRun:
         known = self.work.expert in view.queues  # else Ray has restarted the status actor, which has lost the queue
         self.pending, assigned = view.queues.get(self.work.expert, (0, 0))
         self._holders = view.assigned.get(self.work.expert, frozenset())
+        if reason := view.broken.get(self.work.expert):
+            for execution in self.executions:
+                self.run.abort.remote(execution.name)
+            self.executions.clear()
+            self.fail(RuntimeError(reason))
+            return
+        given_up = view.given_up.get(self.work.expert, ())
+        for reason in given_up[len(self._given_up) :]:
+            log.event(f"{self.work.expert}: a shard is given up: {reason}")
+        self._given_up = given_up
         for execution in list(self.executions):
             execution.workers = {name: row for name, row in view.workers.items() if row.execution == execution.name}
             if execution.thread is None or not execution.thread.is_alive():
@@ -229,7 +240,8 @@ class ExpertRun:
             self.state = enter(self.state, State.WAITING)
             self._start_round()
         else:
-            missing = f"{self._missing} features are missing, and another round computed none of them"
+            why = f" ({self._given_up[0]})" if self._given_up else ""
+            missing = f"{self._missing} features are missing, and another round computed none of them{why}"
             self.fail(self.error or RuntimeError(missing))
 
     def fail(self, error: Exception) -> None:

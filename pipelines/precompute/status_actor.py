@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
@@ -56,6 +56,8 @@ class RunView:
     workers: Mapping[str, WorkerView]
     queues: Mapping[str, tuple[int, int]]  # expert -> blocks pending, blocks assigned
     assigned: Mapping[str, frozenset[str]]  # expert -> workers that hold blocks
+    broken: Mapping[str, str]  # expert -> why it computes nothing more in this run
+    given_up: Mapping[str, Sequence[str]]  # expert -> why blocks of it are computed no more
     resizes: Sequence[str]  # pools that other processes ask for, as `PoolSpec.parse` reads them
 
 
@@ -81,9 +83,11 @@ class RunStatusActor:
     def heartbeat(self, name: str, load: dict[str, Any]) -> None:
         if (worker := self.workers.get(name)) is not None:
             worker.load, worker.seen = load, time.monotonic()
+            if load.get("computed") and worker.expert in self.queues:
+                self.queues[worker.expert].proven = True
 
-    def take(self, name: str, ticket: str) -> Block | None:
-        """The next block for a worker; None where it has nothing left to do."""
+    def take(self, name: str, ticket: str) -> Block | Literal["wait"] | None:
+        """The next block for a worker; None where it has nothing left to do, `WAIT` where it must ask again in a moment."""
         worker = self.workers.get(name)
         if worker is None:
             return None
@@ -99,6 +103,16 @@ class RunStatusActor:
         self.heartbeat(name, load)
         if (worker := self.workers.get(name)) is not None and worker.expert in self.queues:
             self.queues[worker.expert].finish(block)
+
+    def begin(self, name: str, picture: str) -> None:
+        """A worker begins to compute a picture (key in hex) of a suspect block."""
+        if (worker := self.workers.get(name)) is not None and worker.expert in self.queues:
+            self.queues[worker.expert].begin(name, picture)
+
+    def dying(self, name: str, reason: str) -> None:
+        """A worker that is about to end its own process."""
+        for queue in self.queues.values():
+            queue.died(name, reason)
 
     def leave(self, name: str) -> None:
         """A worker that ends in good order."""
@@ -138,11 +152,14 @@ class RunStatusActor:
         names = [name for name, worker in self.workers.items() if worker.execution == execution]
         for name in names:
             self.workers[name].handle, self.workers[name].left = None, True
-        self.release(names)
+        for queue in self.queues.values():
+            queue.release(names)
 
     def release(self, names: Sequence[str]) -> None:
         """Makes the blocks of workers that died pending again."""
         for queue in self.queues.values():
+            for name in names:
+                queue.died(name)
             queue.release(names)
 
     def sync(self, progress: dict[str, Any]) -> RunView:
@@ -167,6 +184,8 @@ class RunStatusActor:
                 expert: frozenset(worker for _, worker in queue.assigned.values())
                 for expert, queue in self.queues.items()
             },
+            broken={expert: queue.broken for expert, queue in self.queues.items() if queue.broken},
+            given_up={expert: list(queue.given_up) for expert, queue in self.queues.items() if queue.given_up},
             resizes=resizes,
         )
 

@@ -1,19 +1,21 @@
 """The actor that Ray Data runs for a precompute: an expert's server that draws shards from the run's queue."""
 
 import contextlib
+import os
 import threading
 import time
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import ray
 
-from pipelines.precompute.shard_queue import Block, rows_at
+from pipelines.precompute.shard_queue import WAIT, Block, rows_at
 
 HEARTBEAT_SECONDS = 1.0
+ASK_AGAIN_SECONDS = 0.2
 
 
 class ShardWorker:
@@ -52,13 +54,32 @@ class ShardWorker:
             One row per shard, as `ExpertServer.__call__` does.
         """
         for ticket in tickets["ticket"].to_pylist():
-            if self.server is None or (block := ray.get(self.run.take.remote(self.name, ticket))) is None:
+            if (block := self._take(ticket)) is None:
                 continue
             self._first_at = self._first_at or time.time()
             for shard in self._shards(block):
-                yield from self.server(shard)
+                yield from self._computed(shard, block)
                 self._last_at = time.time()
             self.run.finish.remote(self.name, block.number, self.load())
+
+    def _take(self, ticket: str) -> Block | None:
+        if self.server is None:
+            return None
+        while (block := ray.get(self.run.take.remote(self.name, ticket))) == WAIT:
+            time.sleep(ASK_AGAIN_SECONDS)
+        return block  # type: ignore[no-any-return]
+
+    def _computed(self, shard: pa.Table, block: Block) -> Iterator[pa.Table]:
+        from actors.expert_server import DeviceLost  # loaded with the server
+
+        try:
+            yield from self.server(shard, block.refused, self._begin if block.alone else None)
+        except DeviceLost as error:
+            _end_process(self.run, self.name, f"lost its device ({error})")
+
+    def _begin(self, picture: str) -> None:
+        """Tells the queue which picture this process computes next, and waits until it knows."""
+        ray.get(self.run.begin.remote(self.name, picture))
 
     def _shards(self, block: Block) -> Iterator[pa.Table]:
         """The shards of a block, as tables of one row: `shard`, `keys`, `images`."""
@@ -83,11 +104,23 @@ class ShardWorker:
         return load | times | {"ready": ready}
 
 
+def _end_process(run: Any, name: str, reason: str) -> NoReturn:
+    """Ends this process as a crash would, so that Ray starts the actor again in a new one."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(run.dying.remote(name, reason), timeout=HEARTBEAT_SECONDS * 10)
+    os._exit(1)
+
+
 def _heartbeat(reference: "weakref.ref[ShardWorker]") -> None:
-    """Reports the load of a worker until it is garbage-collected, which is when Ray Data lets its actor end."""
+    """Reports the load of a worker until it is garbage-collected, which is when Ray Data lets its actor end.
+
+    Ends the process where a batch hangs: Python cannot stop a thread.
+    """
     while (worker := reference()) is not None:
         run, name = worker.run, worker.name
         run.heartbeat.remote(name, worker.load())
+        if worker.server is not None and (late := worker.server.overdue()):
+            _end_process(run, name, late)
         del worker
         time.sleep(HEARTBEAT_SECONDS)
     with contextlib.suppress(ray.exceptions.RayError):

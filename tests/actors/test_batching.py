@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from actors.batching import FAULTS, MicroBatcher, ServerBusy, ServerError, State
+from actors import batching
+from actors.batching import FAULTS, UNPROVEN, MicroBatcher, ServerBusy, ServerError, State
 from mova_core.experts import Features
 from mova_core.images import ImageError, ImageRef
 
@@ -123,16 +124,60 @@ def test_sizes_that_were_not_warmed_up_are_not_fallen_back_to(start):
     assert batches == [8, 2, 2, 2, 2] and batcher.batch_size == 2
 
 
-def test_images_that_fail_in_a_row_break_it_but_not_with_others_between(start):
-    def compute_even(batch):
-        return ["odd" if row.item() % 2 else Features(row[:, None], (1, 1)) for row in batch["number"]]
+def odd_fail(batch):
+    return ["odd" if row.item() % 2 else Features(row[:, None], (1, 1)) for row in batch["number"]]
 
-    batcher = start(compute=compute_even)
-    results = [request.result.result(timeout=30) for request in batcher.submit([image(n) for n in range(2 * FAULTS)])]
-    assert [isinstance(result, ImageError) for result in results] == [False, True] * FAULTS
-    odd = batcher.submit([image(1)] * FAULTS)
-    with pytest.raises(ServerError, match=f"numbers failed on {FAULTS} pictures in a row"):
-        odd[-1].result.result(timeout=30)
+
+def test_bad_images_in_a_row_do_not_break_it(start):
+    """The model is tried on an image that it computed before, and computes it again: the images are at fault."""
+    batcher = start(compute=odd_fail, queue=64)
+    submitted = batcher.submit([image(0), *[image(1)] * (UNPROVEN + FAULTS), image(2)])
+    results = [request.result.result(timeout=30) for request in submitted]
+    assert [isinstance(result, ImageError) for result in results] == [False, *[True] * (UNPROVEN + FAULTS), False]
+    assert batcher.state is State.SERVING
+
+
+def test_a_model_that_fails_on_an_image_it_computed_before_is_broken(start):
+    ill = threading.Event()
+    batcher = start(compute=lambda batch: ["ill"] * len(batch["number"]) if ill.is_set() else compute(batch))
+    assert numbers(batcher.submit([image(0)])) == [0]
+    ill.set()
+    requests = batcher.submit([image(number) for number in range(1, 1 + FAULTS)])
+    with pytest.raises(
+        ServerError, match=f"numbers failed on {FAULTS} pictures in a row and now fails on an image that"
+    ):
+        requests[-1].result.result(timeout=30)
+    assert batcher.state is State.BROKEN
+
+
+@pytest.mark.parametrize(("good", "failures"), [(7, FAULTS), (8, UNPROVEN)])
+def test_a_model_that_never_computed_an_image_is_broken(start, good, failures):
+    """At once where it fails on its example, too; with a sound example after more than a handful of bad images."""
+    batcher = start(compute=odd_fail, queue=64, example={"number": torch.tensor([[float(good)]])})
+    requests = batcher.submit([image(1)] * failures)
+    with pytest.raises(ServerError, match=r"its example, too|all of its first 32 pictures"):
+        requests[-1].result.result(timeout=30)
+    assert all(isinstance(request.result.result(), ImageError) for request in requests[: FAULTS - 1])
+
+
+def test_a_batch_that_hangs_is_reported(start, monkeypatch):
+    monkeypatch.setattr(batching, "STAGE_SECONDS", 0.02)
+    hanging, released = threading.Event(), threading.Event()
+
+    def hang(batch):
+        hanging.set()
+        assert released.wait(30)
+        return compute(batch)
+
+    batcher = start(compute=hang)
+    assert batcher.overdue() is None
+    [pending] = batcher.submit([image(1)])
+    assert hanging.wait(30)
+    time.sleep(0.05)
+    with pytest.raises(ServerError, match="numbers hangs: a batch is 0 s over its time limit"):
+        batcher.check()
+    released.set()
+    assert numbers([pending]) == [1] and batcher.overdue() is None
 
 
 def test_a_full_queue_refuses_unless_the_caller_waits(start):
