@@ -41,6 +41,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Formats that Pillow decodes by itself. Of the others, EPS and WMF start other programs, and TGA accepts any bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_DEPTH_AT = 24  # the byte that holds the bits per channel
+
 
 class ImageError(ValueError):
     """An image that cannot be used; the message is one line that names the image and says what is wrong."""
@@ -291,6 +294,19 @@ def _decode(name: str, data: bytes, compat: PreprocessingMode, max_pixels: int) 
     if not data:
         raise ImageError(f"{name}: 0 bytes")
     try:
+        return _converted(name, _opened(name, data, max_pixels), compat, max_pixels)
+    except ImageError as error:
+        if not data.startswith(_PNG) or not isinstance(error.__cause__, ValueError):
+            raise
+        bare = _without_text(data)  # Pillow refuses a sound PNG with more than 1 MB of it
+        if len(bare) == len(data):
+            raise
+    return _converted(name, _opened(name, bare, max_pixels), compat, max_pixels)
+
+
+def _opened(name: str, data: bytes, max_pixels: int) -> Image.Image:
+    """The image of encoded bytes, of which Pillow has read the header only."""
+    try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name}: not an image in a known format ({', '.join(FORMATS)})") from None
@@ -298,7 +314,25 @@ def _decode(name: str, data: bytes, compat: PreprocessingMode, max_pixels: int) 
         raise ImageError(f"{name}: over the limit of {max_pixels:,} pixels") from None
     except Exception as error:  # parsers of broken headers raise errors of many types
         _unreadable(name, error)
-    return _converted(name, image, compat, max_pixels)
+    transparent = image.info.get("transparency")
+    if image.format == "PNG" and isinstance(transparent, (int, tuple)) and image.mode in ("L", "RGB"):
+        # Pillow scales the pixels to 8 bits and leaves the transparent colour in the bits of the file.
+        factor = {2: 85.0, 4: 17.0, 16: 1 / 256}.get(data[_PNG_DEPTH_AT], 1.0)
+        values = transparent if isinstance(transparent, tuple) else (transparent,)
+        scaled = tuple(int(value * factor) for value in values)
+        image.info["transparency"] = scaled if isinstance(transparent, tuple) else scaled[0]
+    return image
+
+
+def _without_text(png: bytes) -> bytes:
+    """A PNG without its texts and its colour profile, which its pixels do not need."""
+    chunks, start = [png[: len(_PNG)]], len(_PNG)
+    while start + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, start)
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            chunks.append(png[start : start + 12 + length])
+        start += 12 + length
+    return b"".join(chunks)
 
 
 def _converted(name: str, image: Image.Image, compat: PreprocessingMode, max_pixels: int) -> Image.Image:
@@ -450,7 +484,9 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{name}: {image.mode} pixels beyond 16 bits have no agreed range; convert to 8 bits")
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+        greys = np.round(values / 257).astype(np.uint8)
+        greys[values == image.info.get("transparency", -1)] = 255  # transparent ones become white
+        return Image.fromarray(greys).convert("RGB")
     if image.mode == "F":
         raise ImageError(f"{name}: floating-point pixels have no agreed range; convert to 8 bits")
     if image.has_transparency_data:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from mova_core import images
 from mova_core.images import (
@@ -40,6 +40,23 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 def colours(image: Image.Image) -> list[tuple[int, ...]]:
     return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
+
+
+def png(width: int, height: int, depth: int, kind: int, raw: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+    """A PNG of rows as the format packs them."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks)
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    return exif
 
 
 @pytest.fixture
@@ -230,6 +247,29 @@ class TestModes:
         palette.putpixel((1, 0), 1)
         assert colours(load_image(encoded(palette, transparency=1))) == [RED, WHITE]
         assert list(load_image(encoded(Image.new("RGB", (1, 1), RED), transparency=RED)).getdata()) == [WHITE]
+
+    @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+    def test_a_transparent_grey_of_any_depth_becomes_white(self, depth):
+        greys = [0, 1, *[0] * 6]
+        row = int("".join(f"{grey:0{depth}b}" for grey in greys), 2).to_bytes(depth, "big")
+        for transparent, wanted in ((0, [WHITE, (round(255 / (2**depth - 1)),) * 3]), (1, [(0, 0, 0), WHITE])):
+            data = png(8, 1, depth, 0, b"\0" + row, (b"tRNS", struct.pack(">H", transparent)))
+            assert colours(load_image(data))[:2] == wanted, (depth, transparent)
+
+    def test_a_transparent_colour_of_16_bits_becomes_white(self):
+        pixels = np.array([[40000, 1, 2], [40000, 700, 2]], ">u2")
+        data = png(2, 1, 16, 2, b"\0" + pixels.tobytes(), (b"tRNS", pixels[0].tobytes()))
+        assert colours(load_image(data)) == [WHITE, (40000 >> 8, 700 >> 8, 0)]
+
+    def test_a_png_with_much_text_or_profile(self, picture):
+        """Pillow refuses text of more than 1 MB; the pixels do not need it."""
+        info = PngImagePlugin.PngInfo()
+        for add in (info.add_itxt, info.add_text):
+            add("workflow", "x" * 1_200_000, zip=True)
+        much = encoded(picture, pnginfo=info, icc_profile=bytes(1_200_000), exif=turned())
+        assert np.array_equal(np.asarray(load_image(much)), np.asarray(picture.transpose(Image.Transpose.ROTATE_270)))
+        with pytest.raises(ImageError, match="broken image"):
+            load_image(much[:-200])
 
     def test_sixteen_bits_are_scaled(self):
         deep = Image.fromarray(np.array([[0, 257, 32768, 65535]], dtype=np.uint16))
