@@ -10,12 +10,15 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 import tenacity
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from mova_core.io.uris import is_url, local_path, scheme
 
@@ -25,6 +28,10 @@ ATTEMPTS = 5
 WAIT: tenacity.wait.wait_base = tenacity.wait_exponential_jitter(initial=0.2, exp_base=3, jitter=0.5)
 CONNECT_TIMEOUT_S = 15  # until an HTTP server accepts the connection
 READ_TIMEOUT_S = 60  # longest pause of an HTTP server within its answer
+REQUEST_TIMEOUT_S = 1800  # longest answer of an HTTP server: one byte after the other is no pause
+RETRY_S = 600.0  # no further attempt begins after so many seconds
+DOWNLOAD_S = 60.0  # a download may take so long, ...
+LEAST_RATE = 50_000  # ... and a second longer for each so many bytes
 
 # Packages to install for a URL scheme, as extras of the distribution mova-ray.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -46,6 +53,13 @@ _ERRNOS: dict[type[OSError], int] = {  # of errors that fsspec's filesystems rai
 _FINAL_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
 _NETWORK_PACKAGES = ("aiohttp", "botocore", "gcsfs")  # their errors are no OSErrors
 _HTTP_TRANSIENT = (408, 425, 429)  # request timeout, too early, too many requests; and all of 500 and above
+
+_SPECIAL = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 T = TypeVar("T")
 
@@ -81,8 +95,14 @@ def open_filesystem(url: str, **options: Any) -> tuple[fsspec.AbstractFileSystem
     if scheme(url) in ("http", "https"):
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(
+            total=REQUEST_TIMEOUT_S, sock_connect=CONNECT_TIMEOUT_S, sock_read=READ_TIMEOUT_S
+        )
         options = {"client_kwargs": {"timeout": timeout}, **options}
+    if (path := local_path(url)) is not None:
+        return LocalFileSystem(), os.path.abspath(path)  # fsspec would take "a::b" for a chain of filesystems
+    if "::" in url:
+        raise ReadError(errno.EINVAL, "'::' in a URL names a chain of filesystems, which is not supported: rename it")
     try:
         return url_to_fs(url, **options)
     except ImportError as error:
@@ -100,6 +120,7 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         OSError: the file cannot be read; FileNotFoundError: no such file.
     """
     if not is_url(path):
+        check_regular(path)
         with open(path, "rb") as file:
             return file.read()
     filesystem, inner_path = open_filesystem(os.fspath(path))
@@ -114,7 +135,8 @@ def open_seekable(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: the file cannot be read, or is a pipe or a device, which cannot be read twice; FileNotFoundError: no such file.
     """
     if (local := local_path(path)) is not None:
-        with open(local, "rb", opener=_open_regular) as file:
+        check_regular(local)
+        with open(local, "rb") as file:
             yield file
         return
     with tempfile.TemporaryFile() as copy:
@@ -131,18 +153,41 @@ def open_seekable(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield copy
 
 
-def _open_regular(path: str, flags: int) -> int:
-    """Opens a regular file; a named pipe that nobody writes to would block for ever."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        raise (
-            IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-            if stat.S_ISDIR(mode)
-            else ReadError(errno.EINVAL, "a pipe or device, not a file: copy its content to a file")
-        )
-    return descriptor
+def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """The status of a local file, without opening it: to open a named pipe or a device may wait for ever.
+
+    Raises:
+        OSError: no such file, or not a regular one.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        kind = next((name for test, name in _SPECIAL if test(status.st_mode)), "a special file")
+        raise ReadError(errno.EINVAL, f"it is {kind}, not a file")
+    return status
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns, if it does so in time.
+
+    A thread cannot be ended: one that is late goes on until the filesystem's own time limit, and nobody waits for it.
+
+    Raises:
+        ReadError: it is late. Otherwise what `call` raises.
+    """
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(call())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="download", daemon=True).start()
+    if not wait([result], seconds).done:
+        raise ReadError(errno.ETIMEDOUT, f"the download took longer than {seconds:,.0f} s")
+    return result.result()
 
 
 def with_retries(call: Callable[[], T]) -> T:
@@ -153,7 +198,7 @@ def with_retries(call: Callable[[], T]) -> T:
             filesystem says so. `__cause__` is the filesystem's own error.
     """
     retrying = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        stop=tenacity.stop_after_attempt(ATTEMPTS) | tenacity.stop_after_delay(RETRY_S),
         wait=WAIT,
         retry=tenacity.retry_if_exception(is_transient),
         reraise=True,

@@ -4,21 +4,35 @@ Remote bytes are fetched once per machine (see `node_cache`): whole files, the b
 and row group that hold a Parquet cell.
 """
 
+import base64
 import errno
 import io
-import os
 import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mova_core.io.filesystem import ReadError, as_read_error, message, open_filesystem, with_retries
+from mova_core.io.filesystem import (
+    DOWNLOAD_S,
+    LEAST_RATE,
+    ReadError,
+    as_read_error,
+    check_regular,
+    message,
+    open_filesystem,
+    with_retries,
+    within,
+)
 from mova_core.io.node_cache import NodeCache
 from mova_core.io.uris import Cell, Member, is_url, joined, local_path, parent, parse
 
 MAX_BYTES = 512 * 2**20  # of one encoded image
+WHOLE_BYTES = 32 * 2**20  # of a row group's column, kept in memory whole; a larger one is read in slices
+SLICE_ROWS = 8
+LEAST_BASE64 = 256  # characters; shorter texts are names
 
 # What filesystems call the time of change or the hash of a file's content; the first that is present is used.
 _CHANGE_ENTRIES = (
@@ -54,12 +68,15 @@ def read_bytes(locator: str, newer_than: float = 0.0) -> bytes:
         cache = NodeCache.of_this_node()
         return cache.get(locator, lambda: with_retries(lambda: _fetch(source)), newer_than).to_pybytes()
     try:
+        status = check_regular(path)
         with open(path, "rb") as opened:
             if isinstance(source, Member):
                 opened.seek(source.offset)
                 return _complete(opened.read(source.length), source)
-            _check_size(os.fstat(opened.fileno()).st_size)
-            return opened.read()
+            _check_size(status.st_size)
+            content = opened.read(MAX_BYTES + 1)  # it may grow, and files of /proc have no size
+            _check_size(len(content))
+            return content
     except ReadError:
         raise
     except OSError as error:
@@ -80,7 +97,9 @@ def file_version(locator: str) -> str | None:
     path = local_path(file)
     if path is not None:
         try:
-            status = os.stat(path)
+            status = check_regular(path)
+        except ReadError:
+            raise
         except OSError as error:
             raise as_read_error(error) from error
         return f"{status.st_size} {status.st_mtime_ns}"
@@ -95,20 +114,30 @@ def file_version(locator: str) -> str | None:
 
 
 def _fetch(source: Member | str) -> bytes:
+    filesystem, path = open_filesystem(source.file if isinstance(source, Member) else source)
     if isinstance(source, Member):
-        filesystem, path = open_filesystem(source.file)
-        return _complete(filesystem.cat_file(path, start=source.offset, end=source.offset + source.length), source)
-    filesystem, path = open_filesystem(source)
-    size = filesystem.info(path).get("size")
+        start, end = source.offset, source.offset + source.length
+        content = within(_seconds_for(source.length), lambda: filesystem.cat_file(path, start=start, end=end))
+        return _complete(content, source)
+    size = within(DOWNLOAD_S, lambda: filesystem.info(path)).get("size")
     if size is not None:
         _check_size(size)
-        return filesystem.cat_file(path)
-    content = io.BytesIO()
-    with filesystem.open(path, "rb") as file:  # a server that does not say how many bytes it will send
-        while chunk := file.read(2**20):
-            content.write(chunk)
-            _check_size(content.tell())
-    return content.getvalue()
+        return within(_seconds_for(size), lambda: filesystem.cat_file(path))
+
+    def read_unknown_size() -> bytes:
+        content = io.BytesIO()
+        with filesystem.open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                content.write(chunk)
+                _check_size(content.tell())
+        return content.getvalue()
+
+    return within(_seconds_for(MAX_BYTES // 10), read_unknown_size)
+
+
+def _seconds_for(size: int) -> float:
+    """The longest time that a download of so many bytes may take."""
+    return DOWNLOAD_S + size / LEAST_RATE
 
 
 def _complete(content: bytes, member: Member) -> bytes:
@@ -123,21 +152,79 @@ def _read_cell(cell: Cell, newer_than: float) -> bytes:
         changed_ns = 0
         if path is not None:
             try:
-                changed_ns = os.stat(path).st_mtime_ns
+                changed_ns = check_regular(path).st_mtime_ns
+            except ReadError:
+                raise
             except OSError as error:
                 raise as_read_error(error) from error
-        values = _read_column(path or cell.file, cell.column, cell.group, changed_ns, newer_than)
-    if cell.row >= len(values):
-        raise ReadError(errno.EIO, f"its row group has {len(values)} rows: the Parquet file has changed")
-    value = values[cell.row].as_py()
+        values = _open_column(path or cell.file, cell.column, cell.group, changed_ns, newer_than)
+        value = values.row(cell.row).as_py()
+    if cell.item is not None:
+        if not isinstance(value, list) or cell.item >= len(value):
+            raise ReadError(errno.ENODATA, "its list is shorter: the Parquet file has changed")
+        value = value[cell.item]
     if isinstance(value, dict):  # the image type of Hugging Face datasets
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        value = decoded_text(value) or value
     if isinstance(value, str):
         return read_bytes(joined(parent(cell.file), value), newer_than)
     if value is None:
         raise ReadError(errno.ENODATA, "the cell is empty")
     _check_size(len(value))
-    return value
+    return bytes(value)
+
+
+def decoded_text(text: str) -> bytes | None:
+    """The bytes of a data URI or of base64 of at least `LEAST_BASE64` characters; None for any other text."""
+    head, comma, body = text.partition(",")
+    is_uri = head[:5].lower() == "data:" and head.lower().endswith(";base64") and bool(comma)
+    if not is_uri and len(text) < LEAST_BASE64:
+        return None
+    try:
+        return base64.b64decode(body if is_uri else text, validate=True)
+    except ValueError:
+        return None
+
+
+class _WholeColumn:
+    """One column of one row group in memory."""
+
+    def __init__(self, values: pa.ChunkedArray) -> None:
+        self.values = values
+
+    def row(self, number: int) -> pa.Scalar:
+        if number >= len(self.values):
+            raise ReadError(errno.EIO, f"its row group has {len(self.values)} rows: the Parquet file has changed")
+        return self.values[number]
+
+
+class _ColumnSlices:
+    """One column of a large row group, of which `SLICE_ROWS` rows are in memory; fast for rows in ascending order."""
+
+    def __init__(self, source: Any, column: str, group: int) -> None:
+        self.source, self.column, self.group = source, column, group
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._start, self._rows = 0, pa.array([])
+
+    def row(self, number: int) -> pa.Scalar:
+        try:
+            if number < self._start or not len(self._rows):
+                # Not buffered ahead, else Arrow reads the whole column at once.
+                parquet = pq.ParquetFile(self.source, pre_buffer=False, buffer_size=2**20)
+                self._batches = parquet.iter_batches(SLICE_ROWS, row_groups=[self.group], columns=[self.column])
+                self._start, self._rows = 0, next(self._batches, pa.RecordBatch.from_pylist([])).column(0)
+            while number >= self._start + len(self._rows):
+                batch = next(self._batches, None)
+                if batch is None:
+                    reason = f"its row group has {self._start + len(self._rows)} rows: the Parquet file has changed"
+                    self._rows = pa.array([])
+                    raise ReadError(errno.EIO, reason)
+                self._start, self._rows = self._start + len(self._rows), batch.column(0)
+        except pa.ArrowException as error:
+            self._rows = pa.array([])
+            raise ReadError(errno.EIO, message(error)) from error
+        return self._rows[number - self._start]
 
 
 # Threads that want cells of one row group wait for the first of them to decode the row group.
@@ -145,7 +232,9 @@ _decoding = threading.Lock()
 
 
 @lru_cache(maxsize=2)
-def _read_column(file: str, column: str, group: int, changed_ns: int, newer_than: float) -> pa.ChunkedArray:
+def _open_column(
+    file: str, column: str, group: int, changed_ns: int, newer_than: float
+) -> _WholeColumn | _ColumnSlices:
     """One column of one row group.
 
     Args:
@@ -153,7 +242,7 @@ def _read_column(file: str, column: str, group: int, changed_ns: int, newer_than
     """
     if not is_url(file):
         try:
-            return _decode_column(file, column, group)[0]
+            return _of_open_file(file, column, group)
         except ReadError:
             raise
         except OSError as error:
@@ -162,17 +251,23 @@ def _read_column(file: str, column: str, group: int, changed_ns: int, newer_than
     def fetch() -> bytes:
         filesystem, path = open_filesystem(file)
         with filesystem.open(path, "rb") as opened:
-            table = _decode_column(opened, column, group)
+            values = _of_open_file(opened, column, group)
+            if isinstance(values, _ColumnSlices):
+                return b""
+            table = pa.table({column: values.values})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         return sink.getvalue().to_pybytes()
 
     content = NodeCache.of_this_node().get(f"{file}#{column}[{group}]", lambda: with_retries(fetch), newer_than)
-    return pa.ipc.open_file(content).read_all()[0]
+    if not content.size:  # too large for the memory of one process
+        filesystem, path = open_filesystem(file)
+        return _ColumnSlices(with_retries(lambda: filesystem.open(path, "rb")), column, group)
+    return _WholeColumn(pa.ipc.open_file(content).read_all()[0])
 
 
-def _decode_column(source: Any, column: str, group: int) -> pa.Table:
+def _of_open_file(source: Any, column: str, group: int) -> _WholeColumn | _ColumnSlices:
     """One column of one row group of a path or an open file."""
     try:
         parquet = pq.ParquetFile(source)
@@ -180,7 +275,11 @@ def _decode_column(source: Any, column: str, group: int) -> pa.Table:
             raise ReadError(errno.ENODATA, f"the Parquet file has no column {column!r} any more")
         if group >= parquet.num_row_groups:
             raise ReadError(errno.ENODATA, f"the Parquet file has {parquet.num_row_groups} row groups: it has changed")
-        return parquet.read_row_group(group, columns=[column])
+        parts = (parquet.metadata.row_group(group).column(part) for part in range(parquet.metadata.num_columns))
+        sizes = [part.total_uncompressed_size for part in parts if f"{part.path_in_schema}.".startswith(f"{column}.")]
+        if sum(sizes) > WHOLE_BYTES:
+            return _ColumnSlices(source, column, group)
+        return _WholeColumn(parquet.read_row_group(group, columns=[column])[0])
     except pa.ArrowException as error:
         raise ReadError(errno.EIO, message(error)) from error
 

@@ -4,6 +4,7 @@
     s3://bucket/a.png                  a file of any filesystem that fsspec knows: s3, gs, https, memory, ...
     /data/x.tar#a.png@1536+20480       a member of a tar, local or remote: name, offset of its first byte, bytes
     /data/x.parquet#image[3,17]        a cell of a Parquet file, local or remote: column, row group, row in that group
+    /data/x.parquet#images[3,17,2]     an item of such a cell that holds a list
 
 This module handles strings only, and no other module looks for "://" in one. `mova_core.io.read` reads the bytes that a
 locator addresses.
@@ -15,8 +16,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_MEMBER = re.compile(r"(.+?\.tar)#(.*)@(\d+)\+(\d+)", re.DOTALL)
-_CELL = re.compile(r"(.+?\.parquet)#(.*)\[(\d+),(\d+)\]", re.DOTALL)
+# Greedy, because a folder may be named "x.tar#1"; `Member` keeps ".tar#" out of the member's name.
+_MEMBER = re.compile(r"(.+\.tar)#(.*)@(\d+)\+(\d+)", re.DOTALL | re.IGNORECASE)
+_CELL = re.compile(r"(.+\.parquet)#(.*)\[(\d+),(\d+)(?:,(\d+))?\]", re.DOTALL | re.IGNORECASE)
+_TAR_END = re.compile(r"(\.tar)#", re.IGNORECASE)
 _LOCAL_SCHEMES = ("file://", "local://")
 
 
@@ -35,7 +38,8 @@ class Member(NamedTuple):
     length: int
 
     def __str__(self) -> str:
-        return f"{self.file}#{self.name}@{self.offset}+{self.length}"
+        name = _TAR_END.sub(r"\1%23", self.name)  # it only informs: offset and length address the bytes
+        return f"{self.file}#{name}@{self.offset}+{self.length}"
 
 
 class Cell(NamedTuple):
@@ -46,15 +50,18 @@ class Cell(NamedTuple):
         column: its name.
         group: number of the row group.
         row: number of the row within its row group.
+        item: number of the value within the list that the cell holds; None where it holds no list.
     """
 
     file: str
     column: str
     group: int
     row: int
+    item: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.file}#{self.column}[{self.group},{self.row}]"
+        item = "" if self.item is None else f",{self.item}"
+        return f"{self.file}#{self.column}[{self.group},{self.row}{item}]"
 
 
 def parse(locator: str) -> Member | Cell | str:
@@ -63,7 +70,8 @@ def parse(locator: str) -> Member | Cell | str:
         if match := _MEMBER.fullmatch(locator):
             return Member(match[1], match[2], int(match[3]), int(match[4]))
         if match := _CELL.fullmatch(locator):
-            return Cell(match[1], match[2], int(match[3]), int(match[4]))
+            item = None if match[5] is None else int(match[5])
+            return Cell(match[1], match[2], int(match[3]), int(match[4]), item)
     return locator
 
 

@@ -1,13 +1,13 @@
 """The actor that Ray Data runs for a precompute: an expert's server that draws shards from the run's queue."""
 
 import contextlib
-import os
+import signal
 import threading
 import time
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -104,11 +104,11 @@ class ShardWorker:
         return load | times | {"ready": ready}
 
 
-def _end_process(run: Any, name: str, reason: str) -> NoReturn:
+def _end_process(run: Any, name: str, reason: str) -> None:
     """Ends this process as a crash would, so that Ray starts the actor again in a new one."""
     with contextlib.suppress(ray.exceptions.RayError):
         ray.get(run.dying.remote(name, reason), timeout=HEARTBEAT_SECONDS * 10)
-    os._exit(1)
+    signal.raise_signal(signal.SIGKILL)
 
 
 def _heartbeat(reference: "weakref.ref[ShardWorker]") -> None:

@@ -1,11 +1,17 @@
 """The bytes that a locator addresses, and that remote bytes are fetched once per machine."""
 
+import base64
+import contextlib
 import io
 import os
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pyarrow as pa
@@ -14,6 +20,7 @@ import pytest
 
 from mova_core.images import ImageError, ImageRef, ImageUnavailable, read_image
 from mova_core.io import read
+from mova_core.io.filesystem import ReadError, read_file
 from mova_core.io.read import file_version
 from mova_core.io.uris import Cell, Member
 from tests.mova_core.io.conftest import encoded
@@ -78,8 +85,109 @@ class TestMembersAndCells:
         cells = [str(Cell(f"{web.url}/x.parquet", "image", 0, row)) for row in range(3)]
         assert [read_image(cell) for cell in cells] == [*map(encoded, range(3))]
         fetched = web.gets["/x.parquet"]
-        read._read_column.cache_clear()  # another process starts with an empty cache
+        read._open_column.cache_clear()  # another process starts with an empty cache
         assert read_image(cells[2]) == encoded(2) and web.gets["/x.parquet"] == fetched > 0
+
+    def test_items_of_lists_and_text(self, tmp_path):
+        struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        rows = [[{"bytes": encoded(0), "path": None}, {"bytes": encoded(1), "path": None}], None, []]
+        texts = [
+            base64.b64encode(encoded(2)).decode(),
+            "data:image/png;base64," + base64.b64encode(b"abc").decode(),
+            "x",
+        ]
+        file = tmp_path / "X.PARQUET"
+        pq.write_table(pa.table({"images": pa.array(rows, pa.list_(struct)), "text": texts}), file)
+        assert [read_image(f"{file}#images[0,0,{item}]") for item in range(2)] == [encoded(0), encoded(1)]
+        for item in ("1,0", "2,0", "0,2"):
+            with pytest.raises(ImageUnavailable, match="its list is shorter"):
+                read_image(f"{file}#images[0,{item}]")
+        assert read_image(f"{file}#text[0,0]") == encoded(2) and read_image(f"{file}#text[0,1]") == b"abc"
+        with pytest.raises(ImageUnavailable, match="No such file"):
+            read_image(f"{file}#text[0,2]")
+
+    @pytest.mark.parametrize("remote", [False, True])
+    def test_cells_of_a_large_row_group(self, web, remote, monkeypatch):
+        """In any order, also those before the last one; no more than a few rows are in memory."""
+        monkeypatch.setattr(read, "WHOLE_BYTES", 1000)
+        cells = [bytes([row]) * 2000 for row in range(40)]
+        pq.write_table(pa.table({"image": cells}), web.folder / "x.parquet")
+        file = f"{web.url if remote else web.folder}/x.parquet"
+        for row in (3, 4, 39, 0, 17, 16):
+            assert read_image(f"{file}#image[0,{row}]") == cells[row], row
+        with pytest.raises(ImageUnavailable, match="its row group has 40 rows"):
+            read_image(f"{file}#image[0,40]")
+        assert read_image(f"{file}#image[0,2]") == cells[2]
+
+    def test_one_cell_of_a_large_row_group_takes_little_memory(self, tmp_path):
+        """200 MB in one row group took 1,031 MB in each process. Arrow reads and unpacks whole pages, here of 4 MB."""
+        rows = [os.urandom(1_000_000) for _ in range(60)]
+        pq.write_table(pa.table({"image": pa.array(rows, pa.binary())}), tmp_path / "x.parquet", write_batch_size=4)
+        code = (
+            "import sys; from mova_core.io.read import read_bytes\n"
+            "peak = lambda: next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmHWM')) // 1024\n"
+            "import pyarrow.parquet; before = peak(); read_bytes(sys.argv[1]); print(peak() - before)"
+        )
+        place = f"{tmp_path}/x.parquet#image[0,50]"
+        run = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, check=True)
+        assert int(run.stdout) < 60
+
+
+class TestSpecialFiles:
+    """To open one of them may wait for ever, to read it may never end."""
+
+    def test_they_are_refused_unopened(self, tmp_path):
+        pipe, socket_file = str(tmp_path / "pipe.png"), str(tmp_path / "s.png")
+        os.mkfifo(pipe)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(socket_file)
+            for path, kind in ((pipe, "a named pipe"), (socket_file, "a socket"), ("/dev/zero", "a device")):
+                for read_it in (read_image, file_version):
+                    with pytest.raises((ImageUnavailable, ReadError), match=f"it is {kind}, not a file"):
+                        read_it(path)
+                with pytest.raises(ReadError, match=f"it is {kind}"):
+                    read_file(path)
+        os.mkfifo(tmp_path / "x.tar")
+        os.mkfifo(tmp_path / "x.parquet")
+        for place in ("x.tar#a@0+1", "x.parquet#image[0,0]"):
+            with pytest.raises(ImageUnavailable, match="it is a named pipe"):
+                read_image(f"{tmp_path}/{place}")
+
+
+class Dripping(BaseHTTPRequestHandler):
+    """Sends a byte now and then, so that no pause is long."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        with contextlib.suppress(OSError):
+            for _ in range(1000):
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_a_server_that_drips_is_given_up(tmp_path, monkeypatch):
+    """Once, not once per attempt."""
+    monkeypatch.setenv("MOVA_CACHE", str(tmp_path))
+    monkeypatch.setattr(read, "DOWNLOAD_S", 0.4)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dripping)
+    server.daemon_threads = True
+    with server:
+        threading.Thread(target=partial(server.serve_forever, poll_interval=0.02), daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(ImageUnavailable, match="the download took longer than 0 s"):
+            read_image(f"http://127.0.0.1:{server.server_port}/a.png")
+        assert time.monotonic() - started < 5
+        server.shutdown()
 
 
 class TestRemote:

@@ -9,7 +9,15 @@ from mova_core.io.uris import Cell, Member, absolute, is_url, joined, local_path
 
 class TestStrings:
     @pytest.mark.parametrize(
-        "place", [Member("s3://b/x.tar", "a#1@2.png", 512, 7), Cell("/data/x.parquet", "image[0,1]", 3, 17)]
+        "place",
+        [
+            Member("s3://b/x.tar", "a#1@2.png", 512, 7),
+            Member("/data/A.TAR", "a.png", 512, 7),
+            Member("/data/x.tar#1/b#2.tar", "a.png", 512, 7),
+            Cell("/data/x.parquet", "image[0,1]", 3, 17),
+            Cell("/data/X.Parquet", "images", 3, 17, 2),
+            Cell("/data/x.parquet#1/b.parquet", "image", 0, 0),
+        ],
     )
     def test_text_parses_back(self, place):
         assert parse(str(place)) == place
@@ -17,6 +25,10 @@ class TestStrings:
     @pytest.mark.parametrize("path", ["/data/a#b.png", "https://h/a.png#here", "/x.tar", "/x.tar#a.png", "x.parquet#3"])
     def test_other_locators_are_whole_files(self, path):
         assert parse(path) == path
+
+    def test_a_member_named_like_a_tar_is_found_by_its_place(self):
+        parsed = parse(str(Member("/data/x.tar", "y.tar#z@1+2.png", 512, 7)))
+        assert isinstance(parsed, Member) and (parsed.file, parsed.offset, parsed.length) == ("/data/x.tar", 512, 7)
 
     def test_paths_and_urls(self, tmp_path):
         (tmp_path / "real").mkdir()
