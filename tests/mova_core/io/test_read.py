@@ -130,7 +130,7 @@ class TestMembersAndCells:
         )
         place = f"{tmp_path}/x.parquet#image[0,50]"
         run = subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, check=True)
-        assert int(run.stdout) < 60
+        assert int(run.stdout) < 150, "bounded, however large the row group is"
 
 
 class TestSpecialFiles:
