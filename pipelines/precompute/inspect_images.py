@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,12 +25,14 @@ from mova_core.images import ImageError, load_image, read_image
 from mova_core.io import uris
 from mova_core.io.filesystem import ReadError
 from mova_core.io.read import file_version
+from pipelines.precompute.isolated import IsolatedFunction, ProcessDied
 from pipelines.progress_bar import progress_bar
 
 if TYPE_CHECKING:  # workers load this file
     from mova_core.features import FeatureStore
 
 ROWS = 1024  # images per task, at most
+LOOK_SECONDS = 120.0  # longest time that reading and decoding one picture may take
 FETCHES = 16  # remote images that a task fetches at once
 KEY = pa.binary(32)
 SEEN = pa.schema([("image", pa.string()), ("version", pa.string()), ("key", KEY), ("error", pa.string())])
@@ -141,10 +143,9 @@ def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
         it was `read` now.
     """
     versions: dict[str, str | None] = {}  # of files, which many images may share
-    one_decodes = Lock()  # the task holds one CPU, and pictures are large
 
     def look(row: dict[str, object]) -> tuple[object, ...]:
-        image, version, key = str(row["image"]), None, None
+        image, version = str(row["image"]), None
         try:
             place = uris.parse(image)
             file = place if isinstance(place, str) else place.file
@@ -152,16 +153,13 @@ def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
                 versions[file] = file_version(file)
             if (version := versions[file]) is not None and version == row["version"]:
                 return version, row["key"], row["error"], False
-            data = read_image(image, newer_than)
-            key = hashlib.sha256(data).digest()
-            with one_decodes:
-                load_image(data)
+            data = read_image(image, newer_than) if uris.is_url(image) else b""
         except ReadError as error:
             return None, None, str(error), False
         except ImageError as error:
-            reason = str(error).removeprefix(f"{image}: ")  # it stands beside it
-            return version, key, reason if key is None else reason.partition(": ")[2], key is not None
-        return version, key, None, True
+            return version, None, str(error).removeprefix(f"{image}: "), False
+        key, problem = _look_isolated(image, data)
+        return version, None if key is None else bytes.fromhex(key), problem, key is not None
 
     away = any(uris.is_url(image) for image in rows["image"].to_pylist())
     with ThreadPoolExecutor(FETCHES if away else 1) as threads:
@@ -171,6 +169,48 @@ def inspect_images(rows: pa.Table, newer_than: float = 0.0) -> pa.Table:
         for column, field in zip(zip(*found, strict=True), list(INSPECTED)[1:], strict=True)
     ]
     return pa.table([rows["row"], *columns], schema=INSPECTED)
+
+
+def _look_isolated(image: str, data: bytes) -> tuple[str | None, str | None]:
+    """`look_at` in a child process, because a damaged picture or Parquet page may end the process that reads it.
+
+    The child decodes one picture at a time: the task holds one CPU, and pictures are large.
+    """
+    call = _isolated_look()
+    for attempt in (1, 2):  # the first death may be chance: the system kills processes where memory runs short
+        try:
+            key, problem = call(image, data=data)
+            return key, problem
+        except ProcessDied as death:
+            if attempt == 2:
+                key = hashlib.sha256(data).hexdigest() if data else None
+                return key, f"broken image (reading it {death})"
+    raise AssertionError("unreachable")
+
+
+@lru_cache(maxsize=1)
+def _isolated_look() -> IsolatedFunction:
+    return IsolatedFunction(f"{__name__}:look_at", seconds=LOOK_SECONDS)
+
+
+def look_at(image: str, data: bytes = b"") -> tuple[str | None, str | None]:
+    """Hashes and decodes a picture.
+
+    Args:
+        image: locator.
+        data: its encoded bytes where they are known, else they are read.
+
+    Returns:
+        The key of the encoded bytes in hex, None where they cannot be read; and why the picture cannot be used.
+    """
+    key = None
+    try:
+        data = data or read_image(image)
+        key = hashlib.sha256(data).hexdigest()
+        load_image(data)
+    except ImageError as error:
+        return key, str(error).removeprefix(f"{image}: ") if key is None else str(error).partition(": ")[2]
+    return key, None
 
 
 def _seen_before(

@@ -1,35 +1,39 @@
 """Where pictures come from: folders, LLaVA records, Parquet files and tars, here or elsewhere, as one table of locators."""
 
-import json
 import os
 import re
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tarfile import BLOCKSIZE, TarError, TarFile
-from typing import Any
+from tarfile import TarError
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from tqdm import tqdm
 
 from mova_core.data import DataError, iterate_samples
-from mova_core.io.filesystem import ReadError, open_filesystem, with_retries
-from mova_core.io.uris import Cell, Member, absolute, is_url, joined, parent
+from mova_core.images import SUFFIXES
+from mova_core.io.filesystem import ReadError, as_read_error, open_filesystem, with_retries
+from mova_core.io.uris import absolute, is_url
 from pipelines.invalid_records import BadRows, report_skipped
+from pipelines.precompute import parquet_files
+from pipelines.precompute.isolated import IsolatedFunction, ProcessDied
+from pipelines.precompute.tar_files import tar_members
 from pipelines.progress_bar import progress_bar
 
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
 IMAGES = pa.schema([("image", pa.string()), ("experts", pa.list_(pa.string()))])
 CHUNK = 65_536  # strings that are Python objects at once
 FILES = 16  # remote files read at once
 HEADERS = 128 * 1024  # bytes fetched at a time of a remote tar, whose headers alone are wanted
 
+_PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python shows bytes of a file name that are none
 
 Refuse = Callable[[str], None]
@@ -50,7 +54,7 @@ def find_images(
 
     Args:
         source: a folder that holds at any depth either pictures, or Parquet files, or webdataset tars (uncompressed, pictures
-            by the suffixes of their members); such files by name, glob (data/*.parquet) or ranges and choices
+            by the suffixes of their members), links to folders followed; such files by name, glob (data/*.parquet) or ranges and choices
             (train-{000..099}.tar); or any other file: LLaVA JSON/JSONL.
         images: folder or URL that the names in records, and in Parquet columns of names, are relative to; default the file's.
         bad_rows: whether a broken record, tar or Parquet file ends it or is left out.
@@ -156,25 +160,12 @@ def _of_records(source: str, images: str | Path | None, refuse: Refuse, routed_o
 def _files(source: str, limit: int | None, refuse: Refuse) -> tuple[str, pa.ChunkedArray] | None:
     """The kind of a source's files and their locators; None for a file that is not one of our kinds: records, then."""
     system, path = open_filesystem(source)
-    by_name = _kind(path) is not None or path.endswith((".json", ".jsonl"))
+    by_name = _kind(path) is not None or path.lower().endswith((".json", ".jsonl"))
     if not (by_name and is_url(source)) and system.isdir(path):  # HTTP would read a file to find that it lists nothing
-        kinds: dict[str, list[pa.Array]] = {}
-        names = _walk(system, path)
-        while chunk := list(islice(names, CHUNK)):
-            of_kind: dict[str | None, list[str]] = {}
-            for name in chunk:
-                of_kind.setdefault(_kind(name), []).append(_full(system, name))
-            of_kind.pop(None, None)
-            for kind, named in of_kind.items():
-                kinds.setdefault(kind or "", []).append(_strings(named, refuse))
-            if limit is not None and sum(map(len, kinds.get("picture", ()))) >= limit:
-                break
-        if not kinds:
-            raise DataError(
-                f"folder {source} holds no picture ({', '.join(sorted(SUFFIXES))}), no .parquet and no .tar: give the folder "
-                "that does"
-            )
+        kinds = _files_in(system, source, path, limit, refuse)
     elif system.exists(path) or not re.search(r"[*?\[{]", path):
+        if path.lower().endswith(_PACKED):
+            raise DataError(f"{source} is compressed, so that no member can be read alone: unpack it")
         if _kind(path) is None:
             return None
         if not system.exists(path):
@@ -196,32 +187,72 @@ def _files(source: str, limit: int | None, refuse: Refuse) -> tuple[str, pa.Chun
     return kind, pa.chunked_array(found, pa.string())
 
 
+def _files_in(
+    system: fsspec.AbstractFileSystem, source: str, path: str, limit: int | None, refuse: Refuse
+) -> dict[str, list[pa.Array]]:
+    """Locators of a folder's files by kind; how many are of no kind is told."""
+    kinds: dict[str, list[pa.Array]] = {}
+    others: Counter[str] = Counter()
+    names = _walk(system, path, refuse, set())
+    while chunk := list(islice(names, CHUNK)):
+        of_kind: dict[str, list[str]] = {}
+        for name in chunk:
+            if (kind := _kind(name)) is not None:
+                of_kind.setdefault(kind, []).append(_full(system, name))
+            else:
+                packed = next((suffix for suffix in _PACKED if name.lower().endswith(suffix)), None)
+                others[packed or os.path.splitext(name)[1].lower() or "without a suffix"] += 1
+        for kind, named in of_kind.items():
+            kinds.setdefault(kind, []).append(_strings(named, refuse))
+        if limit is not None and sum(map(len, kinds.get("picture", ()))) >= limit:
+            break
+    if others:
+        counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+        tqdm.write(f"{source}: files of no kind that is read, by their names: {counts}", file=sys.stderr)
+    if not kinds:
+        raise DataError(
+            f"folder {source} holds no picture ({', '.join(sorted(SUFFIXES))}), no .parquet and no .tar: give the folder "
+            + ("that does, or unpack the tars" if any(suffix in _PACKED for suffix in others) else "that does")
+        )
+    return kinds
+
+
 def _kind(name: str) -> str | None:
     suffix = os.path.splitext(name)[1].lower()
     return "picture" if suffix in SUFFIXES else suffix if suffix in (".parquet", ".tar") else None
 
 
-def _walk(system: fsspec.AbstractFileSystem, folder: str) -> Iterator[str]:
-    """Files at any depth in the order of their paths; links to folders are not followed."""
-    if isinstance(system, LocalFileSystem):
-        with os.scandir(folder) as entries:
-            # A folder may hold millions: of each only its name, and the folders apart.
-            folders, names = set(), []
-            for entry in entries:
-                names.append(entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    folders.add(entry.name)
-        names.sort()
-        found: Iterable[tuple[str, bool]] = ((os.path.join(folder, name), name in folders) for name in names)
-    else:
-        listed = with_retries(lambda: system.ls(folder, detail=True))
-        found = sorted((entry["name"], entry["type"] == "directory") for entry in listed)
-        system.invalidate_cache(folder)  # it keeps every listing, and shows it again after changes
+def _walk(
+    system: fsspec.AbstractFileSystem, folder: str, refuse: Refuse, visited: set[tuple[int, int]]
+) -> Iterator[str]:
+    """Files at any depth in the order of their paths. Links to folders are followed, each folder is visited once."""
+    try:
+        if isinstance(system, LocalFileSystem):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in visited:  # a link to a folder above, or a second link
+                return
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                # A folder may hold millions: of each only its name, and the folders apart.
+                folders, names = set(), []
+                for entry in entries:
+                    names.append(entry.name)
+                    if entry.is_dir():
+                        folders.add(entry.name)
+            names.sort()
+            found: Iterable[tuple[str, bool]] = ((os.path.join(folder, name), name in folders) for name in names)
+        else:
+            listed = with_retries(lambda: system.ls(folder, detail=True))
+            found = sorted((entry["name"], entry["type"] == "directory") for entry in listed)
+            system.invalidate_cache(folder)  # it keeps every listing, and shows it again after changes
+    except OSError as error:
+        refuse(f"folder {_full(system, folder)}: {as_read_error(error)}")
+        return
     for name, is_folder in found:
         if not is_folder:
             yield name
         elif len(name.rstrip("/")) > len(folder.rstrip("/")):  # not itself, nor the one above
-            yield from _walk(system, name)
+            yield from _walk(system, name, refuse, visited)
 
 
 def _globbed(system: fsspec.AbstractFileSystem, pattern: str, refuse: Refuse) -> list[str]:
@@ -261,17 +292,18 @@ def _of_files(
     kind, files = found
     if kind == "picture":
         return files
-    look = _members if kind == ".tar" else partial(_cells, images=images, column=column)
+    away = is_url(files[0].as_py())
+    isolated = IsolatedFunction(f"{parquet_files.__name__}:{'read_footer' if away else 'find_cells'}")
+    look = _members if kind == ".tar" else partial(_cells, isolated, images=images, column=column)
     chunks: list[pa.Array] = []
-    at_once = FILES if is_url(files[0].as_py()) else 1
+    at_once = FILES if away else 1
     with progress_bar(len(files), "list", "files", progress) as bar, ThreadPoolExecutor(at_once) as threads:
         for start in range(0, len(files), at_once):
-            for one in threads.map(partial(_looked_into, look), files[start : start + at_once].to_pylist()):
+            for names, problem in threads.map(look, files[start : start + at_once].to_pylist()):
                 bar.update()
-                if isinstance(one, str):
-                    refuse(one)
-                else:
-                    chunks.append(_strings(one, refuse))
+                if problem is not None:
+                    refuse(problem)
+                chunks.append(_strings(names, refuse))
             if limit is not None and sum(map(len, chunks)) >= limit:
                 break
     found_in = pa.chunked_array(chunks, pa.string())
@@ -279,109 +311,33 @@ def _of_files(
     return pa.chunked_array([found_in.unique()]) if kind == ".parquet" else found_in
 
 
-def _looked_into(look: Callable[[str], list[str]], file: str) -> list[str] | str:
-    """What a file holds, or in a sentence why it cannot be told."""
+def _members(file: str) -> tuple[list[str], str | None]:
+    """Locators of the pictures in a tar, or why there are none."""
     try:
-        return look(file)
-    except DataError as error:
-        return str(error)
+        with parquet_files.open_file(file, HEADERS) as opened:
+            return tar_members(file, opened, lambda name: _kind(name) == "picture"), None
     except ReadError as error:
-        return f"{file}: {error}"
-    except (OSError, ValueError, TarError, pa.ArrowException) as error:
-        return f"{file}: broken {os.path.splitext(file)[1]} file ({' '.join(str(error).split())}): download it again"
+        return [], f"{file}: {error}"
+    except (OSError, ValueError, TarError) as error:
+        return [], f"{file}: broken .tar file ({' '.join(str(error).split())}): download it again"
 
 
-def _members(file: str) -> list[str]:
-    """Locators of the pictures in a tar, of which only the headers are read."""
-    found = []
-    with _opened(file, HEADERS) as opened, TarFile(fileobj=opened) as tar:
-        end = 0
-        while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # it keeps them all
-            end = member.offset_data + (-(-member.size // BLOCKSIZE) * BLOCKSIZE if member.isreg() else 0)
-            if member.isreg() and not member.issparse() and _kind(member.name) == "picture":
-                found.append(str(Member(file, member.name, member.offset_data, member.size)))
-        opened.seek(end)
-        if (block := opened.read(BLOCKSIZE)) != bytes(BLOCKSIZE):  # TarFile takes whatever it does not know for the end
-            raise TarError("cut off" if len(block) < BLOCKSIZE else f"no header where one should be, at byte {end:,}")
-    return found
-
-
-def _cells(file: str, images: str | Path | None, column: str | None) -> list[str]:
-    """Locators of the images in a Parquet file, of which only the metadata is read, or names where it has those."""
-    with _opened(file) as opened:
-        parquet = pq.ParquetFile(opened)
-        name = _image_column(file, parquet.schema_arrow, column)
-        kind = parquet.schema_arrow.field(name).type
-        base = images if images is not None else parent(file)
-        named = name if _is_text(kind) else f"{name}.path" if _only_names(parquet, name) else None
-        if named is not None:
-            values = parquet.read(columns=[named])[0].combine_chunks()
-            names = values if named == name else values.field("path")
-            return [absolute(joined(base, one)) for one in names.to_pylist() if one]
-        groups = parquet.metadata
-        return [
-            str(Cell(file, name, group, row))
-            for group in range(groups.num_row_groups)
-            for row in range(groups.row_group(group).num_rows)
-        ]
-
-
-def _image_column(file: str, schema: pa.Schema, column: str | None) -> str:
-    """The column asked for, or the only one that can hold images: by Hugging Face's note in the file, else by its type."""
-    if column is not None:
-        if column not in schema.names:
-            raise DataError(f"{file} has no column {column!r}: choose one of {', '.join(schema.names)}")
-        if not _is_picture(schema.field(column).type) and not _is_text(schema.field(column).type):
-            kind = schema.field(column).type
-            raise DataError(f"{file}: column {column!r} holds {kind}, not encoded images, nor their paths or URLs")
-        return column
-    noted = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    for candidates in (
-        [name for name in schema.names if isinstance(noted.get(name), dict) and noted[name].get("_type") == "Image"],
-        [field.name for field in schema if _is_picture(field.type)],
-        [field.name for field in schema if _is_text(field.type)],
-    ):
-        if len(candidates) == 1:
-            return candidates[0]
-        if candidates:
-            raise DataError(
-                f"{file}: the images may be in any of the columns {', '.join(candidates)}: say which (--column)"
-            )
-    raise DataError(f"{file} has no column of images, nor of paths: it has {', '.join(schema.names)}")
-
-
-def _is_picture(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return "bytes" in kind.names and _is_picture(kind.field("bytes").type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _only_names(parquet: pq.ParquetFile, name: str) -> bool:
-    """Is this a Hugging Face image column of which no row has bytes?"""
-    kind = parquet.schema_arrow.field(name).type
-    if not pa.types.is_struct(kind) or "path" not in kind.names:
-        return False
-    for group in range(parquet.metadata.num_row_groups):
-        rows = parquet.metadata.row_group(group)
-        for number in range(rows.num_columns):
-            found = rows.column(number)
-            if found.path_in_schema == f"{name}.bytes":
-                told = found.statistics
-                if told is None or told.null_count != rows.num_rows:
-                    return False
-    return True
-
-
-def _opened(file: str, block_size: int | None = None) -> Any:
-    if not is_url(file):
-        return open(file, "rb")
-    system, path = open_filesystem(file)
-    return with_retries(lambda: system.open(path, "rb", block_size=block_size))
+def _cells(
+    isolated: IsolatedFunction, file: str, images: str | Path | None, column: str | None
+) -> tuple[list[str], str | None]:
+    """Locators of the images in a Parquet file, or why there are none."""
+    images = None if images is None else os.fspath(images)
+    try:
+        if is_url(file):
+            isolated(data=parquet_files.footer_of(file))
+            answer = parquet_files.find_cells(file, images, column)
+        else:
+            answer = isolated(file, images, column)
+    except OSError as error:
+        return [], f"{file}: {as_read_error(error)}"
+    except ProcessDied as death:
+        return [], f"{file}: broken .parquet file (reading it {death}): download it again"
+    return answer.get("found", []), answer.get("problem")
 
 
 def _full(system: fsspec.AbstractFileSystem, name: str) -> str:
