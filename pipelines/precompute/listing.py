@@ -25,7 +25,7 @@ from mova_core.io.uris import absolute, is_url
 from pipelines.invalid_records import BadRows, report_skipped
 from pipelines.precompute import parquet_files
 from pipelines.precompute.isolated import IsolatedFunction, ProcessDied
-from pipelines.precompute.tar_files import tar_members
+from pipelines.precompute.tar_files import TrailingData, tar_members
 from pipelines.progress_bar import progress_bar
 
 IMAGES = pa.schema([("image", pa.string()), ("experts", pa.list_(pa.string()))])
@@ -312,12 +312,14 @@ def _of_files(
 
 
 def _members(file: str) -> tuple[list[str], str | None]:
-    """Locators of the pictures in a tar, or why there are none."""
+    """Locators of the pictures in a tar, and what is wrong with it."""
     try:
         with parquet_files.open_file(file, HEADERS) as opened:
             return tar_members(file, opened, lambda name: _kind(name) == "picture"), None
     except ReadError as error:
         return [], f"{file}: {error}"
+    except TrailingData as error:
+        return error.members, f"{file}: broken .tar file ({error}): download it again"
     except (OSError, ValueError, TarError) as error:
         return [], f"{file}: broken .tar file ({' '.join(str(error).split())}): download it again"
 

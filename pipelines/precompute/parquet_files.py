@@ -75,8 +75,7 @@ def _cells(file: str, parquet: pq.ParquetFile, images: str | None, column: str |
             if value:
                 yield absolute(joined(base, value))
     elif _is_list(kind):
-        leaf = f"{name}.{kind.value_field.name}"
-        for group, row, value in _numbered(parquet, leaf if not _has_path(kind.value_type) else f"{leaf}.path", name):
+        for group, row, value in _numbered(parquet, _shortest_leaf(parquet, name), name):
             for item in range(len(value or ())):
                 yield str(Cell(file, name, group, row, item))
     elif _has_path(kind):
@@ -122,6 +121,13 @@ def _null_count(parquet: pq.ParquetFile, group: int, path: str) -> int | None:
             statistics = part.statistics
             return None if statistics is None or not statistics.has_null_count else int(statistics.null_count)
     return None
+
+
+def _shortest_leaf(parquet: pq.ParquetFile, column: str) -> str:
+    """Of a list of {bytes, path} the paths, which also tell how long each list is; else the whole column."""
+    leaves = [parquet.schema.column(number).path for number in range(len(parquet.schema))]
+    paths = [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(".path")]
+    return paths[0] if len(paths) == 1 else column
 
 
 def _values(parquet: pq.ParquetFile, column: str) -> Iterator[Any]:

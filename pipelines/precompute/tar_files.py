@@ -11,6 +11,12 @@ _PACKED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ\x00": "unxz", b"
 CHUNK_BLOCKS = 128  # read at once between two tars in one file
 
 
+class TrailingData(TarError):
+    """What follows a whole tar is none; `members` holds the locators of the pictures before it."""
+
+    members: list[str]
+
+
 def tar_members(file: str, opened: Any, is_picture: Callable[[str], bool]) -> list[str]:
     """Locators of the pictures in a tar, also of those in further tars that were appended to it (`cat a.tar b.tar`).
 
@@ -20,6 +26,7 @@ def tar_members(file: str, opened: Any, is_picture: Callable[[str], bool]) -> li
         is_picture: tells by a member's name.
 
     Raises:
+        TrailingData: something else follows a whole tar.
         TarError: compressed, cut off, or no tar.
     """
     head = opened.read(6)
@@ -29,14 +36,22 @@ def tar_members(file: str, opened: Any, is_picture: Callable[[str], bool]) -> li
     start: int | None = 0
     while start is not None:
         opened.seek(start)
-        end = _of_one_tar(file, opened, is_picture, members)
+        whole = len(members)
+        try:
+            end = _of_one_tar(file, opened, is_picture, members)
+        except TarError as error:
+            if not start:
+                raise
+            trailing = TrailingData(f"after a whole tar, at byte {start:,}: {error}")
+            trailing.members = members[:whole]
+            raise trailing from None
         start = _next_tar(opened, end)
     return members
 
 
 def _of_one_tar(file: str, opened: Any, is_picture: Callable[[str], bool], members: list[str]) -> int:
     """Appends the pictures of the tar at the present position; returns where its members end."""
-    end = start = opened.tell()
+    end = opened.tell()
     with TarFile(fileobj=opened) as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # it keeps them all
@@ -45,8 +60,6 @@ def _of_one_tar(file: str, opened: Any, is_picture: Callable[[str], bool], membe
                 members.append(str(Member(file, member.name, member.offset_data, member.size)))
     opened.seek(end)
     if (block := opened.read(BLOCKSIZE)) != bytes(BLOCKSIZE):  # TarFile takes whatever it does not know for the end
-        if end == start > 0:
-            raise TarError(f"after the end of its members something else follows, at byte {end:,}")
         raise TarError("cut off" if len(block) < BLOCKSIZE else f"no header where one should be, at byte {end:,}")
     return end
 

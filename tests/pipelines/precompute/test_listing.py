@@ -1,5 +1,6 @@
 """Where pictures come from, and the first look at them."""
 
+import base64
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from PIL import Image
 
 from mova_core.data import DataError
 from mova_core.features import FeatureStore
-from mova_core.images import read_image
+from mova_core.images import FORMATS, SUFFIXES, ImageUnavailable, read_image
 from mova_core.io.uris import Member, parse
 from pipelines.precompute.inspect_images import inspect
 from pipelines.precompute.listing import find_images, image_table
@@ -35,6 +36,7 @@ def draw(path: Path, seed: int) -> str:
 
 
 def tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as opened:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
@@ -55,6 +57,61 @@ class TestFolders:
         found = find_images(tmp_path)
         assert found["image"].to_pylist() == drawn and found["experts"].null_count == 3
         assert find_images(tmp_path, limit=2)["image"].to_pylist() == drawn[:2]
+
+    def test_every_suffix_of_a_format_that_is_read(self, tmp_path):
+        """Pillow's own table names them; capitals count, too."""
+        Image.init()
+        known = {suffix for suffix, form in Image.registered_extensions().items() if form in FORMATS}
+        assert known - SUFFIXES == {".pfm"}, "floating-point pixels have no agreed range"
+        assert SUFFIXES - known == {".dib", ".mpo"}, "they hold BMPs and JPEGs"
+        names = [f"a{suffix.upper() if number % 2 else suffix}" for number, suffix in enumerate(sorted(SUFFIXES))]
+        for name in names:
+            (tmp_path / name).write_bytes(b"")
+        assert sorted(map(os.path.basename, find_images(tmp_path)["image"].to_pylist())) == sorted(names)
+
+    def test_what_is_no_picture_by_its_name_is_counted(self, tmp_path, capsys):
+        draw(tmp_path / "a.png", 1)
+        for name in ("b.heic", "c.HEIC", "d", "e.tar.gz"):
+            (tmp_path / name).write_bytes(b"")
+        assert len(find_images(tmp_path)) == 1
+        assert capsys.readouterr().err == (
+            f"{tmp_path}: files of no kind that is read, by their names: 2 .heic, 1 .tar.gz, 1 without a suffix\n"
+        )
+
+    def test_links_to_folders_are_followed_once(self, tmp_path):
+        far, folder = tmp_path / "far", tmp_path / "pictures"
+        drawn = [draw(folder / "a.png", 1), draw(folder / "z.png", 2)]
+        draw(far / "x.png", 3)
+        for name in ("coco", "the-same"):
+            (folder / name).symlink_to(far)
+        (far / "back").symlink_to(folder)
+        (folder / "loop").symlink_to(folder)
+        (folder / "broken.png").symlink_to(folder / "nothing.png")
+        found = find_images(folder)["image"].to_pylist()
+        assert found == [drawn[0], f"{folder}/broken.png", f"{folder}/coco/x.png", drawn[1]]
+
+    def test_a_folder_that_cannot_be_listed_is_named(self, tmp_path, monkeypatch):
+        draw(tmp_path / "a.png", 1)
+        (tmp_path / "closed").mkdir()
+        real = os.scandir
+
+        def scandir(folder):
+            if str(folder).endswith("closed"):
+                raise PermissionError(13, "Permission denied", folder)
+            return real(folder)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        with pytest.raises(DataError, match=r"closed: cannot be read \(Permission denied\)"):
+            find_images(tmp_path)
+        assert len(find_images(tmp_path, None, "skip")) == 1
+
+    @pytest.mark.parametrize("name", ["a::b", "a#1", "x.tar#1", "50%", "a?b", "data:image"])
+    def test_folders_with_odd_names(self, tmp_path, name):
+        drawn = draw(tmp_path / name / "a#b::c@1+2.png", 1)
+        archive = tar(tmp_path / name / "t" / "x.tar", {"m.tar#n@1+2.png": encoded(2)})
+        assert find_images(tmp_path / name / "a#b::c@1+2.png")["image"].to_pylist() == [drawn]
+        [member] = find_images(archive)["image"].to_pylist()
+        assert read_image(member) == encoded(2) and read_image(drawn) == encoded(1)
 
     def test_nothing_in_it(self, tmp_path):
         with pytest.raises(DataError, match="holds no picture"):
@@ -129,6 +186,42 @@ class TestTars:
         with pytest.raises(DataError, match=r"holds no picture, the first error: .*bad\.tar: broken"):
             find_images(bad, None, "skip")
 
+    def test_capitals(self, tmp_path):
+        [place] = find_images(tar(tmp_path / "A.TAR", {"a.PNG": encoded(1)}))["image"].to_pylist()
+        assert read_image(place) == encoded(1)
+
+    def test_tars_in_one_file(self, tmp_path):
+        """As `cat` makes it; the second one was lost without a word."""
+        parts = [tar(tmp_path / f"{number}.tar", {f"{number}.png": encoded(number)}) for number in range(3)]
+        whole = b"".join(part.read_bytes() for part in parts)
+        joined = tmp_path / "joined.tar"
+        joined.write_bytes(whole)
+        found = find_images(joined)["image"].to_pylist()
+        assert [read_image(place) for place in found] == [*map(encoded, range(3))]
+        for end in (parts[0].read_bytes()[:700], b"something else" * 500):
+            joined.write_bytes(parts[0].read_bytes() + end)
+            with pytest.raises(
+                DataError, match=r"joined\.tar: broken \.tar file \(after a whole tar, at byte 10,240: "
+            ):
+                find_images(joined)
+            skipped: list[str] = []
+            assert find_images(joined, None, "skip", skipped)["image"].to_pylist() == found[:1] and len(skipped) == 1
+
+    @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+    def test_compressed_ones_are_refused_as_such(self, tmp_path, mode):
+        packed = tmp_path / f"x.tar.{mode}"
+        with tarfile.open(packed, f"w:{mode}") as opened:
+            opened.addfile(tarfile.TarInfo("a.png"))
+        with pytest.raises(
+            DataError, match=r"x\.tar\..* is compressed, so that no member can be read alone: unpack it"
+        ):
+            find_images(packed)
+        with pytest.raises(DataError, match="or unpack the tars"):
+            find_images(tmp_path)
+        packed.rename(tmp_path / "x.tar")
+        with pytest.raises(DataError, match=r"compressed, so that no member can be read alone: unpack it with \w+"):
+            find_images(tmp_path)
+
     def test_a_number_missing_from_a_range(self, tmp_path):
         tar(tmp_path / "1.tar", {"a.png": encoded(1)})
         with pytest.raises(DataError, match=r"2\.tar: there is no such file"):
@@ -183,6 +276,92 @@ class TestParquet:
         pq.write_table(pa.table({"id": [1]}), tmp_path / "b.parquet")
         with pytest.raises(DataError, match="no column of images, nor of paths: it has id"):
             find_images(tmp_path / "b.parquet")
+
+    def test_lists_of_images_beside_captions(self, tmp_path):
+        """The captions were taken for names of files."""
+        rows = [[{"bytes": encoded(row), "path": None}] * (row % 3) for row in range(4)] + [None]
+        texts = ["what is it", "b.", "c", "Is that a.b?", "e"]
+        features = {"images": {"_type": "List", "feature": {"_type": "Image"}}, "text": {"_type": "Value"}}
+        plain = [[encoded(row)] * (row % 3) for row in range(5)]
+        for name, column in (
+            ("a", pa.array(rows, pa.list_(self.IMAGE))),
+            ("b", pa.array(plain, pa.list_(pa.binary()))),
+        ):
+            for note in (json.dumps({"info": {"features": features}}), "{}"):
+                table = pa.table({"images": column, "text": texts}).replace_schema_metadata({"huggingface": note})
+                pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
+                found = find_images(tmp_path / f"{name}.parquet")["image"].to_pylist()
+                wanted = [encoded(row) for row, values in enumerate(column.to_pylist()) for _ in values or ()]
+                assert [read_image(place) for place in found] == wanted
+
+    def test_text_is_not_taken_for_names(self, tmp_path):
+        pq.write_table(pa.table({"text": ["what is it", "a cat"], "n": [1, 2]}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=r"no column of images, nor of paths: it has text, n \(--column takes"):
+            find_images(tmp_path / "a.parquet")
+        assert find_images(tmp_path / "a.parquet", column="text")["image"].to_pylist() == [
+            f"{tmp_path}/what is it",
+            f"{tmp_path}/a cat",
+        ]
+        pq.write_table(pa.table({"text": ["what is it", "a cat"], "file": ["1.JPG", "2.avif"]}), tmp_path / "a.parquet")
+        assert find_images(tmp_path / "a.parquet")["image"].to_pylist() == [f"{tmp_path}/1.JPG", f"{tmp_path}/2.avif"]
+
+    def test_pictures_as_text(self, tmp_path):
+        texts = [
+            base64.b64encode(encoded(1)).decode(),
+            f"data:image/png;base64,{base64.b64encode(encoded(2)).decode()}",
+        ]
+        pq.write_table(pa.table({"image": texts, "text": ["what is it", "b"]}), tmp_path / "a.parquet")
+        found = find_images(tmp_path)["image"].to_pylist()
+        assert found == [f"{tmp_path}/a.parquet#image[0,{row}]" for row in range(2)]
+        assert [read_image(place) for place in found] == [encoded(1), encoded(2)]
+
+    @pytest.mark.parametrize(
+        "note",
+        [
+            '{"info": null}',
+            "null",
+            "[1]",
+            "{",
+            '{"info": {"features": [3]}}',
+            '{"info": {"features": {"image": null}}}',
+        ],
+    )
+    def test_odd_notes(self, tmp_path, note):
+        table = pa.table({"image": pa.array([{"bytes": encoded(1), "path": None}], self.IMAGE)})
+        pq.write_table(table.replace_schema_metadata({"huggingface": note}), tmp_path / "a.parquet")
+        assert len(find_images(tmp_path)) == 1
+
+    def test_bytes_and_paths_in_one_column(self, tmp_path):
+        """The paths were looked for beside the Parquet file, whatever --images says."""
+        rows = [
+            {"bytes": encoded(1), "path": "1.png"},
+            {"bytes": None, "path": "2.png"},
+            None,
+            {"bytes": None, "path": None},
+        ]
+        pq.write_table(pa.table({"image": pa.array(rows, self.IMAGE)}), tmp_path / "a.parquet", row_group_size=2)
+        drawn = draw(tmp_path / "pictures" / "2.png", 2)
+        found = find_images(tmp_path / "a.parquet", tmp_path / "pictures")["image"].to_pylist()
+        assert found == [f"{tmp_path}/a.parquet#image[0,0]", drawn]
+        pq.write_table(pa.table({"image": pa.array(rows, self.IMAGE)}), tmp_path / "a.parquet", write_statistics=False)
+        found = find_images(tmp_path / "a.parquet", tmp_path / "pictures")["image"].to_pylist()
+        assert found[:2] == [f"{tmp_path}/a.parquet#image[0,0]", drawn]
+        for place in found[2:]:
+            with pytest.raises(ImageUnavailable, match="the cell is empty"):
+                read_image(place)
+
+    def test_a_footer_that_ends_the_process_is_named(self, tmp_path, web):
+        """Arrow calls std::terminate for it: exit code 134, and no word of the file."""
+        pq.write_table(pa.table({"image": [encoded(1)]}), tmp_path / "a.parquet")
+        damaged = (Path(__file__).parent / "damaged_footer.parquet").read_bytes()
+        (tmp_path / "b.parquet").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"b\.parquet: broken \.parquet file \(reading it ended its process"):
+            find_images(tmp_path)
+        told: list[str] = []
+        assert len(find_images(tmp_path, None, "skip", told)) == 1 and "b.parquet" in told[0]
+        (web.folder / "b.parquet").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"b\.parquet: broken \.parquet file \(reading it ended its process"):
+            find_images(f"{web.url}/b.parquet")
 
     def test_a_broken_one_is_named_and_left_out(self, tmp_path):
         pq.write_table(pa.table({"image": [encoded(1)]}), tmp_path / "a.parquet")
