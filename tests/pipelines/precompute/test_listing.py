@@ -1,8 +1,11 @@
 """Where pictures come from, and the first look at them."""
 
 import base64
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import tarfile
 from pathlib import Path
@@ -207,11 +210,10 @@ class TestTars:
             skipped: list[str] = []
             assert find_images(joined, None, "skip", skipped)["image"].to_pylist() == found[:1] and len(skipped) == 1
 
-    @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
-    def test_compressed_ones_are_refused_as_such(self, tmp_path, mode):
-        packed = tmp_path / f"x.tar.{mode}"
-        with tarfile.open(packed, f"w:{mode}") as opened:
-            opened.addfile(tarfile.TarInfo("a.png"))
+    @pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+    def test_compressed_ones_are_refused_as_such(self, tmp_path, suffix, pack):
+        packed = tmp_path / f"x.tar.{suffix}"
+        packed.write_bytes(pack(bytes(10240)))
         with pytest.raises(
             DataError, match=r"x\.tar\..* is compressed, so that no member can be read alone: unpack it"
         ):
