@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 IMAGE_MARK = "<image>"
+LONGEST_PATH = 4096  # characters; no filesystem takes more
 Turn = tuple[str, str]  # role and text
 # Fields of other formats that hold what these records are about. A record that has one is refused: without it the
 # conversation would be learnt as words about nothing.
@@ -234,6 +235,15 @@ def _pictures(image: Any, where: str) -> list[str]:
     for picture in pictures:
         if not picture.strip() or "\0" in picture:
             raise DataError(f"{where}: `image` {picture[:80]!r} is no path: it is empty or has a NUL character")
+        if picture[:5].lower() == "data:" and "," in picture[:LONGEST_PATH]:
+            raise DataError(
+                f"{where}: `image` is a data URI ({picture[:16]}... of {len(picture):,} characters): write the picture to a "
+                "file and give its path"
+            )
+        if len(picture) > LONGEST_PATH:
+            raise DataError(
+                f"{where}: `image` {picture[:40]!r}... of {len(picture):,} characters is too long for a path"
+            )
     return pictures
 
 

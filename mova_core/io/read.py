@@ -158,7 +158,10 @@ def _read_cell(cell: Cell, newer_than: float) -> bytes:
             except OSError as error:
                 raise as_read_error(error) from error
         values = _open_column(path or cell.file, cell.column, cell.group, changed_ns, newer_than)
-        value = values.row(cell.row).as_py()
+        try:
+            value = values.row(cell.row).as_py()
+        except ValueError as error:  # text that is no UTF-8, an impossible list or number
+            raise ReadError(errno.EIO, f"damaged: {message(error)}") from error
     if cell.item is not None:
         if not isinstance(value, list) or cell.item >= len(value):
             raise ReadError(errno.ENODATA, "its list is shorter: the Parquet file has changed")
@@ -280,7 +283,7 @@ def _of_open_file(source: Any, column: str, group: int) -> _WholeColumn | _Colum
         if sum(sizes) > WHOLE_BYTES:
             return _ColumnSlices(source, column, group)
         return _WholeColumn(parquet.read_row_group(group, columns=[column])[0])
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError) as error:  # also names of columns that are no UTF-8
         raise ReadError(errno.EIO, message(error)) from error
 
 

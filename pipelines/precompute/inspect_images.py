@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from mova_core.images import ImageError, load_image, read_image
 from mova_core.io import uris
 from mova_core.io.filesystem import ReadError
 from mova_core.io.read import file_version
-from pipelines.precompute.isolated import IsolatedFunction, ProcessDied
+from pipelines.precompute.isolated import ProcessDied, isolated
 from pipelines.progress_bar import progress_bar
 
 if TYPE_CHECKING:  # workers load this file
@@ -176,21 +175,18 @@ def _look_isolated(image: str, data: bytes) -> tuple[str | None, str | None]:
 
     The child decodes one picture at a time: the task holds one CPU, and pictures are large.
     """
-    call = _isolated_look()
+    call = isolated(f"{__name__}:look_at", LOOK_SECONDS)
     for attempt in (1, 2):  # the first death may be chance: the system kills processes where memory runs short
         try:
             key, problem = call(image, data=data)
             return key, problem
+        except ValueError as error:  # of no kind that `look_at` knows
+            return None, f"cannot be read ({' '.join(str(error).split())})"
         except ProcessDied as death:
             if attempt == 2:
                 key = hashlib.sha256(data).hexdigest() if data else None
                 return key, f"broken image (reading it {death})"
     raise AssertionError("unreachable")
-
-
-@lru_cache(maxsize=1)
-def _isolated_look() -> IsolatedFunction:
-    return IsolatedFunction(f"{__name__}:look_at", seconds=LOOK_SECONDS)
 
 
 def look_at(image: str, data: bytes = b"") -> tuple[str | None, str | None]:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import weakref
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 CALL_SECONDS = 300.0  # longest time that one call may take
@@ -20,6 +21,12 @@ CALL_SECONDS = 300.0  # longest time that one call may take
 
 class ProcessDied(RuntimeError):
     """The child process ended, or was ended because it was late; the message says which."""
+
+
+@lru_cache
+def isolated(name: str, seconds: float = CALL_SECONDS) -> "IsolatedFunction":
+    """The `IsolatedFunction` of this name: one child process for all calls of this process."""
+    return IsolatedFunction(name, seconds)
 
 
 class IsolatedFunction:

@@ -24,7 +24,7 @@ from mova_core.io.filesystem import ReadError, as_read_error, open_filesystem, w
 from mova_core.io.uris import absolute, is_url
 from pipelines.invalid_records import BadRows, report_skipped
 from pipelines.precompute import parquet_files
-from pipelines.precompute.isolated import IsolatedFunction, ProcessDied
+from pipelines.precompute.isolated import ProcessDied, isolated
 from pipelines.precompute.tar_files import TrailingData, tar_members
 from pipelines.progress_bar import progress_bar
 
@@ -293,8 +293,7 @@ def _of_files(
     if kind == "picture":
         return files
     away = is_url(files[0].as_py())
-    isolated = IsolatedFunction(f"{parquet_files.__name__}:{'read_footer' if away else 'find_cells'}")
-    look = _members if kind == ".tar" else partial(_cells, isolated, images=images, column=column)
+    look = _members if kind == ".tar" else partial(_cells, images=images, column=column)
     chunks: list[pa.Array] = []
     at_once = FILES if away else 1
     with progress_bar(len(files), "list", "files", progress) as bar, ThreadPoolExecutor(at_once) as threads:
@@ -324,17 +323,15 @@ def _members(file: str) -> tuple[list[str], str | None]:
         return [], f"{file}: broken .tar file ({' '.join(str(error).split())}): download it again"
 
 
-def _cells(
-    isolated: IsolatedFunction, file: str, images: str | Path | None, column: str | None
-) -> tuple[list[str], str | None]:
+def _cells(file: str, images: str | Path | None, column: str | None) -> tuple[list[str], str | None]:
     """Locators of the images in a Parquet file, or why there are none."""
     images = None if images is None else os.fspath(images)
     try:
         if is_url(file):
-            isolated(data=parquet_files.footer_of(file))
+            isolated(f"{parquet_files.__name__}:read_footer")(data=parquet_files.footer_of(file))
             answer = parquet_files.find_cells(file, images, column)
         else:
-            answer = isolated(file, images, column)
+            answer = isolated(f"{parquet_files.__name__}:find_cells")(file, images, column)
     except OSError as error:
         return [], f"{file}: {as_read_error(error)}"
     except ProcessDied as death:

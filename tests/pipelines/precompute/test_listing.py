@@ -129,6 +129,24 @@ class TestRecords:
         assert find_images(path, tmp_path / "there")["image"].to_pylist() == there
         assert find_images(path, tmp_path / "there", limit=2)["image"].to_pylist() == there[:2]
 
+    @pytest.mark.parametrize(
+        ("image", "says"),
+        [
+            ("data:image/png;base64," + "A" * 200_000, r"is a data URI \(data:image/png;b... of 200,022 characters\)"),
+            ("x" * 200_000, "'x{40}'... of 200,000 characters is too long"),
+        ],
+    )
+    def test_what_is_no_path_is_refused_shortly(self, tmp_path, image, says, capsys):
+        """200 KB were printed for one record."""
+        path = tmp_path / "data.json"
+        path.write_text(json.dumps([record("1.png"), record(image)]))
+        with pytest.raises(DataError, match=f"record 2.*{says}") as error:
+            find_images(path)
+        assert len(str(error.value)) < 400
+        told: list[str] = []
+        assert len(find_images(path, None, "skip", told)) == 1 and len(told) == 1
+        assert len(capsys.readouterr().err) < 600
+
     def test_routed_only_unites_the_labels_of_an_image(self, tmp_path):
         path = tmp_path / "data.jsonl"
         labelled = [
