@@ -52,7 +52,6 @@ class ExpertServer:
             the first pass of a new shape compiles and tunes.
         module: Python module that registers an expert that is not one of the published eight; imported first.
         store: the feature store that `__call__` writes to.
-        watch: called with `load()` about once a second while `__call__` works.
         telemetry: takes the server's numbers; default Ray's metrics.
 
     Raises:
@@ -79,7 +78,6 @@ class ExpertServer:
         fixed_shapes: bool | None = None,
         module: str | None = None,
         store: str | None = None,
-        watch: Callable[[dict[str, Any]], None] | None = None,
         telemetry: Telemetry | None = None,
     ):
         if queue < 1 or (batch_size is not None and batch_size < 1):
@@ -102,7 +100,6 @@ class ExpertServer:
         self.profile: Profile | None = next(fitting, None)
         self._telemetry: Telemetry = RayTelemetry() if telemetry is None else telemetry
         self._id, self._stored = uuid.uuid4().hex, 0
-        self._watch, self._watched = watch, 0.0
         self._submitting_shard = threading.Lock()
         self._example, self._pass_seconds = example(self.expert), 0.0
         warm_batch_size = self._warm_up(batch_size, memory_share, measure_seconds)
@@ -211,7 +208,6 @@ class ExpertServer:
                 ]
                 self._stored += len(computed)
                 self._quarantine(failed)
-                self._report_load(every=0.0)
             yield pa.Table.from_pylist([done], schema=DONE)
 
     def _submit(self, images: Sequence[ImageRef], before_each: Callable[[str], None] | None) -> list[PendingImage]:
@@ -251,7 +247,6 @@ class ExpertServer:
                 failed.append((request.image, result))
             else:
                 computed[request.image.key] = result
-            self._report_load()
         return computed, failed
 
     def _reason(self, image: ImageRef, error: ImageError) -> str:
@@ -267,11 +262,6 @@ class ExpertServer:
             `waiting`: images in the queue now.
         """
         return {"server": self._id, "stored": self._stored, **self._batcher.load()}
-
-    def _report_load(self, every: float = 1.0) -> None:
-        if self._watch is not None and time.monotonic() - self._watched >= every:
-            self._watched = time.monotonic()
-            self._watch(self.load())
 
     def overdue(self) -> str | None:
         """What takes longer than it may, in words: only a new process helps then; see `MicroBatcher.overdue`."""

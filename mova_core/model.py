@@ -5,9 +5,8 @@ Legend: B rows, L tokens, M pictures, N base tokens, E experts of the pool, D th
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import peft
 import torch
@@ -17,7 +16,6 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +28,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mova_core.adapter import AdapterConfig, MoVAdapter
 from mova_core.config import MoVAConfig
 from mova_core.experts import BASE, Features, expert_card, expert_class
-from mova_core.processing import IGNORE
 from mova_core.routing.light_router import LightRouter
 
 ROUTING_LORA = "expert_routing_lora"  # the peft adapter's name, and its folder in a checkpoint
@@ -174,60 +171,6 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return self.embed(input_ids, visual)
         pairs = zip(coarse, self.coarsen(visual), visual, strict=True)
         return self.embed(input_ids, [pooled if flag else full for flag, pooled, full in pairs])
-
-    def prepare_inputs(
-        self,
-        input_ids: Tensor,
-        visual: Sequence[Tensor] | Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        max_length: int | None = None,
-        padding_side: Literal["left", "right"] = "right",
-    ) -> dict[str, Tensor | None]:
-        """Batches of the published form, one image token a picture, to what `forward` takes.
-
-        The published `prepare_inputs_labels_for_multimodal`, except that a row without a picture takes none.
-
-        Args:
-            input_ids: (B, L) int64, `config.image_token_id` once per picture.
-            visual: per picture its tokens (n, D), in reading order.
-            attention_mask, labels, position_ids: (B, L); each may be None and then is None in what comes back.
-            max_length: longest row with its pictures, in tokens; a longer one loses its end.
-            padding_side: where short rows are filled up, with zeros.
-
-        Returns:
-            inputs_embeds (B, L', D); attention_mask (B, L') of the dtype it had; labels (B, L') int64 with `IGNORE` on
-            pictures and padding; position_ids (B, L') int64 from 0 in every row.
-
-        Raises:
-            ValueError: more image tokens than pictures, or more pictures than image tokens.
-        """
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        marks = (input_ids == self.config.image_token_id) & mask
-        if int(marks.sum()) != len(visual):
-            raise ValueError(f"the text has {int(marks.sum())} image tokens but there are {len(visual)} pictures")
-        given = iter(visual)
-        embeds, targets = [], []
-        for row, (kept, pictured) in enumerate(zip(mask, marks, strict=True)):
-            shown = [next(given) for _ in range(int(pictured.sum()))]
-            repeats = torch.ones_like(input_ids[row])
-            repeats[pictured] = repeats.new_tensor([len(tokens) for tokens in shown])
-            ids = input_ids[row][kept].repeat_interleave(repeats[kept])
-            embeds.append(self.embed(ids[None], shown)[0][:max_length])
-            told = torch.full_like(input_ids[row], IGNORE) if labels is None else labels[row]
-            told = told.masked_fill(pictured, IGNORE)[kept].repeat_interleave(repeats[kept])
-            targets.append(told[:max_length])
-        pad = partial(pad_sequence, batch_first=True, padding_side=padding_side)
-        places = [torch.arange(len(row), device=input_ids.device) for row in targets]
-        return {
-            "inputs_embeds": pad(embeds),
-            "attention_mask": None
-            if attention_mask is None
-            else pad([torch.ones_like(row, dtype=attention_mask.dtype) for row in targets]),
-            "labels": None if labels is None else pad(targets, padding_value=IGNORE),
-            "position_ids": None if position_ids is None else pad(places),
-        }
 
     def forward(  # type: ignore[override]
         self,

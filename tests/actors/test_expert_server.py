@@ -2,7 +2,6 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -152,18 +151,16 @@ class TestPublishedExperts:
         assert alone.tokens.shape == (16, 64) and alone.grid == (4, 4)
         torch.testing.assert_close(alone.tokens, computed(results[3]).tokens, atol=1e-5, rtol=0)
 
-    def test_a_shard_is_stored_once_and_a_line_goes_on(self, server, pictures, tmp_path):
+    def test_a_shard_is_stored_once_and_its_report_names_failures(self, server, pictures, tmp_path):
         path = FeatureStore(tmp_path / "store", create=True).location
-        told: list[dict[str, Any]] = []
-        sam = server(
-            "sam", batch_size=2, queue=3, store=path, watch=told.append
-        )  # a shard may be longer than the queue
+        sam = server("sam", batch_size=2, queue=3, store=path)  # a shard may be longer than the queue
         shard = shard_of(sam.store.add_expert(sam.description), refs(pictures, *range(5), "bad"))
         [line] = [row for table in sam(shard) for row in table.to_pylist()]
         assert (line["shard"], line["stored"]) == (shard["shard"][0].as_py(), 5)
         assert [bad["image"] for bad in line["failed"]] == [str(pictures / "bad.png")]
-        assert (told[-1]["computed"], told[-1]["stored"], told[-1]["waiting"]) == (5, 5, 0)
-        assert told[-1]["busy"] > 0 and told[-1]["prepare"] > 0
+        load = sam.load()
+        assert (load["computed"], load["stored"], load["waiting"]) == (5, 5, 0)
+        assert load["busy"] > 0 and load["prepare"] > 0
 
         store = FeatureStore(tmp_path / "store")
         assert store.stat()["experts"]["sam"]["features"] == 5

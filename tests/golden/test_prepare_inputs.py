@@ -1,11 +1,14 @@
 """Golden case 9: ids, pictures and routing to what the LLM reads, its logits, its loss, and a training step."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mova_core.experts import EXPERTS
+from mova_core.processing import IGNORE
 
 TOLERANCE = 5e-5
 PUBLISHED_IMAGE = -200
@@ -49,30 +52,45 @@ def encode(model, golden, tower, experts, gate, case="in", routing=None):
 
 
 def prepare(model, golden, visual, scenario):
-    """The scenario's ids, mask, labels and routing passes through `prepare_inputs`; `visual` per picture of the batch."""
+    """What `forward` takes for a scenario's ids, mask and labels, with `visual` tokens per picture of the batch.
+
+    The published `prepare_inputs_labels_for_multimodal` around our `embed`, except that a row without a picture takes none.
+    """
     tensors, facts = golden("prepare_inputs")
-    told = facts["scenarios"][scenario]
+    published = facts["scenarios"][scenario]
     ids = tensors.get(f"in.{scenario}.input_ids", tensors["in.input_ids"])
-    pictures_of = (ids == PUBLISHED_IMAGE).sum(1).tolist()
-    coarse = [row for row, count in enumerate(pictures_of) for _ in range(count)]
-    coarse = [bool(told["has_routing"] and told["has_routing"][row]) for row in coarse]
-    pooled = model.coarsen(visual)
-    given = {} if scenario == "no_mask_no_labels" else {"attention_mask": tensors["in.attention_mask"].bool()}
-    if given:
-        given["labels"] = tensors.get(f"in.{scenario}.labels", tensors["in.labels"])
-    if "position_ids" not in told["returned_none"]:
-        given["position_ids"] = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.prepare_inputs(
-        ids.masked_fill(ids == PUBLISHED_IMAGE, model.config.image_token_id),
-        [few if one else many for few, many, one in zip(pooled, visual, coarse, strict=True)],
-        max_length=told["cfg"].get("tokenizer_model_max_length"),
-        padding_side=told["cfg"].get("tokenizer_padding_side", "right"),
-        **given,
-    )
+    full = scenario != "no_mask_no_labels"
+    mask = tensors["in.attention_mask"].bool() if full else torch.ones_like(ids, dtype=torch.bool)
+    labels = tensors.get(f"in.{scenario}.labels", tensors["in.labels"]) if full else torch.full_like(ids, IGNORE)
+    routing_pass = published["has_routing"] or [False] * len(ids)
+    limit = published["cfg"].get("tokenizer_model_max_length")
+    side = published["cfg"].get("tokenizer_padding_side", "right")
+    remaining = iter(zip(visual, model.coarsen(visual), strict=True))
+    embeds, targets = [], []
+    for row, row_ids in enumerate(ids):
+        marks = row_ids == PUBLISHED_IMAGE
+        pairs = [next(remaining) for _ in range(int(marks.sum()))]
+        shown = [coarse if routing_pass[row] else fine for fine, coarse in pairs]
+        repeats = torch.ones_like(row_ids)
+        repeats[marks] = repeats.new_tensor([len(tokens) for tokens in shown])
+        marked = row_ids.masked_fill(marks, model.config.image_token_id)
+        expanded = marked[mask[row]].repeat_interleave(repeats[mask[row]])
+        embeds.append(model.embed(expanded[None], shown)[0][:limit])
+        target = labels[row].masked_fill(marks, IGNORE)[mask[row]]
+        targets.append(target.repeat_interleave(repeats[mask[row]])[:limit])
+    assert next(remaining, None) is None, "a picture without an image token"
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    inputs = {
+        "inputs_embeds": pad(embeds),
+        "attention_mask": pad([torch.ones(len(row), dtype=torch.bool) for row in targets]),
+        "labels": pad(targets, padding_value=IGNORE),
+        "position_ids": pad([torch.arange(len(row)) for row in targets]),
+    }
+    return {name: None if name in published["returned_none"] else tensor for name, tensor in inputs.items()}
 
 
-def assert_close(found, wanted, what=""):
-    torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0, msg=lambda said: f"{what}: {said}")
+def assert_close(actual, published, what=""):
+    torch.testing.assert_close(actual, published, atol=TOLERANCE, rtol=0, msg=lambda text: f"{what}: {text}")
 
 
 @torch.no_grad()
