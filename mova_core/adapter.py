@@ -1,6 +1,6 @@
-"""The MoV-Adapter (paper section 3.2): fuses routed experts into the base tokens, led by picture and question.
+"""The MoV-Adapter (paper section 3.2): fuses features of routed experts into the base tokens, weighted by a gate.
 
-Shapes: B pictures, R of them routed to one expert, L tokens of an expert on its native grid, N tokens of the base grid,
+Shapes: B images, R of them routed to one expert, L tokens of an expert on its native grid, N tokens of the base grid,
 D width, C channels of an expert, E experts of the pool, T text width, H heads, K channels of a head.
 Every parameter and buffer has its published name: a published adapter loads without its prefix `model.mm_projector.`.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import initialization as init  # as torch.nn.init, but never touches what from_pretrained has loaded
+from transformers import initialization as init  # like torch.nn.init, but skips weights that from_pretrained has loaded
 
 from mova_core.experts.base import Features
 
@@ -30,23 +30,23 @@ BERT_LARGE = {  # bert-large-uncased, the published text encoder
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Sizes of a MoV-Adapter; the defaults are the published ones. `AdapterConfig(**config.to_dict())` gives it back.
+    """Sizes of a MoV-Adapter; the defaults are the published ones. `AdapterConfig(**config.to_dict())` equals `config`.
 
     Raises:
-        ValueError: sizes that do not fit each other; it names them.
+        ValueError: sizes do not fit each other; the message names them.
     """
 
-    expert_channels: Mapping[str, int]  # expert -> channels in pool order; (name, channels) pairs do as well
+    expert_channels: Mapping[str, int]  # expert -> channels in pool order; or (name, channels) pairs
     out_width: int  # hidden size of the LLM
     width: int = 1024  # channels of the base encoder
     grid: int = 48  # side of the base grid
     blocks: int = 3
     heads: int = 0  # of every attention; 0: one per 64 channels
-    topk: int = 3  # experts whose gate weight is kept when more are routed
+    topk: int = 3  # most experts per image with a gate weight above zero
     text_encoder: Mapping[str, Any] = field(default_factory=lambda: dict(BERT_LARGE))  # fields of a BertConfig
     text_width: int = 1024  # hidden size of the text encoder
     freeze_text_encoder: bool = False
-    added: int = 0  # how many of the last experts joined by `MoVAdapter.add_expert`
+    added: int = 0  # number of experts at the end of the pool that `MoVAdapter.add_expert` added
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "expert_channels", dict(self.expert_channels))
@@ -64,12 +64,15 @@ class AdapterConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, too small")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the pool as a list of pairs, JSON with sorted keys would lose a mapping's order."""
+        """Plain values for JSON. The pool is a list of pairs, because JSON with sorted keys loses the order of a mapping."""
         return dataclasses.asdict(self) | {"expert_channels": [list(pair) for pair in self.expert_channels.items()]}
 
 
 def align(tokens_RLC: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """Tokens of an (H, W) grid to (R, side*side, C) in their dtype: bilinear, no antialias, in float32 (Eq. 1)."""
+    """Resizes tokens (R, H*W, C) of an (H, W) grid to (R, side*side, C): bilinear, no antialias, in float32 (Eq. 1).
+
+    The result has the dtype of the tokens.
+    """
     if grid == (side, side):
         return tokens_RLC
     plane_RCHW = tokens_RLC.float().unflatten(1, grid).permute(0, 3, 1, 2)
@@ -78,9 +81,9 @@ def align(tokens_RLC: Tensor, grid: tuple[int, int], side: int) -> Tensor:
 
 
 class Rope2D(nn.Module):
-    """Rotary positions on a square grid: the first half of a head turns with the row, the second with the column.
+    """Rotary positions on a square grid: the first half of a head rotates with the row, the second with the column.
 
-    The tables are saved: a bf16 checkpoint was trained with tables rounded to bf16 and needs those.
+    The tables are buffers of the checkpoint: a bf16 checkpoint was trained with tables rounded to bf16 and needs these.
     """
 
     freqs_cos: Tensor  # (N, K)
@@ -97,21 +100,21 @@ class Rope2D(nn.Module):
         half = self.freqs_cos.shape[1] // 2
         place = torch.arange(self.grid, dtype=torch.float32)
         speed = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
-        turn = torch.outer(place, speed).repeat_interleave(2, dim=1)  # neighbours form a pair and turn together
+        turn = torch.outer(place, speed).repeat_interleave(2, dim=1)  # two neighbouring channels form a pair
         angle_NK = torch.cat((turn.repeat_interleave(self.grid, dim=0), turn.repeat(self.grid, 1)), dim=1)
         init.copy_(self.freqs_cos, angle_NK.cos())
         init.copy_(self.freqs_sin, angle_NK.sin())
 
     def forward(self, x_RNHK: Tensor) -> Tensor:
-        """Queries or keys (R, N, H, K), turned in float32 or wider, in their own dtype; N is the whole grid."""
-        dtype = torch.promote_types(x_RNHK.dtype, torch.float32)  # there are no complex numbers of bf16
+        """Rotates queries or keys (R, N, H, K), N the whole grid; computes in float32 or wider, keeps the dtype."""
+        dtype = torch.promote_types(x_RNHK.dtype, torch.float32)  # torch has no complex bf16
         turn_NK = torch.complex(self.freqs_cos[:, ::2].to(dtype), self.freqs_sin[:, ::2].to(dtype))
         pairs = torch.view_as_complex(x_RNHK.to(dtype).unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turn_NK[:, None]).flatten(-2).to(x_RNHK.dtype)
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero, so that the branch it ends starts silent (the gate: uniform)."""
+    """A linear layer that starts at zero, so that a residual branch starts with no effect, and the gate uniform."""
 
     def reset_parameters(self) -> None:
         init.zeros_(self.weight)
@@ -132,54 +135,54 @@ class Attention(nn.Module):
         self.proj = ZeroLinear(width, width)
 
     def attend(self, q_RND: Tensor, k_RND: Tensor, v_RND: Tensor) -> Tensor:
-        """Projected queries, keys and values, all on the base grid, to the output (R, N, D) in their dtype."""
+        """Attention over projected queries, keys and values (R, N, D), all on the base grid -> (R, N, D), same dtype."""
         q_RNHK, k_RNHK, v_RNHK = (t.unflatten(-1, (self.heads, -1)) for t in (q_RND, k_RND, v_RND))
         qkv_RHNK = (t.transpose(1, 2) for t in (self.rope(q_RNHK), self.rope(k_RNHK), v_RNHK))
         y_RHNK = F.scaled_dot_product_attention(*qkv_RHNK)
         return self.proj(self.inner_attn_ln(y_RHNK.transpose(1, 2).flatten(2)))
 
     def forward(self, x_RND: Tensor) -> Tensor:
-        """Tokens (R, N, D) of the base grid to what they learn from each other, (R, N, D)."""
+        """Self-attention of the tokens of the base grid: (R, N, D) -> (R, N, D)."""
         return self.attend(self.q_proj(x_RND), self.k_proj(x_RND), self.v_proj(x_RND))
 
 
 def normalize(x: Tensor) -> Tensor:
-    """The part of a LayerNorm that has no parameters, in float32 or wider."""
+    """LayerNorm over the last axis without scale and shift, in float32 or wider."""
     return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])
 
 
 def project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """`linear(norm(.))` of what went through `normalize`.
+    """`linear(norm(.))` of a tensor that `normalize` returned.
 
-    The norm's scale and shift go into the weight. So all experts of a block keep the same normalised base tokens for the
-    backward pass, all blocks an expert's, and as frozen features ask no gradient their keys and values train a third
-    cheaper.
+    The norm's scale and shift are folded into the weight. So autograd keeps one normalised copy of the base tokens for all
+    experts of a block, and one of an expert's tokens for all blocks. Frozen features need no gradient, which saves a third
+    of the work for their keys and values.
     """
     dtype = linear.weight.dtype
-    if torch.finfo(dtype).bits < 32:  # there a scaled weight would be rounded once more
+    if torch.finfo(dtype).bits < 32:  # the scaled weight would be rounded a second time
         return linear(torch.addcmul(norm.bias, x, norm.weight).to(dtype))
     return F.linear(x, linear.weight * norm.weight, linear.weight @ norm.bias)
 
 
 class ExpertKnowledgeExtractor(Attention):
-    """What one block learns from one expert: the base tokens ask, the expert's aligned tokens answer (Eq. 2)."""
+    """Cross-attention of one block to one expert: base tokens are the queries, aligned tokens keys and values (Eq. 2)."""
 
     def forward(  # type: ignore[override]
         self, x_RND: Tensor, tokens_RNC: Tensor, norm_x: nn.LayerNorm, norm_tokens: nn.LayerNorm
     ) -> Tensor:
-        """Base tokens (R, N, D) and an expert's aligned tokens (R, N, C) to what the former learn, (R, N, D).
+        """Attends from base tokens (R, N, D) to an expert's aligned tokens (R, N, C) -> (R, N, D).
 
-        Both sides come through `normalize`: their norm's scale and shift are applied here, see `project`.
+        Both arguments are results of `normalize`; `project` applies the scale and shift of their norms.
         """
         q_RND = project(x_RND, norm_x, self.q_proj)
         return self.attend(q_RND, *(project(tokens_RNC, norm_tokens, proj) for proj in (self.k_proj, self.v_proj)))
 
 
 class DynamicGatingNetwork(nn.Sequential):
-    """How much each routed expert counts, from the question's feature and the mean of the picture's tokens (Eq. 3).
+    """The weight of each routed expert, from the question's feature and the mean of the image's tokens (Eq. 3).
 
-    A softmax over the routed experts, cut to the `topk` largest and renormalised. The last `added` experts joined a
-    trained pool: each has a sigmoid of its own instead, so that its arrival takes no weight from the others.
+    Weights are a softmax over the routed experts; the `topk` largest are kept and renormalised. The last `added` experts
+    joined a trained pool: each has a sigmoid instead, so that it takes no weight from the others.
     """
 
     def __init__(self, width: int, text_width: int, experts: int, topk: int, added: int = 0):
@@ -188,7 +191,7 @@ class DynamicGatingNetwork(nn.Sequential):
         self.added = added
 
     def add_expert(self) -> None:
-        """One more row of logits, zero; the rows that are there keep their values."""
+        """Adds a row of zero logits; existing rows keep their values."""
         old = cast(ZeroLinear, self[2])
         new = ZeroLinear(old.in_features, old.out_features + 1).to(old.weight)
         with torch.no_grad():
@@ -198,7 +201,10 @@ class DynamicGatingNetwork(nn.Sequential):
         self.added += 1
 
     def forward(self, x_BND: Tensor, text_BT: Tensor, routing_BE: Tensor) -> Tensor:  # type: ignore[override]
-        """Gate weights (B, E) in float32; zero for every expert that is not routed."""
+        """Tokens (B, N, D), text features (B, T) and bool routing (B, E) -> gate weights (B, E) in float32.
+
+        The weight of an expert that is not routed is zero.
+        """
         logit_BE = super().forward(torch.cat((text_BT, x_BND.mean(1)), dim=1)).float()
         first = logit_BE.shape[1] - self.added
         chosen = routing_BE[:, :first]
@@ -210,7 +216,7 @@ class DynamicGatingNetwork(nn.Sequential):
 
 
 class SwiGLU(nn.Module):
-    """Gated MLP with a norm before its output projection (sub-LN)."""
+    """Gated MLP with a norm before the output projection (sub-LN)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -221,7 +227,7 @@ class SwiGLU(nn.Module):
         self.w3 = ZeroLinear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
+        """(..., D) -> (..., D)."""
         return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
 
 
@@ -236,16 +242,16 @@ class TransformerBlock(nn.Module):
         self.mlp = SwiGLU(width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        """Tokens of the base grid to tokens of the same shape and dtype."""
+        """(B, N, D) -> (B, N, D), same dtype."""
         x_BND = x_BND + self.self_attn(self.norm3(x_BND))
         return x_BND + self.mlp(self.norm4(x_BND))
 
 
 class Routed(NamedTuple):
-    """One expert's tokens, aligned and normalised, for the pictures that are routed to it."""
+    """The aligned and normalised tokens of one expert, for the images that are routed to this expert."""
 
     expert: int  # index in the pool
-    rows_R: Tensor  # which pictures of the batch
+    rows_R: Tensor  # positions of these images in the batch
     tokens_RNC: Tensor
 
 
@@ -276,7 +282,7 @@ class MoVAdapterBlock(TransformerBlock):
     def forward(  # type: ignore[override]
         self, x_BND: Tensor, text_BT: Tensor, routing_BE: Tensor, routed: Sequence[Routed]
     ) -> tuple[Tensor, Tensor]:
-        """The next tokens (B, N, D) and the gate weights (B, E)."""
+        """Returns the next tokens (B, N, D) and the gate weights (B, E) in float32."""
         gate_BE = self.gate(x_BND, text_BT, routing_BE)
         normed_BND, learned_BND = normalize(x_BND), torch.zeros_like(x_BND)
         for expert, rows_R, tokens_RNC in routed:
@@ -288,19 +294,19 @@ class MoVAdapterBlock(TransformerBlock):
 
 
 class TextEncoder(nn.Module):
-    """BERT read in both directions; the question's feature is its [CLS] token of the last layer."""
+    """BERT; the question's feature is the [CLS] token of the last layer."""
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
-        from transformers import BertConfig, BertModel  # takes 3 s to import, so only where one is built
+        from transformers import BertConfig, BertModel  # takes 3 s to import, so only when built
 
         self.bert = BertModel(BertConfig.from_dict(dict(config)), add_pooling_layer=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids and their mask, (B, length) int64, to the [CLS] feature (B, T).
+        """Token ids and mask (B, length) int64 -> [CLS] feature (B, T).
 
         Raises:
-            ValueError: more tokens than the encoder has positions for.
+            ValueError: there are more tokens than the encoder has positions.
         """
         limit = self.bert.config.max_position_embeddings
         if input_ids.shape[1] > limit:
@@ -309,19 +315,20 @@ class TextEncoder(nn.Module):
 
 
 class MoVAdapter(nn.Module):
-    """Base tokens and the routed experts' features to visual tokens for the LLM.
+    """Fuses base tokens and features of the routed experts into visual tokens for the LLM.
 
-    An expert's cross-attentions and the alignment of its features run only for the pictures routed to it, in every
-    batch, in training as in inference. Parameters of an expert that no picture of the batch is routed to get no
-    gradient, so DistributedDataParallel needs `find_unused_parameters=True`.
+    In training and inference alike, alignment and cross-attention of an expert run only for the images routed to it. Where
+    no image of a batch is routed to an expert, its parameters get no gradient, so DistributedDataParallel needs
+    `find_unused_parameters=True`.
 
-    With `gradient_checkpointing` set (transformers' `gradient_checkpointing_enable` sets it) the backward pass
-    recomputes the blocks.
+    Attributes:
+        gradient_checkpointing: recompute the blocks in the backward pass; transformers' `gradient_checkpointing_enable`
+            sets it.
     """
 
     def __init__(self, config: AdapterConfig):
         super().__init__()
-        from timm.layers import LayerNormAct2d  # takes 0.5 s to import, so only where one is built
+        from timm.layers import LayerNormAct2d  # takes 0.5 s to import, so only when built
         from timm.models.regnet import RegStage
 
         self.config = config
@@ -347,17 +354,17 @@ class MoVAdapter(nn.Module):
     def train(self, mode: bool = True) -> "MoVAdapter":
         super().train(mode)
         if self.config.freeze_text_encoder:
-            self.text_encoder.eval()  # what cannot learn should not drop out either
+            self.text_encoder.eval()  # frozen, so dropout would only add noise
         return self
 
     def add_expert(self, name: str, channels: int) -> None:
-        """Lets the pool grow by one expert, last in routing order; call it before the optimizer is made.
+        """Adds an expert to the pool, last in routing order. Call this before the optimizer is created.
 
-        Its extractors start at zero output and its gate takes no weight from the others, so every output stays what it
-        was, whether or not a picture is routed to it, until it is trained.
+        The new cross-attentions start with zero output, and the new gate takes no weight from the other experts. So until
+        the new parameters are trained, outputs do not change, whether or not an image is routed to the new expert.
 
         Raises:
-            ValueError: the pool has an expert of that name.
+            ValueError: the pool has an expert of this name.
         """
         pool = self.config.expert_channels
         if name in pool:
@@ -369,10 +376,10 @@ class MoVAdapter(nn.Module):
             cast(MoVAdapterBlock, block).add_expert(channels)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The question's feature (B, T) for the gate, from BERT token ids (B, length) and their mask.
+        """The question's feature (B, T) for the gate, from BERT token ids and mask (B, length) int64.
 
         Raises:
-            ValueError: more tokens than the text encoder has positions for.
+            ValueError: there are more tokens than the text encoder has positions.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_text_encoder):
             return self.text_encoder(input_ids, attention_mask)
@@ -390,18 +397,18 @@ class MoVAdapter(nn.Module):
         Args:
             base: (B, N, D) tokens of the base encoder, row-major on the base grid.
             experts: features by expert on their native grids, of any dtype and device. Tokens are (B, L, C), or
-                (R, L, C) with only the pictures routed to the expert, in batch order. An expert that no picture is
-                routed to may be absent.
+                (R, L, C) of only the images routed to the expert, in batch order. An expert to which no image is routed
+                may be left out.
             routing: bool (B, E) in pool order.
-            text: `input_ids` and `attention_mask` for the text encoder, or features (B, T) from `encode_text`. One row
-                serves the whole batch.
+            text: `input_ids` and `attention_mask` for the text encoder, or features (B, T) from `encode_text`. A single
+                row stands for the whole batch.
             return_gates: also return the gate weights (B, E) of every block, float32 and detached.
 
         Returns:
             visual tokens (B, N/4, out_width) in the adapter's dtype.
 
         Raises:
-            ValueError: a shape that does not fit, or features missing for a routed expert; it names which.
+            ValueError: a shape does not fit, or features of a routed expert are missing; the message names them.
         """
         config = self.config
         if base.shape[1:] != (config.grid**2, config.width):
@@ -426,7 +433,7 @@ class MoVAdapter(nn.Module):
         return (out, gates) if return_gates else out
 
     def _route(self, experts: Mapping[str, Features], routing: Tensor, base_BND: Tensor) -> list[Routed]:
-        """Per routed expert its rows of the batch and their features on base's device and in its dtype."""
+        """Validates features and routing; aligns and normalises the features of each routed expert."""
         batch, pool, side = len(base_BND), self.config.expert_channels, self.config.grid
         if routing.shape != (batch, len(pool)) or routing.dtype != torch.bool:
             takes = f"torch.bool ({batch}, {len(pool)}): pictures x {', '.join(pool)}"

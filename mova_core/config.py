@@ -1,4 +1,4 @@
-"""MoVAConfig: which LLM, base encoder, expert pool, adapter and routing make one MoVA."""
+"""MoVAConfig: the LLM, base encoder, expert pool, adapter and routing of one MoVA model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,19 +11,19 @@ class MoVAConfig(PretrainedConfig):
 
     Args:
         text_config: config of the causal LM, any that transformers can load.
-        base_arch: arch of the base encoder (`clip`), in the words every expert shares.
-        pool: the vision experts in routing order, one mapping each with name, channels, description, and the
-            fingerprint and dtype of the features the model was trained on (absent until it was).
+        base_arch: arch of the base encoder (`clip`).
+        pool: the vision experts in routing order: mappings with name, channels, description, and the fingerprint and
+            dtype of the features that the model was trained on (absent before training).
         adapter: fields of `mova_core.adapter.AdapterConfig`.
         image_token_id: token that stands for one visual token in the LLM's input.
         expert_size: size of the experts whose features the adapter takes, as `load_expert` takes it.
-        routing_grid: side of the grid the routing pass pools the adapter's output to (published: 12, so 144 tokens).
+        routing_grid: side of the grid to which the routing pass pools the adapter's output (published: 12, so 144 tokens).
         max_experts: most experts one question may get (paper section 3.1: 3).
-        light_router: width of the light router's hidden layer; 0 where the model has none.
+        light_router: width of the light router's hidden layer; 0: the model has no light router.
     """
 
     model_type = "mova"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  transformers reads it off the class
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012  transformers reads this attribute of the class
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class MoVAConfig(PretrainedConfig):
 
     @property
     def descriptions(self) -> list[str]:
-        """What the router reads of each expert, in routing order."""
+        """The line that the router reads about each expert, in routing order."""
         return [expert["description"] for expert in self.pool]
 
     @property
@@ -74,10 +74,10 @@ class MoVAConfig(PretrainedConfig):
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Expert -> fingerprint of the features this model was trained on, where it is known."""
+        """Expert -> fingerprint of the features that this model was trained on, where known."""
         return {expert["name"]: expert["fingerprint"] for expert in self.pool if expert.get("fingerprint")}
 
     @property
     def feature_dtypes(self) -> dict[str, str]:
-        """Expert -> dtype of the features this model was trained on, where it is known."""
+        """Expert -> dtype of the features that this model was trained on, where known."""
         return {expert["name"]: expert["dtype"] for expert in self.pool if expert.get("dtype")}

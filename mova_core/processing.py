@@ -1,6 +1,6 @@
-"""MoVAProcessor: conversations and pictures in, the tensors MoVA reads out.
+"""MoVAProcessor: turns conversations and images into the tensors that MoVA reads.
 
-Legend: B rows, L tokens, M pictures, T tokens of the gate's text.
+Shapes: B conversations, L tokens of a row, M images of the batch, T tokens of the gate's text, S the image size in pixels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,21 +24,22 @@ Pictures = ImageSource | Sequence[ImageSource] | None  # of one conversation
 
 
 class MoVAProcessor(ProcessorMixin):
-    """Chat template, LLM tokens, the gate's text and the base encoder's pixels in one call.
+    """Applies the chat template, tokenises for the LLM and for the gate, and preprocesses images, in one call.
 
     Args:
-        tokenizer: the LLM's; its chat template renders a conversation, in which `IMAGE_MARK` stands for a picture.
-        text_tokenizer: the adapter's text encoder's.
-        base_arch: arch of the base encoder, which says how pictures become pixels.
-        image_tokens: visual tokens per picture in the answer pass.
-        routing_tokens: visual tokens per picture in the routing pass.
-        chat_format: one of `CHAT_FORMATS`, for published weights, instead of the tokenizer's chat template.
+        tokenizer: of the LLM. Its chat template renders a conversation, in which `IMAGE_MARK` stands for an image.
+        text_tokenizer: of the adapter's text encoder.
+        base_arch: arch of the base encoder, which decides the preprocessing of images.
+        image_tokens: visual tokens per image in the answer pass.
+        routing_tokens: visual tokens per image in the routing pass.
+        chat_template: replaces the tokenizer's own.
+        chat_format: one of `CHAT_FORMATS`, for published weights; replaces the chat template.
 
     Raises:
-        ValueError: no such chat format, or a tokenizer without an `IMAGE_MARK` token.
+        ValueError: `chat_format` is unknown, or the tokenizer has no `IMAGE_MARK` token.
     """
 
-    tokenizer: Any  # set by ProcessorMixin, as every argument that names one
+    tokenizer: Any  # ProcessorMixin sets every argument of its constructor as an attribute
     text_tokenizer: Any
 
     def __init__(
@@ -67,17 +68,17 @@ class MoVAProcessor(ProcessorMixin):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> "MoVAProcessor":
-        """Loads a processor from a folder or the hub, as transformers does, but never with code of that folder.
+        """Loads a processor from a folder or the hub as transformers does, but never runs code of that folder.
 
-        Without this, a folder whose tokenizer_config.json names a class of its own has transformers ask on the terminal
-        whether to run it.
+        Without `trust_remote_code=False`, transformers asks on the terminal whether to run a class that
+        tokenizer_config.json names.
 
         Args:
             pretrained_model_name_or_path: folder or hub id.
             kwargs: as transformers' `from_pretrained` takes them; `trust_remote_code` is always False.
 
         Raises:
-            OSError, ValueError: no such processor, or a tokenizer of a class that transformers does not have.
+            OSError, ValueError: there is no such processor, or transformers does not have its tokenizer's class.
         """
         return super().from_pretrained(pretrained_model_name_or_path, **(kwargs | {"trust_remote_code": False}))
 
@@ -91,12 +92,11 @@ class MoVAProcessor(ProcessorMixin):
         chat_template: str | None = None,
         chat_format: str | None = None,
     ) -> "MoVAProcessor":
-        """The processor of `model`, a `MoVAForConditionalGeneration` or its `MoVAConfig`.
+        """Creates the processor of `model`, a `MoVAForConditionalGeneration` or its `MoVAConfig`.
 
         Args:
             tokenizer, text_tokenizer: of the LLM and of the adapter's text encoder.
-            chat_template: instead of the tokenizer's own.
-            chat_format: as the constructor takes it.
+            chat_template, chat_format: as the constructor takes them.
 
         Raises:
             ValueError: as the constructor and `check_fits`.
@@ -111,7 +111,7 @@ class MoVAProcessor(ProcessorMixin):
         """Compares this processor with `model`, a `MoVAForConditionalGeneration` or its `MoVAConfig`.
 
         Raises:
-            ValueError: the processor would make inputs that the model does not take; the message lists every difference.
+            ValueError: the model cannot take inputs of this processor; the message lists every difference.
         """
         config = _config_of(model)
         arch = {name: list(value) if isinstance(value, tuple) else value for name, value in self.base_arch.items()}
@@ -123,7 +123,7 @@ class MoVAProcessor(ProcessorMixin):
             "base_arch": (arch, config.base_arch),
             "gate's tokens": (min(len(self.text_tokenizer), vocabulary), len(self.text_tokenizer)),
         }
-        differing = [f"{what} {ours}, the model's {its}" for what, (ours, its) in pairs.items() if ours != its]
+        differing = [f"{what} {own}, the model's {models}" for what, (own, models) in pairs.items() if own != models]
         if differing:
             raise ValueError(
                 f"the processor does not fit the model: {'; '.join(differing)}. "
@@ -132,7 +132,7 @@ class MoVAProcessor(ProcessorMixin):
 
     @cached_property
     def base(self) -> VisionExpert:
-        """The base encoder without weights: only its preprocessing is used."""
+        """The base encoder on the meta device, without weights, for its preprocessing."""
         with torch.device("meta"):
             return expert_class(BASE)(self.base_arch)
 
@@ -147,71 +147,74 @@ class MoVAProcessor(ProcessorMixin):
         questions: Sequence[str | Sequence[str]] | None = None,
         pixels: bool = True,
     ) -> BatchFeature:
-        """Tensors of B conversations; text-only ones and ones with any number of pictures may share a batch.
+        """Builds the tensors of B conversations. Conversations with and without images may share a batch.
 
         Args:
-            conversations: without `labels` each ends with the user's turn and the reply is to be generated. `IMAGE_MARK`
-                in the text says where a picture stands; without any, all stand before the first user turn.
-            images: None, one picture or several per conversation; M in all.
-            routing: which rows are a routing pass and show each picture in `routing_tokens` tokens.
-            labels: also return `labels` (B, L): the assistant's words and the end mark; `IGNORE` elsewhere.
-            max_length: most tokens a row may have; default what the tokenizer knows of its model. With `labels` a longer
-                row loses its end; without, it is refused.
-            questions: what the gate reads per row, or per picture of the row; default the row's user turns.
-            pixels: also prepare the pictures and the gate's text.
+            conversations: without `labels` each ends with the user's turn, to which the reply is generated. `IMAGE_MARK`
+                in the text says where an image stands; without marks, all images stand before the first user turn.
+            images: None, one image or several per conversation; M in all.
+            routing: which conversations are a routing pass, with `routing_tokens` tokens per image.
+            labels: also return `labels`: the ids of the assistant's turns and end marks, `IGNORE` elsewhere.
+            padding_side: "left" or "right".
+            max_length: most tokens of a row; default the tokenizer's `model_max_length`. With `labels` a longer row is
+                cut at its end; without, it is refused.
+            questions: text for the gate per conversation, or per image of the conversation; default the user's turns.
+            pixels: also return `pixel_values` and the gate's text.
 
         Returns:
             input_ids and attention_mask (B, L) int64; pixel_values (M, 3, S, S) float32; text_input_ids and
-            text_attention_mask (M, T) int64 for the gate; labels (B, L) int64 when asked for. Pictures come in reading
-            order, row by row.
+            text_attention_mask (M, T) int64 for the gate; labels (B, L) int64 if `labels`. Images are in reading order,
+            row by row.
 
         Raises:
-            ValueError: pictures and marks that do not match, an empty question, a prompt longer than `max_length`, or one
-                whose picture does not fit into it; the message names the conversation.
-            ImageError: a picture that cannot be read.
+            ValueError: images and marks differ in number, a question is empty, or a prompt or its images exceed
+                `max_length`; the message names the conversation.
+            ImageError: an image cannot be read.
         """
         as_routing = [routing] * len(conversations) if isinstance(routing, bool) else list(routing)
-        shown = [_pictures(given) for given in images]
+        shown = [_as_list(of_conversation) for of_conversation in images]
         if not len(conversations) == len(shown) == len(as_routing):
             counts = f"{len(conversations)} conversations, {len(shown)} images, {len(as_routing)} routing"
             raise ValueError(f"give one entry per conversation: got {counts}")
         rows = []
-        for index, (turns, pictures, rout) in enumerate(zip(conversations, shown, as_routing, strict=True)):
+        for index, (turns, pictures, is_routing) in enumerate(zip(conversations, shown, as_routing, strict=True)):
             try:
-                visual_tokens = self.routing_tokens if rout else self.image_tokens
+                visual_tokens = self.routing_tokens if is_routing else self.image_tokens
                 rows.append(self._tokens(turns, len(pictures), visual_tokens, labels, max_length))
             except ValueError as error:
                 raise ValueError(f"conversation {index}: {error}") from None
+        out = self._padded(rows, labels, padding_side)
+        if pixels and any(shown):
+            out["pixel_values"] = self.base.preprocess([image for row in shown for image in row])["pixel_values"]
+            texts = questions if questions is not None else ["\n".join(gate_turns(turns)) for turns in conversations]
+            out |= self.gate_text(_per_image(texts, [len(row) for row in shown]))
+        return BatchFeature(out)
+
+    def _padded(
+        self, rows: Sequence[tuple[list[int], list[int]]], labels: bool, padding_side: str
+    ) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and, if wanted, `labels` of rows of (ids, labels)."""
         pad = self.tokenizer.pad_token_id
         if pad is None and len(rows) > 1:
             raise ValueError("the tokenizer has no pad token: set tokenizer.pad_token to batch conversations")
         longest = max(len(ids) for ids, _ in rows)
 
-        def padded(row: list[int], value: int) -> list[int]:
-            filling = [value] * (longest - len(row))
-            return filling + row if padding_side == "left" else row + filling
+        def fill(row: list[int], value: int) -> list[int]:
+            padding = [value] * (longest - len(row))
+            return padding + row if padding_side == "left" else row + padding
 
         out = {
-            "input_ids": torch.tensor([padded(ids, pad) for ids, _ in rows]),
-            "attention_mask": torch.tensor([padded([1] * len(ids), 0) for ids, _ in rows]),
+            "input_ids": torch.tensor([fill(ids, pad) for ids, _ in rows]),
+            "attention_mask": torch.tensor([fill([1] * len(ids), 0) for ids, _ in rows]),
         }
         if labels:
-            out["labels"] = torch.tensor([padded(targets, IGNORE) for _, targets in rows])
-        if pixels and any(shown):
-            out["pixel_values"] = self.base.preprocess([image for row in shown for image in row])["pixel_values"]
-            asked = questions if questions is not None else ["\n".join(gate_turns(turns)) for turns in conversations]
-            texts: list[str] = []
-            for index, (text, row) in enumerate(zip(asked, shown, strict=True)):
-                texts += [text] * len(row) if isinstance(text, str) else text
-                if not isinstance(text, str) and len(text) != len(row):
-                    raise ValueError(f"conversation {index}: {len(text)} questions for {len(row)} pictures")
-            out |= self.gate_text(texts)
-        return BatchFeature(out)
+            out["labels"] = torch.tensor([fill(targets, IGNORE) for _, targets in rows])
+        return out
 
     def gate_text(self, questions: Sequence[str]) -> dict[str, torch.Tensor]:
-        """What the adapter's text encoder reads: `text_input_ids` and `text_attention_mask` (M, T), at most 512 tokens.
+        """Input of the adapter's text encoder: `text_input_ids` and `text_attention_mask` (M, T) int64, T at most 512.
 
-        The published form is "question 0: <lower-case question>" and a blank line.
+        A question has the published form: "question 0: <lower-case question>" and a blank line.
         """
         texts = [f"question 0: {question.lower()}\n\n" for question in questions]
         limit = min(512, self.text_tokenizer.model_max_length)
@@ -219,13 +222,13 @@ class MoVAProcessor(ProcessorMixin):
         return {"text_input_ids": encoded["input_ids"], "text_attention_mask": encoded["attention_mask"]}
 
     def decode(self, ids: torch.Tensor) -> str:
-        """Generated ids (L,) to text, without special tokens."""
+        """Decodes generated ids (L,) to text, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _tokens(
         self, turns: Turns, pictures: int, visual_tokens: int, labels: bool, max_length: int | None
     ) -> tuple[list[int], list[int]]:
-        """One row's ids and labels. A prompt is cut into the same tokens in training, in generation and as history."""
+        """The ids and labels of one row. Training, generation and history split a prompt into the same tokens."""
         messages = _marked(turns, pictures, labels)
         text, replies = self._render(messages, labels)
         ids, places = self._encode(text, [place for span in replies for place in span])
@@ -247,7 +250,7 @@ class MoVAProcessor(ProcessorMixin):
         return rows[0][:limit], rows[1][:limit]
 
     def _render(self, messages: list[dict[str, str]], labels: bool) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation's text, and from where to where in it the assistant speaks, its end mark included."""
+        """The text of a conversation, and the (begin, end) of each assistant turn in it, end mark included."""
         generate = messages[-1]["role"] != "assistant" and not labels
         text = self._template(messages, generate)
         replies = []
@@ -257,7 +260,9 @@ class MoVAProcessor(ProcessorMixin):
             before = self._template(messages[:index], True) if index else ""
             after = self._template(messages[: index + 1], False)
             if not (text.startswith(after) and after.startswith(before)):
-                raise ValueError("its chat template rewrites earlier turns, so a conversation cannot be learnt from it")
+                raise ValueError(
+                    "its chat template rewrites earlier turns, so no reply can be labelled: use another chat template"
+                )
             end = after.find(self.tokenizer.eos_token or "\0", len(before) + len(message["content"]))
             end = end + len(self.tokenizer.eos_token) if end >= 0 else len(after)
             replies.append((len(before), end))
@@ -267,13 +272,13 @@ class MoVAProcessor(ProcessorMixin):
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
 
     def _encode(self, text: str, places: list[int]) -> tuple[list[int], list[int]]:
-        """Token ids of a text, and where in them its characters at `places` (ascending) begin.
+        """Token ids of a text, and the index of the token that begins at each of `places` (characters, ascending).
 
-        Text between pictures is tokenised by itself, as published. Where a token would reach over a place, it is cut
-        there: what comes before a reply is never merged with it, as it cannot be when the reply is generated.
+        Text between images is tokenised separately, as in the published code. Where a token would span a place, the text
+        is tokenised in two parts, so that a prompt and its reply share no token: generation cannot share one either.
         """
         ids: list[int] = []
-        found: list[int] = []
+        indices: list[int] = []
         at = 0
         for number, chunk in enumerate(text.split(IMAGE_MARK)):
             if number:
@@ -281,32 +286,32 @@ class MoVAProcessor(ProcessorMixin):
                 at += len(IMAGE_MARK)
             end, special = at + len(chunk), number == 0 and self.chat_format is not None
             new = self.tokenizer.encode(text[at:end], add_special_tokens=special)
-            while len(found) < len(places) and places[len(found)] <= end:
-                place = places[len(found)]
+            while len(indices) < len(places) and places[len(indices)] <= end:
+                place = places[len(indices)]
                 head = self.tokenizer.encode(text[at:place], add_special_tokens=special)
                 if new[: len(head)] == head:
-                    found.append(len(ids) + len(head))
+                    indices.append(len(ids) + len(head))
                     continue
                 ids += head
                 at, special = place, False
                 new = self.tokenizer.encode(text[at:end], add_special_tokens=False)
-                found.append(len(ids))
+                indices.append(len(ids))
             ids += new
             at = end
-        return ids, found
+        return ids, indices
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: str | None = None) -> None:
-    """Gives an LLM's tokenizer what `MoVAProcessor` needs and it lacks: an image token, a pad token, a chat template.
+    """Adds to an LLM's tokenizer what `MoVAProcessor` needs: an image token, a pad token and a chat template.
 
-    The image token may lie outside the LLM's vocabulary: the model never looks up its embedding.
+    The id of the image token may exceed the LLM's vocabulary, because the model never looks up its embedding.
 
     Args:
         tokenizer: changed in place.
-        chat_format: one of `CHAT_FORMATS`; then its end mark becomes the end-of-sequence token, so that generation stops.
+        chat_format: one of `CHAT_FORMATS`; its end mark becomes the end-of-sequence token, so that generation stops.
 
     Raises:
-        ValueError: no such chat format, or no end-of-sequence token, without which no reply ever ends.
+        ValueError: `chat_format` is unknown, or there is no end-of-sequence token, without which no reply ends.
     """
     end_mark = END_MARKS.get(check_chat_format(chat_format) or "")
     vocabulary = tokenizer.get_vocab()
@@ -319,7 +324,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_format: str | Non
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has no end-of-sequence token: set tokenizer.eos_token")
     if tokenizer.chat_template is None and chat_format is None:
-        begins = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]  # the LLM was trained on texts that begin so
+        begins = tokenizer("").input_ids[:1] == [
+            tokenizer.bos_token_id
+        ]  # the LLM was trained on texts that begin with this token
         tokenizer.chat_template = ("{{ bos_token }}" if begins else "") + DEFAULT_TEMPLATE
 
 
@@ -328,14 +335,25 @@ def _config_of(model: Any) -> MoVAConfig:
 
 
 def gate_turns(turns: Turns) -> list[str]:
-    """The user's turns, without image marks: what the gate's text encoder reads."""
+    """The user's turns without image marks: the text for the gate's encoder."""
     return [text.replace(IMAGE_MARK, "").strip() for role, text in turns if role == "user"]
 
 
-def _pictures(given: Pictures) -> list[ImageSource]:
-    if given is None:
+def _per_image(questions: Sequence[str | Sequence[str]], images: Sequence[int]) -> list[str]:
+    """A question for each image of each conversation, where one question is that of all images of its conversation."""
+    texts: list[str] = []
+    for index, (question, count) in enumerate(zip(questions, images, strict=True)):
+        of_images = [question] * count if isinstance(question, str) else question
+        if len(of_images) != count:
+            raise ValueError(f"conversation {index}: {len(of_images)} questions for {count} pictures")
+        texts += of_images
+    return texts
+
+
+def _as_list(images: Pictures) -> list[ImageSource]:
+    if images is None:
         return []
-    return list(given) if isinstance(given, list | tuple) else [given]  # type: ignore[list-item]
+    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
 
 
 def _marked(turns: Turns, pictures: int, labels: bool) -> list[dict[str, str]]:

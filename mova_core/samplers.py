@@ -1,8 +1,8 @@
-"""The order in which training takes its samples. One function, `epoch_order`, decides it for every reader.
+"""The order of training samples. `epoch_order` decides it for every reader.
 
-`length_groups` and `modality_groups` give the order of the published trainer for the same random generators; the golden
-tests hold that. The published trainer groups by modality in supervised fine-tuning, so that no rank of a step waits for
-one with longer samples, and no step mixes samples with and without pictures.
+`length_groups` and `modality_groups` return the order of the published trainer for the same random generators (golden
+tests). In supervised fine-tuning the published trainer groups samples by modality and length, so that no rank of a step
+waits for a rank with longer samples, and no step mixes samples with and without images.
 """
 
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ def epoch_order(
     lengths: Sequence[int] | None = None,
     batch_size: int = 1,
 ) -> np.ndarray:
-    """Positions of all samples in the order of one epoch, (count,) int64; the same for any number of ranks.
+    """Positions of all samples in the order of one epoch, (count,) int64; independent of the number of ranks.
 
     Args:
         count: samples.
-        seed, epoch: decide the order.
+        seed, epoch: of the random order.
         shuffle: False gives ascending positions in every epoch.
-        lengths: of the samples, negative for those without pictures (`Sample.length`); groups samples of one modality
-            and of similar length into one batch. None: plain shuffling.
+        lengths: of the samples, negative for samples without images (`Sample.length`): a batch then has samples of one
+            modality and of similar length. None: plain shuffling.
         batch_size: samples per batch over all ranks, the size of a group.
 
     Raises:
-        ValueError: a length of zero, or another number of lengths than samples.
+        ValueError: a length is zero, or there are not as many lengths as samples.
     """
     if lengths is not None and len(lengths) != count:
         raise ValueError(f"{len(lengths)} lengths for {count} samples: give one for each")
@@ -41,20 +41,19 @@ def epoch_order(
         return np.random.default_rng([seed, epoch]).permutation(count)
     import torch
 
-    states = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint64) >> np.uint64(
-        1
-    )  # torch's seeds are signed
+    states = np.random.SeedSequence([seed, epoch]).generate_state(2, np.uint64)
+    states >>= np.uint64(1)  # torch takes signed seeds
     generators = [torch.Generator().manual_seed(int(state)) for state in states]
-    # World size 1: a group is the batch of all ranks, so another number of ranks changes no step. The published trainer's
-    # groups are the same; only its dealing within a step differs.
+    # World size 1: a group is the batch of all ranks, so the number of ranks changes no step. The published trainer has
+    # the same groups and deals each to its ranks in another way.
     return np.array(modality_groups(lengths, batch_size, 1, *generators), np.int64)
 
 
 def length_groups(lengths: Sequence[int], batch_size: int, world_size: int, generator: Any = None) -> list[int]:
-    """A random order of samples in which the samples of one step have similar lengths in each rank's sum.
+    """A random order of samples in which the ranks of a step have similar sums of lengths.
 
-    Random groups of world_size * batch_size samples are sorted by descending length and dealt to the ranks so that their
-    sums are about equal. The published trainer's order for the same generator.
+    Random groups of world_size * batch_size samples are sorted by descending length and dealt to the ranks so that the
+    sums are about equal. For the same generator this is the published trainer's order.
 
     Args:
         lengths: positive.
@@ -103,17 +102,16 @@ def modality_groups(
 ) -> list[int]:
     """`length_groups` within each modality, then the steps of both in random order.
 
-    No step mixes samples with and without pictures, except the samples left over at the end of each modality, which come
-    last.
+    No step mixes samples with and without images, except the last: it has the samples left over of each modality.
 
     Args:
-        lengths: negative for samples without pictures, as `Sample.length`.
+        lengths: negative for samples without images, as `Sample.length`.
         batch_size, world_size: as `length_groups`.
         generator: of the order of the steps.
         modality_generator: of the order within a modality; None takes torch's global one, as the published trainer does.
 
     Raises:
-        ValueError: a length of zero.
+        ValueError: a length is zero.
     """
     import torch
 

@@ -1,11 +1,15 @@
-"""What long-running parts tell of themselves: one small protocol, so that nothing here depends on who listens."""
+"""The interface through which long-running parts report metrics, independent of any metrics library."""
 
 from typing import Protocol
 
 
 class Telemetry(Protocol):
-    """Takes numbers by name; `actors.ray_metrics` gives them to Ray, which Prometheus reads."""
+    """Receives metrics by name; `actors.ray_metrics` passes them to Ray, from which Prometheus reads them."""
 
     def observe(self, name: str, value: float, **tags: str) -> None:
-        """One number. Whether it is added up, replaces the last or goes into a histogram, its name decides."""
+        """Reports one value. The name decides whether it is added to a counter, sets a gauge or goes into a histogram.
+
+        Args:
+            tags: labels of the metric, such as the expert's name.
+        """
         ...
