@@ -32,10 +32,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # tests: waiting_expert
 # Of drivers and actors.
-os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "benchmarks")))
+os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 
-from precompute_scaling import GROWTH, NODES, SPEEDS, growth, scaling, scaling_table  # noqa: E402
-from precompute_work import EXPERTS, useful_work, work_table  # noqa: E402
+from benchmarks.precompute_scaling import GROWTH, NODES, SPEEDS, growth, scaling, scaling_table  # noqa: E402
+from benchmarks.precompute_work import EXPERTS, useful_work, work_table  # noqa: E402
 
 PARTS: Mapping[str, Callable[[Path, argparse.Namespace], Any]] = {
     "work": lambda folder, options: useful_work(folder, options.seconds, options.repeat, options.experts),

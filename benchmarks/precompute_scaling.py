@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from precompute_work import BATCH, CORES, draw_pictures, spawn
-
+from benchmarks.precompute_work import BATCH, CORES, draw_pictures, spawn
 from cluster.session import ray_session  # before ray: it sets the environment
 
 NODES = (1, 2, 4, 8)

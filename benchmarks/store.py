@@ -1,6 +1,6 @@
 """The feature store against a memory-map copy of the same rows, and against a plain synced write of the same bytes.
 
-    python benchmarks/store.py [--rows 200] [--repeat 5] [--folder .] [--json]
+    python benchmarks/store.py [--rows 100] [--repeat 20] [--folder .] [--json]
     python benchmarks/store.py --keys 10000000 [--folder .] [--json]
 
 The two sides of a ratio take turns row by row, batch by batch, shard by shard, so that a disk or a neighbour that slows
@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -57,9 +58,8 @@ class Bench:
     """One store and one plain file with the same rows."""
 
     def __init__(self, folder: Path, rows: int, repeat: int):
-        self.plain = folder / "plain.bin"
-        description = {"expert": "clip", "dtype": "bfloat16", "grid": GRID, "channels": CHANNELS}
-        self.partition: FeaturePartition = FeatureStore(folder / "store", create=True).add_expert(description)
+        self.folder, self.plain = folder, folder / "plain.bin"
+        self.partition: FeaturePartition
         self.keys = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(rows)]
         self.repeat = repeat
         self.buffer = torch.zeros(BATCH * ROW, dtype=torch.uint8)
@@ -67,7 +67,16 @@ class Bench:
         self.turns: dict[str, list[tuple[int, float]]] = {}  # rows and seconds of each
 
     def write(self) -> None:
-        """Every shard once through the store and once as plain bytes, in turns."""
+        """Passes over all shards, each once through a new store and once as plain bytes, in turns; the last pass stays."""
+        for number in range(self.repeat):
+            if number:
+                shutil.rmtree(self.folder / "store")
+            self.write_pass()
+        self.partition.snapshot()
+
+    def write_pass(self) -> None:
+        description = {"expert": "clip", "dtype": "bfloat16", "grid": GRID, "channels": CHANNELS}
+        self.partition = FeatureStore(self.folder / "store", create=True).add_expert(description)
         noise = torch.randn(SHARD, GRID[0] * GRID[1], CHANNELS, generator=torch.Generator().manual_seed(0)).bfloat16()
         with open(self.plain, "wb", buffering=0) as file:
 
@@ -84,7 +93,6 @@ class Bench:
                 }
                 for name in sorted(sides, reverse=bool(number % 2)):
                     self.turns.setdefault(name, []).append((len(features), seconds(sides[name])))
-        self.partition.snapshot()
 
     def read(self) -> None:
         """Passes over all rows in random order: one row at a time and in batches, warm, then batches from the disk."""
@@ -246,8 +254,8 @@ def plan(folder: Path, count: int, rows_per_shard: int = 64) -> dict[str, float]
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=200, help="features of 4.5 MiB [200]")
-    parser.add_argument("--repeat", type=int, default=5, help="passes over them for each reader [5]")
+    parser.add_argument("--rows", type=int, default=100, help="features of 4.5 MiB [100]")
+    parser.add_argument("--repeat", type=int, default=20, help="passes over them for each side [20]")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; emptied after [the temporary folder]")
     parser.add_argument("--keys", type=int, help="plan so many keys instead")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
