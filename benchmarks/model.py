@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import io
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from benchmarks.parts import parse_arguments
 
-_GPU = ("--case", "published", "--llm", "8b", "--dtype", "bfloat16", "--repeat", "2")
+_GPU = ("--case", "published", "--llm", "8b", "--dtype", "bfloat16", "--repeat", "3", "--seconds", "0")
 PARTS = {  # of benchmarks/gpu.py
     "batch-8": (*_GPU, "--batch", "8"),
     "batch-32": (*_GPU, "--batch", "32", "--singles", "1"),
@@ -64,7 +65,6 @@ EXPERTS = {  # expert -> (channels, grid) as the published experts give them (pa
 }
 QUESTION = "Which of the two is left, and what is in the picture?"
 ROUTER_SAYS = 4  # tokens of a routing reply, its end included (paper: 3.24 on average)
-BEFORE_FIRST = ("preprocess", "base encoder", "routing", "experts", "fusion", "first token")
 
 
 def test_tokenizers() -> tuple[Any, Any]:
@@ -155,18 +155,27 @@ def picture(number: int) -> Any:
     return ImageRef(data=file.getvalue())
 
 
-def fastest(run: Callable[[], Any], repeat: int, device: str) -> tuple[float, float, Any]:
-    """Seconds and CPU seconds of the fastest of several runs, and what it returned."""
+def in_turns(
+    cases: Mapping[str, Callable[[], Any]], repeat: int, least_seconds: float, device: str
+) -> dict[str, tuple[float, float, Any]]:
+    """Per case the median seconds and CPU seconds of its runs, and what the last run returned. The cases take turns.
+
+    Args:
+        repeat, least_seconds: of every case, both at least.
+    """
     import torch
 
-    def once() -> tuple[float, float, Any]:
-        started, cpu_started = time.perf_counter(), time.process_time()
-        found = run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started, time.process_time() - cpu_started, found
-
-    return min((once() for _ in range(repeat)), key=lambda one: one[0])
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    results: dict[str, Any] = {}
+    while any(len(done) < repeat or sum(wall for wall, _ in done) < least_seconds for done in runs.values()):
+        for name, run in cases.items():
+            started, cpu_started = time.perf_counter(), time.process_time()
+            results[name] = run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            runs[name].append((time.perf_counter() - started, time.process_time() - cpu_started))
+    medians = {name: [statistics.median(times) for times in zip(*done, strict=True)] for name, done in runs.items()}
+    return {name: (wall, cpu, results[name]) for name, (wall, cpu) in medians.items()}
 
 
 def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -192,32 +201,30 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
         ask(questions, 2)  # base features are kept from here on
         ask(questions[:1], 2)  # a GPU chooses its kernels anew for every batch size
         few = questions[: args.singles]
-        seconds, cpu, answers = fastest(lambda: [ask([one])[0] for one in few], args.repeat, args.device)
-        steps = {name: sum(one.seconds[name] for one in answers) / len(few) for name in answers[0].seconds}
-        rows.append(
-            {"batch": 1, "answers_per_second": len(few) / seconds, "per_cpu_second": len(few) / cpu, "seconds": steps}
-        )
-        for batch in (batch for batch in args.batch if batch > 1):
-            run = partial(ask, questions[:batch])
-            seconds, cpu, answers = fastest(run, args.repeat, args.device)
-            rates = {"answers_per_second": batch / seconds, "per_cpu_second": batch / cpu}
-            rows.append({"batch": batch, **rates, "seconds": answers[0].seconds})
-    for row in rows:
-        row["first_token_seconds"] = sum(row["seconds"][name] for name in BEFORE_FIRST)
-        row["tokens_per_second"] = row["answers_per_second"] * args.tokens
-        row["llm_alone"] = alone(model, processor, questions[: row["batch"]], args)
-        row["overhead"] = 1 - row["llm_alone"]["first_token_seconds"] / row["first_token_seconds"]
+        answering: dict[str, Callable[[], Any]] = {"1": lambda: [ask([one])[0] for one in few]}
+        answering |= {str(batch): partial(ask, questions[:batch]) for batch in args.batch if batch > 1}
+        measured = in_turns(answering, args.repeat, args.seconds, args.device)
+        for name, (seconds, cpu, answers) in measured.items():
+            batch, asked = int(name), len(few) if name == "1" else int(name)
+            steps = {step: sum(one.seconds[step] for one in answers) / len(answers) for step in answers[0].seconds}
+            rows.append(
+                {"batch": batch, "answers_per_second": asked / seconds, "per_cpu_second": asked / cpu, "seconds": steps}
+            )
+            rows[-1] |= beside_llm(model, processor, questions[:batch], partial(ask, questions[:batch], 1), args)
+            rows[-1]["tokens_per_second"] = rows[-1]["answers_per_second"] * args.tokens
     return {"case": case, "rows": rows}
 
 
-def alone(model: Any, processor: Any, questions: Sequence[Any], args: argparse.Namespace) -> dict[str, float]:
-    """The same LLM on as many prompt tokens as the answer pass has, text only."""
+def beside_llm(
+    model: Any, processor: Any, questions: Sequence[Any], ask_one_token: Callable[[], Any], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds from the question to an answer of one token, beside the same LLM on as many prompt tokens, text only."""
     import torch
 
     ids = processor([[("user", one.text)] for one in questions], [one.image for one in questions], pixels=False)
     ids = ids["input_ids"].masked_fill(ids["input_ids"] == processor.image_token_id, 5).to(model.device)
 
-    def say(tokens: int) -> None:
+    def generate(tokens: int) -> None:
         with torch.inference_mode():
             model.language_model.generate(
                 input_ids=ids,
@@ -229,12 +236,23 @@ def alone(model: Any, processor: Any, questions: Sequence[Any], args: argparse.N
                 pad_token_id=0,
             )
 
-    first, _, _ = fastest(lambda: say(1), max(2, args.repeat), args.device)
-    whole, _, _ = fastest(lambda: say(args.tokens), args.repeat, args.device)
+    cases: dict[str, Callable[[], Any]] = {
+        "ours": ask_one_token,
+        "first": partial(generate, 1),
+        "whole": partial(generate, args.tokens),
+    }
+    for run in cases.values():
+        run()
+    measured = in_turns(cases, max(2, args.repeat), 0.0, args.device)
+    first, alone = measured["ours"][0], measured["first"][0]
     return {
-        "prompt_tokens": ids.shape[1],
         "first_token_seconds": first,
-        "tokens_per_second": len(questions) * args.tokens / whole,
+        "overhead": 1 - alone / first,
+        "llm_alone": {
+            "prompt_tokens": ids.shape[1],
+            "first_token_seconds": alone,
+            "tokens_per_second": len(questions) * args.tokens / measured["whole"][0],
+        },
     }
 
 
@@ -250,12 +268,13 @@ def main() -> None:
     parser.add_argument("--singles", type=int, default=3, help="questions asked one at a time")
     parser.add_argument("--tokens", type=int, default=128, help="tokens per answer")
     parser.add_argument("--routed", type=int, default=2, help="experts per question")
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each; the fastest counts")
+    parser.add_argument("--repeat", type=int, default=10, help="runs of each, at least; the median counts")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of answering per batch size, at least")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's own choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    args = parse_arguments(parser, PARTS, (*QUICK, "--repeat", "1"))
+    args = parse_arguments(parser, PARTS, (*QUICK, "--repeat", "1", "--seconds", "0"))
     if min(args.batch) < 1 or not 1 <= args.routed <= len(EXPERTS) or args.tokens < 2:
         parser.error("--batch from 1, --tokens from 2, --routed from 1 to the pool's 7")
     args.singles = min(args.singles, max(args.batch))
