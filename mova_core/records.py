@@ -22,7 +22,9 @@ MAX_RECORD = 1 << 27  # bytes of a record; a longer one is taken for a file with
 _BLANK = re.compile(
     "[ \t\r\n,\ufeff]*"
 )  # a comma too many is harmless; a byte order mark may stand where files were joined
-_OBJECT = re.compile(r"[,}\]]\s*(?=\{)|\n")  # what may precede an object within a line, or the line's end
+# Within a line: what may precede the next object, or the end of an array that ends the line; or the line's end.
+_IN_LINE = re.compile(r"[,}\]]\s*(?=\{)|\}[ \t\r]*(?=\][ \t\r]*\n)|\n")
+_IN_LAST_LINE = re.compile(r"[,}\]]\s*(?=\{)|\}[ \t\r]*(?=\][ \t\r]*(?:\n|\Z))|\n")
 _EMPTY_ARRAY = re.compile(r"\[\s*\]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # First bytes of files that are no UTF-8 text, and what to do about them.
@@ -217,10 +219,13 @@ class _Text:
         has a record per line or is indented. Where another value precedes the invalid one on its line, the next object with
         `conversations` on that line is the next record.
         """
-        mid_line = self.indent is None
-        following = _OBJECT if mid_line else re.compile(rf"\n[ \t]{{0,{self.indent}}}(?=[^ \t\r\n}}])")
+        indent = self.indent
         start = self.at + 1
         while True:
+            if indent is not None:
+                following = re.compile(rf"\n[ \t]{{0,{indent}}}(?=[^ \t\r\n}}])")
+            else:
+                following = _IN_LAST_LINE if self.ended else _IN_LINE
             match = following.search(self.window, start)
             if match is None and self.ended:
                 self.at = len(self.window)
@@ -232,8 +237,9 @@ class _Text:
                 self._load(CHUNK)
                 start = 0
                 continue
-            self.at = match.start() if match[0].startswith("\n") else match.end()
-            if not mid_line or match[0] == "\n" or self._record_begins():
+            line_ends = match[0].startswith("\n")
+            self.at = match.start() if line_ends else match.end()
+            if line_ends or self.window[self.at] == "]" or self._record_begins():
                 return
             start = self.at + 1
 
