@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -40,18 +42,27 @@ class LocalStorage(StorageBackend):
 
     def mkdir(self, *folders: str) -> None:
         """See `StorageBackend`."""
-        if os.path.exists(self.location) and not os.path.isdir(self.location):
-            raise StoreError(f"{self.location} is a file: give the folder of a feature store")
         for folder in map(self._path, ("", *folders)):
             missing = []
             ancestor = folder
-            while not os.path.isdir(ancestor):
+            while not self._is_folder(ancestor):
                 missing.append(ancestor)
                 ancestor = os.path.dirname(ancestor)
             if missing:
                 os.makedirs(folder, exist_ok=True)
             for new_folder in missing:
                 flush(os.path.dirname(new_folder))
+
+    def _is_folder(self, path: str) -> bool:
+        """Whether a folder exists; `os.path.isdir` says no as well where it could not look."""
+        try:
+            if stat.S_ISDIR(os.stat(path).st_mode):
+                return True
+        except FileNotFoundError:
+            return False
+        if path == self.location:
+            raise StoreError(f"{path} is a file: give the folder of a feature store")
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
 
     def free_bytes(self) -> int | None:
         """See `StorageBackend`."""
