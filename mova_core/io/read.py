@@ -7,6 +7,7 @@ and row group that hold a Parquet cell.
 import base64
 import errno
 import io
+import os
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from mova_core.io.filesystem import (
     DOWNLOAD_S,
@@ -26,6 +28,7 @@ from mova_core.io.filesystem import (
     with_retries,
     within,
 )
+from mova_core.io.isolated import IsolatedFunction, ProcessDied
 from mova_core.io.node_cache import NodeCache
 from mova_core.io.uris import Cell, Member, is_url, joined, local_path, parent, parse
 
@@ -202,6 +205,19 @@ class _WholeColumn:
         return self.values[number]
 
 
+class _MappedColumn:
+    """One column of one row group in a file of the node's cache, `SLICE_ROWS` rows to a batch; only rows asked for are mapped."""
+
+    def __init__(self, content: pa.Buffer) -> None:
+        self.batches = pa.ipc.open_file(content)
+
+    def row(self, number: int) -> pa.Scalar:
+        batch, offset = divmod(number, SLICE_ROWS)
+        if batch < self.batches.num_record_batches and offset < len(values := self.batches.get_batch(batch).column(0)):
+            return values[offset]
+        raise ReadError(errno.EIO, f"its row group has no row {number:,}: the Parquet file has changed")
+
+
 class _ColumnSlices:
     """One column of a large row group, of which `SLICE_ROWS` rows are in memory; fast for rows in ascending order."""
 
@@ -237,7 +253,7 @@ _decoding = threading.Lock()
 @lru_cache(maxsize=2)
 def _open_column(
     file: str, column: str, group: int, changed_ns: int, newer_than: float
-) -> _WholeColumn | _ColumnSlices:
+) -> _WholeColumn | _MappedColumn | _ColumnSlices:
     """One column of one row group.
 
     Args:
@@ -245,11 +261,14 @@ def _open_column(
     """
     if not is_url(file):
         try:
-            return _of_open_file(file, column, group)
+            values = _of_open_file(file, column, group)
         except ReadError:
             raise
         except OSError as error:
             raise as_read_error(error) from error
+        if isinstance(values, _WholeColumn):
+            return values
+        return _unpacked(file, column, group, changed_ns) or values
 
     def fetch() -> bytes:
         filesystem, path = open_filesystem(file)
@@ -268,6 +287,53 @@ def _open_column(
         filesystem, path = open_filesystem(file)
         return _ColumnSlices(with_retries(lambda: filesystem.open(path, "rb")), column, group)
     return _WholeColumn(pa.ipc.open_file(content).read_all()[0])
+
+
+def _unpacked(file: str, column: str, group: int, changed_ns: int) -> _MappedColumn | None:
+    """One column of a large row group, mapped from the node's cache; None where the cache cannot hold it.
+
+    Arrow unpacks whole pages, and a page may be as large as its row group. So a child process unpacks the column into the
+    cache, one at a time on this machine, and all processes map the same file.
+    """
+    name = f"{file}#{column}[{group}] {changed_ns}"
+    cache = NodeCache.of_this_node()
+    content = cache.get(name, lambda: b"")
+    if not content.size:
+        child = IsolatedFunction(f"{__name__}:unpack_column")
+        try:
+            child(name, file, column, group)
+        except (ProcessDied, ValueError):
+            return None
+        finally:
+            child.close()
+        content = cache.get(name, lambda: b"")
+    return _MappedColumn(content) if content.size else None
+
+
+def unpack_column(name: str, file: str, column: str, group: int) -> None:
+    """Puts one column of one row group into the node's cache under a name."""
+    cache = NodeCache.of_this_node()
+    if os.stat(file).st_size > cache.limit // 4:  # about what the cache takes as one object
+        return
+    cache.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def unpack() -> bytes:
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)
+        batches = parquet.iter_batches(SLICE_ROWS, row_groups=[group], columns=[column])
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, pa.schema([parquet.schema_arrow.field(column)])) as writer:
+            rows = SLICE_ROWS
+            for batch in batches:
+                if rows != SLICE_ROWS:
+                    raise ValueError(
+                        "a batch that is not full before the last one"
+                    )  # `_MappedColumn` counts on full ones
+                rows = len(batch)
+                writer.write_batch(batch)
+        return sink.getvalue().to_pybytes()
+
+    with FileLock(cache.folder / "unpack.lock"):
+        cache.get(name, unpack)
 
 
 def _of_open_file(source: Any, column: str, group: int) -> _WholeColumn | _ColumnSlices:

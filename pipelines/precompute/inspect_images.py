@@ -23,8 +23,8 @@ from mova_core.features.index import new_keys, sorting
 from mova_core.images import ImageError, load_image, read_image
 from mova_core.io import uris
 from mova_core.io.filesystem import ReadError
+from mova_core.io.isolated import ProcessDied, isolated
 from mova_core.io.read import file_version
-from pipelines.precompute.isolated import ProcessDied, isolated
 from pipelines.progress_bar import progress_bar
 
 if TYPE_CHECKING:  # workers load this file

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from mova_core.data import DataError, iterate_samples
 from mova_core.images import SUFFIXES
 from mova_core.io.filesystem import ReadError, as_read_error, open_filesystem, with_retries
+from mova_core.io.isolated import ProcessDied, isolated
 from mova_core.io.uris import absolute, is_url
 from pipelines.invalid_records import BadRows, report_skipped
 from pipelines.precompute import parquet_files
-from pipelines.precompute.isolated import ProcessDied, isolated
 from pipelines.precompute.tar_files import TrailingData, tar_members
 from pipelines.progress_bar import progress_bar
 

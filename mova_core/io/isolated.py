@@ -60,6 +60,11 @@ class IsolatedFunction:
             raise ValueError(answer["error"])
         return answer["result"]
 
+    def close(self) -> None:
+        """Ends the child process; another call starts another."""
+        with self._lock:
+            self._end()
+
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", __name__, self.name]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

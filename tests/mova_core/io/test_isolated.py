@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pipelines.precompute.isolated import IsolatedFunction, ProcessDied
+from mova_core.io.isolated import IsolatedFunction, ProcessDied
 
 
 def act(what: str, data: bytes = b"") -> object:
