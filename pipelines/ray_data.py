@@ -1,4 +1,4 @@
-"""Work through a pool of actors: the one way the pipelines use Ray Data."""
+"""Maps blocks through a pool of actors: all pipelines use Ray Data by these functions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,12 +25,12 @@ def run_actor_pool(
     memory: int = 0,
     accelerator: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Passes blocks through a pool of actors and yields the rows they return, as they come.
+    """Passes blocks through a pool of actors and yields the rows that the actors return, as they come.
 
-    Nothing of this changes the process-wide `DataContext`, so other Datasets of the process run as before.
+    Only this Dataset's `DataContext` is changed, so other Datasets of the process are not affected.
 
     Args:
-        worker: class whose instances take an Arrow table and return one, or yield several.
+        worker: class whose instances take an Arrow table and return a table or yield several.
         blocks: Arrow tables.
         arguments: of the worker's constructor.
         size: actors. Ray restarts an actor that dies and calls it again with the blocks it had.
@@ -46,7 +46,7 @@ def run_actor_pool(
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(
             size=size,
-            # Two, so that no actor waits for the driver; with more in hand a slow actor would delay the end.
+            # Two tasks per actor, so that no actor waits for the driver; with more, a slow actor would delay the end.
             max_tasks_in_flight_per_actor=max(2, calls),
             max_concurrent_calls_per_actor=calls,
             enable_true_multi_threading=calls > 1,
@@ -57,8 +57,8 @@ def run_actor_pool(
         memory=memory or None,
         accelerator_type=accelerator,
     )
-    context = dataset.context  # this Dataset's own
-    context.enable_progress_bars = False  # ours counts features, not blocks
+    context = dataset.context  # of this Dataset only
+    context.enable_progress_bars = False  # our own bar counts features, not blocks
     context.raise_original_map_exception = True  # else Ray Data's wrapper hides our message
     context.max_consecutive_actor_init_deaths = 1  # an actor killed while it starts, e.g. with its node, is replaced
     context.execution_no_progress_timeout_s = -1  # one shard of a slow expert may take longer than Ray's half hour
@@ -100,6 +100,6 @@ def map_with_actors(
     with progress_bar(total, what, unit, progress) as bar:
         for row in computed:
             if bar.n == 0:
-                bar.unpause()  # the rate is that of the work, without the start of the actors
+                bar.unpause()  # the rate excludes the start of the actors
             bar.update()
             yield row

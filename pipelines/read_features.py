@@ -1,8 +1,8 @@
-"""Features of a store as a Ray Dataset, for work on them that wants a cluster: statistics, labels, another format.
+"""Features of a store as a Ray Dataset, for work that needs a cluster: statistics, labels, another format.
 
 A row is a feature: `key` (hex sha256 of the image), `tokens` (the bytes of (H*W, C) in `dtype`, row by row), `grid`
-([H, W]), `channels` and `dtype`. Bytes, because neither numpy nor Arrow has bfloat16, and because Arrow's list columns
-are slow; `features_of` makes tensors of them. Training reads `mova_core.features.FeatureBatches` instead.
+([H, W]), `channels` and `dtype`. Tokens are bytes because neither numpy nor Arrow has bfloat16 and Arrow's list columns are
+slow; `features_of` converts rows to tensors. Training reads `mova_core.features.FeatureBatches` instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,27 +27,27 @@ ROWS = pa.schema(
         ("dtype", pa.string()),
     ]
 )
-BLOCK_BYTES = 64 << 20  # of a block, about
+BLOCK_BYTES = 64 << 20  # approximate size of a block of Ray Data
 
 
 def read_features(store: FeatureStore, expert: str, keys: Sequence[str] | None = None) -> ray.data.Dataset:
-    """The features of one expert, one row each, read by tasks wherever the cluster has room; as `ROWS` tells.
+    """A Dataset with one row per feature of an expert, in the columns of `ROWS`; tasks on all nodes read it.
 
     Args:
         store: a store that every node can open.
-        expert: whose features.
-        keys: hex sha256 of the images; default all stored, ordered by key.
+        expert: name.
+        keys: hex sha256 of the images; default all stored images, ordered by key.
 
     Raises:
-        MissingFeatures: a key that is not stored.
-        StoreError: the store has no such expert, or several of its weights and none was chosen.
-        ValueError: no image.
+        MissingFeatures: a key is not stored.
+        StoreError: the store has no features of the expert, or of several weights and none was chosen.
+        ValueError: there is no image.
     """
     return ray.data.read_datasource(_StoredFeatures(store, expert, keys))
 
 
 def features_of(rows: pa.Table) -> list[Features]:
-    """Features of the rows of a block, tokens (H*W, C); they share the block's memory, so they must not be changed."""
+    """The features of the rows of a block, tokens (H*W, C). They share the block's memory: do not change them."""
     columns = (rows[name] for name in ("tokens", "grid", "channels", "dtype"))
     return [
         Features(
@@ -59,7 +59,7 @@ def features_of(rows: pa.Table) -> list[Features]:
 
 
 class _StoredFeatures(Datasource):
-    """Splits the images into tasks; each opens the store where it runs."""
+    """Splits the images into read tasks; each task opens the store on the node where it runs."""
 
     def __init__(self, store: FeatureStore, expert: str, keys: Sequence[str] | None):
         super().__init__()
@@ -79,21 +79,21 @@ class _StoredFeatures(Datasource):
         tasks = []
         for at in range(0, count, size):
             keys = [self.reader.key(position) for position in range(at, min(at + size, count))]
-            told = BlockMetadata(len(keys), len(keys) * self.row_bytes, None, None)
-            tasks.append(ReadTask(partial(_read, self.reader.store, self.expert, keys), told, ROWS))
+            metadata = BlockMetadata(len(keys), len(keys) * self.row_bytes, None, None)
+            tasks.append(ReadTask(partial(_read, self.reader.store, self.expert, keys), metadata, ROWS))
         return tasks
 
 
 def _read(store: FeatureStore, expert: str, keys: Sequence[str]) -> Iterator[pa.Table]:
     features = store.partition(expert).read(keys)
-    tokens = [one.tokens.contiguous().view(torch.uint8).numpy().data for one in features]
+    tokens = [feature.tokens.contiguous().view(torch.uint8).numpy().data for feature in features]
     yield pa.table(
         {
             "key": keys,
             "tokens": pa.array([bytes(row) for row in tokens], pa.large_binary()),
-            "grid": [list(one.grid) for one in features],
-            "channels": [one.tokens.shape[1] for one in features],
-            "dtype": [str(one.tokens.dtype).removeprefix("torch.") for one in features],
+            "grid": [list(feature.grid) for feature in features],
+            "channels": [feature.tokens.shape[1] for feature in features],
+            "dtype": [str(feature.tokens.dtype).removeprefix("torch.") for feature in features],
         },
         schema=ROWS,
     )

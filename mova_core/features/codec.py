@@ -1,7 +1,7 @@
-"""Tokens to bytes and back: exact for float32, bfloat16 and float16; int8 and float8 keep one scale per channel.
+"""Encodes tokens to bytes and decodes them: exact for float32, bfloat16 and float16; int8 and float8 with a scale per channel.
 
-Shapes: N = H*W tokens, C channels. A row is what one feature takes in a shard: the scales (C,) float32 if the codec has
-them, then the tokens (N, C); the scales come first so that both stay aligned.
+Shapes: N = H*W tokens, C channels. A row is the bytes of one feature in a shard: the scales (C,) float32 if the codec has
+scales, then the tokens (N, C). The scales come first so that both parts are aligned.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Codec:
-    """How tokens of one stored dtype lie in a row."""
+    """The layout of tokens of one stored dtype in a row."""
 
-    dtype: str  # torch's name of it
-    container: str  # safetensors' name of it
-    itemsize: int
-    peak: float | None = None  # the stored value of each channel's largest token; None stores values as they are
+    dtype: str  # torch's name of the dtype
+    container: str  # safetensors' name of the dtype
+    itemsize: int  # bytes of one value
+    peak: float | None = None  # stored value of the largest token of a channel; None: values are stored without scale
 
     def tensors(self, key: str, grid: tuple[int, int], channels: int) -> dict[str, tuple[str, list[int], int]]:
         """The safetensors entries of one row, in file order: name -> (dtype, shape, bytes)."""
@@ -35,10 +35,13 @@ class Codec:
         return tokens if self.peak is None else {f"{key}.scale": ("F32", [channels], 4 * channels), **tokens}
 
     def encode(self, tokens: Tensor) -> tuple[Any, float]:
-        """Tokens (N, C) of any float dtype on any device to a row (numpy uint8, 1-D) and the relative L2 loss it makes.
+        """Encodes tokens (N, C) of any float dtype on any device.
+
+        Returns:
+            The row (1-D numpy uint8), and the relative L2 error of the stored values.
 
         Raises:
-            ValueError: a value the stored dtype cannot hold.
+            ValueError: the stored dtype cannot hold a value.
         """
         import torch
 
@@ -54,7 +57,7 @@ class Codec:
                 raise ValueError(f"{self.dtype} has no NaN and no infinity: store float32 or bfloat16 instead")
             wide = tokens.float()
             scale = wide.abs().amax(0) / self.peak
-            scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros
+            scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros has no scale
             scaled = wide / scale
             stored = (scaled.round() if self.dtype == "int8" else scaled).to(getattr(torch, self.dtype))
             row = torch.cat([scale.view(torch.uint8), stored.reshape(-1).view(torch.uint8)])
@@ -68,7 +71,10 @@ class Codec:
         return row.numpy(), (decoded[finite].float() - exact).norm().item() / norm if norm else 0.0
 
     def decode(self, row: np.ndarray, channels: int) -> Tensor:
-        """A row (uint8, 1-D, 4-byte aligned) to tokens (N, C): a view in the stored dtype; float32 if it has scales."""
+        """Decodes a row (1-D uint8, 4-byte aligned) to tokens (N, C).
+
+        The result is a view of the row in the stored dtype; a new float32 tensor if the codec has scales.
+        """
         import torch
 
         dtype = getattr(torch, self.dtype)
@@ -91,17 +97,17 @@ CODECS = {
 
 
 def checksum(row: Any) -> int:
-    """xxh3-64 of a row's bytes: 12 GB/s a core, so every read is checked."""
+    """xxh3-64 of the bytes of a row. It takes 12 GB/s per core, so every read is checked."""
     return xxhash.xxh3_64_intdigest(row)
 
 
 def named_by(content: Any) -> str:
-    """A file's name by its bytes: it checks itself, and a retry makes no second one."""
+    """A file name derived from the content, so that the name checks the content, and a retry writes no second file."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
 def as_stored(features: Features, dtype: str) -> Features:
-    """Features as reading them back would give them after they were stored in a dtype.
+    """Features with the values they would have after they were stored in a dtype and read back.
 
     Args:
         features: with tokens (H*W, C) of any float dtype on any device.

@@ -1,7 +1,7 @@
 """Features for training: random access by position, and shuffled batches that can be interrupted and resumed.
 
-`FeatureReader` is a torch map-style Dataset, so any DataLoader takes it. `FeatureBatches` adds what a training run needs:
-an order that seed and epoch decide, each rank's share of every batch, reading ahead, and a state to resume from.
+`FeatureReader` is a torch map-style Dataset, so any DataLoader accepts it. `FeatureBatches` adds an order by seed and epoch,
+each rank's share of every batch, reading ahead, and a state to resume from.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ KEY_BYTES = 32
 
 
 class FeatureReader(Dataset["dict[str, Features]"]):
-    """Position -> expert -> Features, tokens (H*W, C) in the dtype stored.
+    """A dataset: position -> {expert: Features} with tokens (H*W, C) in the stored dtype.
 
-    Holds 32 bytes per image and a number for its experts, so a reader pickles fast to worker processes, which read there.
+    A reader holds 32 bytes per image and a number for its list of experts, so it pickles fast to worker processes.
 
     Args:
         store: the feature store.
@@ -39,9 +39,9 @@ class FeatureReader(Dataset["dict[str, Features]"]):
             has the features of all `experts`, ordered by key.
 
     Raises:
-        ValueError: no image, no expert, or experts for another number of images.
+        ValueError: there is no image or no expert, or not one list of experts per image.
         MissingFeatures: lists every (image, expert) pair that is not stored.
-        StoreError: the store has no such expert, or several and cannot tell which.
+        StoreError: the store has no features of an expert, or of several weights and none was chosen.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FeatureReader(Dataset["dict[str, Features]"]):
             raise ValueError(f"{store!r} has no image with features of {', '.join(everywhere)}: run `mova precompute`")
         self._keys = np.ascontiguousarray(image_keys).view(np.uint8).reshape(-1, KEY_BYTES)
         self._choices: list[tuple[str, ...]] = [tuple(everywhere)]  # the different lists of experts
-        self._choice: np.ndarray | None = None  # of each image; None: the first
+        self._choice: np.ndarray | None = None  # index in `_choices` of each image; None: all 0
         if not everywhere:
             if len(experts) != len(self._keys):
                 raise ValueError(f"{len(experts)} lists of experts for {len(self._keys)} images: give one for each")
@@ -91,10 +91,10 @@ class FeatureReader(Dataset["dict[str, Features]"]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Features]]:
-        """The features of several positions, each picture's read once.
+        """The features of several positions; each feature is read once.
 
         Raises:
-            StoreError: a damaged row, or one withdrawn since.
+            StoreError: a feature is damaged, or was withdrawn since the reader was created.
         """
         wanted: dict[str, dict[str, None]] = {}
         for position in positions:
@@ -110,8 +110,8 @@ class FeatureReader(Dataset["dict[str, Features]"]):
         """Raises MissingFeatures now rather than in the middle of an epoch."""
         missing: list[tuple[str, str]] = []
         for name in dict.fromkeys(name for choice in self._choices for name in choice):
-            with_it = [number for number, choice in enumerate(self._choices) if name in choice]
-            rows = slice(None) if self._choice is None else np.isin(self._choice, with_it)
+            with_expert = [number for number, choice in enumerate(self._choices) if name in choice]
+            rows = slice(None) if self._choice is None else np.isin(self._choice, with_expert)
             hexes = [row.tobytes().hex() for row in self._keys[rows]]
             missing += [(key, name) for key in dict.fromkeys(self.store.missing(hexes, name))]
         if missing:
@@ -119,27 +119,27 @@ class FeatureReader(Dataset["dict[str, Features]"]):
 
 
 class FeatureBatches:
-    """Shuffled batches of a reader; iterating gives the rest of the epoch.
+    """Shuffled batches of a reader; iterating yields the rest of the epoch.
 
-    A batch is `batch_size` positions over all ranks, dealt round-robin; the last incomplete batch of an epoch is left out.
-    So the batches are the same for any number of ranks and workers, and a run of two ranks can resume with three.
+    A batch is `batch_size` positions over all ranks, dealt round-robin; an incomplete batch at the end of an epoch is left
+    out. So batches are the same for any number of ranks and workers, and a run on two ranks can resume on three.
 
     Args:
         reader: a `FeatureReader`, or any object with `__len__` and `__getitems__(positions)`, which returns the batch. If
-            the reader has `set_epoch(epoch)`, it is called before an epoch is read.
+            the reader has a method `set_epoch(epoch)`, it is called before each epoch.
         batch_size: positions per batch, over all ranks.
-        seed: decides, with the epoch, the order (`mova_core.samplers.epoch_order`).
+        seed: of the order, with the epoch (`mova_core.samplers.epoch_order`).
         shuffle: False keeps the order of the positions in every epoch.
-        lengths: of the samples, to put samples of one modality and of similar length into one batch; None: any samples.
+        lengths: of the samples, as `epoch_order` takes them: a batch then has one modality and similar lengths.
         rank, world: number of this rank, and how many ranks there are.
-        workers: DataLoader processes; 0: a thread reads ahead, as fast as processes unless pictures are decoded, too.
+        workers: DataLoader processes; 0: one thread reads ahead, which is as fast unless images are decoded as well.
         ahead: batches read ahead, by each worker.
 
     Attributes:
         epoch, batch: of the next batch.
 
     Raises:
-        ValueError: fewer samples than one batch, more ranks than positions in a batch, or lengths that do not fit.
+        ValueError: there are fewer samples than a batch holds, more ranks than that, or not one length per sample.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class FeatureBatches:
         starts = range(self.batch * self.batch_size, len(self) * self.batch_size, self.batch_size)
         shares = (order[at : at + self.batch_size][self.rank :: self.world].tolist() for at in starts)
         for batch in self._in_processes(list(shares)) if self.workers else self._in_a_thread(shares):
-            self.batch += 1  # counted when the batch is handed over, however many were read ahead
+            self.batch += 1  # counts batches that the caller has, not those read ahead
             if self.batch == len(self):
                 self.epoch, self.batch = self.epoch + 1, 0
             yield batch
@@ -218,14 +218,14 @@ class FeatureBatches:
                     future.cancel()
 
     def state_dict(self) -> dict[str, int]:
-        """Where to resume: after the batch that was handed over last. Plain numbers."""
+        """The position after the last batch that the caller got, as plain numbers for a checkpoint."""
         return {"epoch": self.epoch, "batch": self.batch, **self._order_settings()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resumes from `state` at the next iteration.
 
         Raises:
-            ValueError: the state of other batches, which would repeat some samples and leave others out.
+            ValueError: the state is of batches with other settings: resuming would repeat and omit samples.
         """
         for name, value in self._order_settings().items():
             stored = state.get(name, 0)  # states written before `lengths` existed lack the key

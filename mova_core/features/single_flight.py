@@ -1,4 +1,4 @@
-"""One computation per key at a time, however many threads ask for it."""
+"""Computes each key at most once at a time, however many threads request it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ V = TypeVar("V")
 
 
 class SingleFlight(Generic[K, V]):
-    """The computations under way, so that a thread that asks for the same key waits for the result and computes nothing."""
+    """Deduplicates concurrent computations: a thread that requests a key under computation waits for its result."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -24,16 +24,16 @@ class SingleFlight(Generic[K, V]):
         compute: Callable[[list[K]], Mapping[K, V]],
         on_join: Callable[[list[K]], object] | None = None,
     ) -> dict[K, V]:
-        """The values of all keys.
+        """Returns the values of all keys.
 
-        Keys that another thread computes are waited for, after the others are computed here. If that thread fails, they are
-        computed here.
+        Computes the keys that no other thread computes, then waits for the others. A key whose computation fails in another
+        thread is computed here.
 
         Args:
             keys: distinct keys.
-            compute: called with the keys no other thread is computing; its exception is raised to this caller only, waiters
-                retry.
-            on_join: called with the keys another thread is computing.
+            compute: called with the keys that no other thread is computing. Its exception is raised to this caller only;
+                waiting threads retry.
+            on_join: called with the keys that another thread is computing.
         """
         values: dict[K, V] = {}
         while len(values) < len(keys):

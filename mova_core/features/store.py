@@ -1,13 +1,13 @@
 """The feature store: frozen experts' features on disk, addressed by image sha256 x expert x fingerprint.
 
     <store>/store.json                                  format version
-    <store>/<expert>/<fingerprint>/                     a partition; new weights are a new partition, the others stay untouched
-        expert.json                                     all that the fingerprint covers
+    <store>/<expert>/<fingerprint>/                     a partition; new weights get a new partition, others stay unchanged
+        expert.json                                     everything that the fingerprint covers
         shards/<shard>-<attempt>.safetensors            plain safetensors, sha256 -> [H, W, C], each at a 4 KiB boundary
         receipts/<shard>.parquet                        the commit record: one row per feature
-        index/<n>.arrow  snapshots/<n>.json             receipts merged, sorted by key, memory-mapped by readers
+        index/<n>.arrow  snapshots/<n>.json             merged receipts, sorted by key, memory-mapped by readers
     <store>/quarantine/<id>.parquet                     images that cannot be processed, each with the reason
-    <store>/listings/<time>-<id>.parquet                images inspected before, so that they need not be again; may be deleted
+    <store>/listings/<time>-<id>.parquet                images inspected by earlier runs; may be deleted, which costs time
 
 A feature exists when a receipt names it. docs/store_format.md has every field, the commit protocol step by step, and what
 a crash after each step leaves.
@@ -46,23 +46,23 @@ __all__ = ["FeaturePartition", "FeatureStore", "MissingFeatures", "Shard", "Stor
 FORMAT = 1
 _STORE = json.dumps({"format": FORMAT}).encode()
 _QUARANTINE = pa.schema({name: pa.string() for name in ("image", "sha256", "reason", "expert", "time")})
-_RESERVED = ("quarantine", "listings")  # folders of the store that are no expert's
+_RESERVED = ("quarantine", "listings")  # folders of the store that no expert may have
 
 
 class FeatureStore:
-    """A folder of features; a `FeatureSource` that computes nothing. Picklable; reads from any number of threads.
+    """A folder of features: a `FeatureSource` that computes nothing. Picklable; any number of threads may read.
 
     Args:
         location: the store's folder, or its URL on a filesystem of fsspec (s3://bucket/store, gs://bucket/store, ...).
-        fingerprints: expert -> which of its fingerprints to read. An expert not named here must have only one.
-        create: make the store if there is none.
-        damaged: open it also where store.json or an expert.json is damaged, to `verify` and `withdraw`.
+        fingerprints: expert -> fingerprint to read. An expert that is not named here must have only one.
+        create: create the store if the location is empty.
+        damaged: also open a store whose store.json or expert.json is damaged, for `verify` and `withdraw`.
 
     Attributes:
-        location: where it is, so that any process that opens this has the same store: an absolute folder or a URL.
+        location: absolute path or URL, by which another process opens the same store.
 
     Raises:
-        StoreError: the location is no store, or holds an expert only with other fingerprints than the one asked for.
+        StoreError: the location is no store, or has an expert only with other fingerprints than the requested one.
     """
 
     def __init__(
@@ -114,19 +114,19 @@ class FeatureStore:
     def _create(self) -> None:
         with writing(self.location):
             self.storage.mkdir()
-            strangers = self.storage.list_files("") + self.storage.list_folders()
-            if self.storage.exists("store.json"):  # asked after the listing: another process may be at it right now
+            foreign = self.storage.list_files("") + self.storage.list_folders()
+            if self.storage.exists("store.json"):  # checked after the listing: another process may create the store now
                 return
-            if strangers:
+            if foreign:
                 raise StoreError(f"{self.location} is no feature store and not empty: give a new or empty folder")
-            probe = f".probe-{uuid.uuid4().hex}.tmp"  # no stranger to another process that makes it
+            probe = f".probe-{uuid.uuid4().hex}.tmp"  # `list_files` omits temporaries: another process that creates the store must not see it
             try:
-                kept = self.storage.put_if_absent(probe, b"1") and not self.storage.put_if_absent(probe, b"2")
+                atomic = self.storage.put_if_absent(probe, b"1") and not self.storage.put_if_absent(probe, b"2")
             except (NotImplementedError, TypeError, ValueError) as error:
                 raise StoreError(f"{self.location} cannot hold a store ({error}): give an S3 or GCS bucket") from None
             finally:
                 self.storage.delete(probe)
-            if not kept:
+            if not atomic:
                 raise StoreError(
                     f"{self.location} cannot hold a store: its server overwrites an object that should be kept "
                     f"(If-None-Match is ignored), so two writers would lose features: use one that honours it"
@@ -134,7 +134,7 @@ class FeatureStore:
             self.storage.put_if_absent("store.json", _STORE)
 
     def free_bytes(self) -> int | None:
-        """What can still be written there; None where no limit is known."""
+        """Bytes that can still be written; None where no limit is known."""
         return self.storage.free_bytes()
 
     def experts(self) -> dict[str, list[str]]:
@@ -149,18 +149,18 @@ class FeatureStore:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Expert -> the fingerprint served.
+        """Expert -> the fingerprint that this object reads.
 
         Raises:
-            StoreError: an expert has several and none was chosen.
+            StoreError: an expert has several fingerprints and none was chosen.
         """
         return {expert: fingerprint for expert in self.experts() if (fingerprint := self._serves(expert))}
 
     def partition(self, expert: str, fingerprint: str | None = None) -> FeaturePartition:
-        """The features of one expert, of the fingerprint served unless another is given.
+        """The partition of one expert, by default of the fingerprint that this object reads.
 
         Raises:
-            StoreError: the store has none, or it cannot tell which.
+            StoreError: the store has no features of the expert, or several fingerprints and none was chosen.
         """
         with self._lock:
             chosen = fingerprint or self._serves(expert)
@@ -179,11 +179,14 @@ class FeatureStore:
             return self._partitions[expert, chosen]
 
     def find_partition(self, expert: str, fingerprint: str) -> FeaturePartition | None:
-        """The partition of one expert and fingerprint, whichever fingerprint is served; None where the store has none."""
+        """The partition of one expert and fingerprint; None where the store has none."""
         return self.partition(expert, fingerprint) if fingerprint in self.experts().get(expert, []) else None
 
     def _serves(self, expert: str) -> str | None:
-        """The fingerprint served; None where the expert has no partition. Fixed at first use: new weights change no run."""
+        """The fingerprint to read; None where the expert has no partition.
+
+        It is fixed at the first use, so that weights that another process adds change no run.
+        """
         with self._lock:
             served = self._served.get(expert)
             if served and (expert, served) in self._partitions:
@@ -207,11 +210,14 @@ class FeatureStore:
         )
 
     def add_expert(self, description: Mapping[str, Any]) -> FeaturePartition:
-        """Makes the partition for what `VisionExpert.describe` tells, if there is none; from now on this object serves it.
+        """Creates the partition of an expert if there is none; from now on this object reads it.
+
+        Args:
+            description: as `VisionExpert.describe` returns it.
 
         Raises:
-            StoreError: this object was opened for other weights of the expert, or its expert.json tells something else.
-            ValueError: a name that is no folder name, or a dtype that has no codec.
+            StoreError: this object was opened for other weights of the expert, or the partition's expert.json differs.
+            ValueError: the expert's name is no folder name, or the dtype has no codec.
         """
         from mova_core.experts import fingerprint
 
@@ -234,11 +240,11 @@ class FeatureStore:
         return partition
 
     def fetch(self, images: Sequence[ImageRef], experts: Sequence[Sequence[str]]) -> list[dict[str, Features]]:
-        """See `FeatureSource.fetch`; tokens in the dtype stored.
+        """See `FeatureSource.fetch`; tokens have the stored dtype.
 
         Raises:
-            MissingFeatures: tells every pair that is not stored; nothing was read.
-            StoreError: a damaged row.
+            MissingFeatures: lists every (image, expert) pair that is not stored; nothing was read.
+            StoreError: a feature is damaged.
         """
         wanted = wanted_by_expert(images, experts)
         missing = [(key, name) for name, refs in wanted.items() for key in self.missing(list(refs), name)]
@@ -252,11 +258,11 @@ class FeatureStore:
         ]
 
     def missing(self, keys: Sequence[str], expert: str) -> list[str]:
-        """Those keys that have no feature of the expert, in order."""
+        """The keys without a feature of the expert, in their order."""
         return self.partition(expert).missing(keys) if self._serves(expert) else list(keys)
 
     def stat(self) -> dict[str, Any]:
-        """What is stored: features, bytes and shards per expert, and per fingerprint what `FeaturePartition.stat` tells."""
+        """Features, bytes and shards per expert, and per fingerprint the result of `FeaturePartition.stat`."""
         experts = {}
         for expert, digests in self.experts().items():
             partitions = {digest: self.partition(expert, digest).stat() for digest in digests}
@@ -268,14 +274,15 @@ class FeatureStore:
         return {"path": self.location, "experts": experts, "quarantined": len(self.quarantined())}
 
     def verify(self, progress: Callable[[int], object] | None = None) -> Iterator[dict[str, str]]:
-        """Reads every byte from the disk and yields what is damaged; changes nothing.
+        """Reads every byte of the store and yields each damage; changes nothing.
 
         Args:
-            progress: gets the number of features just checked.
+            progress: called with the number of features just checked.
 
         Yields:
             "expert", "fingerprint", "shard" (the damaged file, relative to the partition's folder), "key" (of the damaged
-            row; empty where it is the file itself) and "reason". What belongs to no partition has no expert and fingerprint.
+            row; empty where the file itself is damaged) and "reason". "expert" and "fingerprint" are empty for files outside
+            partitions.
         """
         for file, reason in repair.findings_outside_partitions(self.storage, _STORE, _RESERVED):
             yield {"expert": "", "fingerprint": "", "shard": file, "key": "", "reason": reason}
@@ -283,27 +290,30 @@ class FeatureStore:
             yield from repair.verify(partition, progress)
 
     def withdraw(self, damaged: Iterable[Mapping[str, str]]) -> int:
-        """Withdraws what `verify` found, so that the next precompute makes it anew; returns how many features that is.
+        """Withdraws damaged features, so that the next precompute computes them again; returns their number.
 
-        Sound rows of a damaged shard are kept: they are committed in a new one first. `gc` removes the old files. What a
-        quarantine file named is tried again; an expert.json is written again by the next precompute of that expert.
+        Undamaged rows of a damaged shard are first committed in a new shard. `gc` removes the old files. Images of a damaged
+        quarantine file are tried again; the next precompute of an expert rewrites its damaged expert.json.
+
+        Args:
+            damaged: as `verify` yields them.
         """
-        found: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+        by_partition: dict[tuple[str, str], list[Mapping[str, str]]] = {}
         for damage in damaged:
-            found.setdefault((damage["expert"], damage["fingerprint"]), []).append(damage)
+            by_partition.setdefault((damage["expert"], damage["fingerprint"]), []).append(damage)
         with writing(self.location):
-            for damage in found.pop(("", ""), []):
+            for damage in by_partition.pop(("", ""), []):
                 self.storage.delete(damage["shard"])
                 if damage["shard"] == "store.json":
                     self.storage.put_if_absent("store.json", _STORE)
-        return sum(repair.withdraw(self.partition(*address), damages) for address, damages in found.items())
+        return sum(repair.withdraw(self.partition(*address), damages) for address, damages in by_partition.items())
 
     def diff(self, other: FeatureStore) -> list[dict[str, Any]]:
-        """What two stores do not have alike, told by their receipts alone.
+        """Compares two stores by their receipts, without reading features.
 
         Returns:
-            Per partition of either: "expert", "fingerprint", "same" (features that both have with the same bytes), and the
-            keys that are "only_here", "only_there", or in both and "differ".
+            For each partition of either store: "expert", "fingerprint", "same" (number of features that both have with equal
+            bytes), and the keys that are "only_here", "only_there", or in both and "differ".
         """
         addresses = {
             (partition.expert, partition.fingerprint): None
@@ -326,19 +336,19 @@ class FeatureStore:
         shard_bytes: int = 128 << 20,
         progress: Callable[[int], object] | None = None,
     ) -> dict[str, int]:
-        """Copies features to another store, as they are stored, without recoding; what is there already stays.
+        """Copies encoded features to another store; features that it has already stay.
 
         Args:
-            experts: all their fingerprints are copied; every expert by default.
-            keys: image keys, those that are not stored are passed over; every image by default.
-            shard_bytes: size a shard there aims at.
-            progress: gets the number of features just copied, or found there.
+            experts: copied with all their fingerprints; default every expert.
+            keys: image keys; default every image. Keys that are not stored are ignored.
+            shard_bytes: target size of the new shards.
+            progress: called with the number of features just copied or already there.
 
         Returns:
             Expert -> features copied.
 
         Raises:
-            StoreError: a damaged row, or either store cannot be used.
+            StoreError: a feature is damaged, or a store cannot be read or written.
         """
         held = self.experts()
         if unknown := [name for name in experts if name not in held]:
@@ -385,7 +395,7 @@ class FeatureStore:
     def quarantined(self) -> list[dict[str, Any]]:
         """Every quarantined image: image, sha256, reason, expert, time (UTC); the oldest first.
 
-        `release` has them tried again.
+        `release` removes rows, so that their images are tried again.
         """
         contents = self._quarantine_files()
         return sorted((row for rows in contents.values() for row in rows), key=lambda row: row["time"])
@@ -402,7 +412,7 @@ class FeatureStore:
             try:
                 file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
                 rows[name] = file.read().to_pylist()
-            except (OSError, pa.ArrowException):  # of pyarrow, about these bytes
+            except (OSError, pa.ArrowException):  # pyarrow raises these for damaged bytes
                 raise StoreError(
                     f"{self.location}/quarantine/{name} is damaged: `mova store verify` deletes it, "
                     f"and its images will be tried again"
@@ -410,10 +420,10 @@ class FeatureStore:
         return rows
 
     def release(self, chosen: Callable[[Mapping[str, Any]], bool] = lambda row: True) -> int:
-        """Takes rows out of the quarantine, so that their images are tried again. Returns how many rows that were.
+        """Removes rows from the quarantine, so that their images are tried again; returns their number.
 
         Args:
-            chosen: whether a row, as `quarantined` returns it, leaves; default all.
+            chosen: whether to remove a row, as `quarantined` returns it; default all rows.
         """
         released = 0
         for name, rows in self._quarantine_files().items():
@@ -421,9 +431,7 @@ class FeatureStore:
             if len(staying) == len(rows):
                 continue
             with writing(self.location):
-                if (
-                    staying
-                ):  # before the deletion: a process that dies between the two leaves rows twice, and loses none
+                if staying:  # written before the deletion: a crash between the two duplicates rows and loses none
                     content = parquet(pa.Table.from_pylist(staying, schema=_QUARANTINE))
                     self.storage.put_if_absent(f"quarantine/{named_by(content)}.parquet", content)
                 self.storage.delete(f"quarantine/{name}")
@@ -431,12 +439,11 @@ class FeatureStore:
         return released
 
     def gc(self, grace_seconds: float = 3600.0, dry_run: bool = False) -> dict[str, int]:
-        """Removes shards no receipt names, temporary files and superseded indexes, all older than `grace_seconds`.
-
-        The grace keeps what a running writer has put down and not yet committed: give more than its longest pause.
+        """Removes shards that no receipt names, temporary files and superseded indexes, all older than `grace_seconds`.
 
         Args:
-            dry_run: only say what would go.
+            grace_seconds: keeps files that a running writer has not committed yet: more than its longest pause.
+            dry_run: only report what would be removed.
 
         Returns:
             {"files": removed, "bytes": freed}.
@@ -451,7 +458,7 @@ class FeatureStore:
                     for name in repair.unreferenced_files(partition)
                 ]
             for name in unreferenced_files:
-                with suppress(FileNotFoundError):  # another gc, or its writer, was faster
+                with suppress(FileNotFoundError):  # another gc or the writer has removed the file
                     size, changed = self.storage.stat(name)
                     if changed <= before:
                         if not dry_run:

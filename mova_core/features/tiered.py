@@ -1,4 +1,4 @@
-"""A store in front of another source: features are read if stored, else computed and written back."""
+"""A read-through store: features are read if they are stored, else computed by another source and written back."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ Pair = tuple[str, str]  # expert name, image key
 
 
 class ReadThroughStore:
-    """A `FeatureSource` that reads from a store, computes what is missing by `source`, and writes it back.
+    """A `FeatureSource` that reads from a store, has `source` compute missing features, and writes these to the store.
 
-    Any number of threads may fetch; a feature that several request at the same time is computed once. Every answer has the
-    bits as stored, so the first request and all later ones get the same, also where the store keeps a smaller dtype than
-    the source computes. The store's partitions are created if the source has `descriptions` (expert name -> what
-    `VisionExpert.describe` returns); for another source, call `store.add_expert` before.
+    Any number of threads may fetch; a feature that several threads request at the same time is computed once. Every fetch
+    returns the stored bits, also the one that computed the feature and where the store has a smaller dtype than the source
+    computes. Partitions are created if the source has `descriptions` (expert name -> result of `VisionExpert.describe`);
+    for another source, call `store.add_expert` before.
 
     Features are written by a background thread (`ShardWriter`). `flush` waits until all are stored; so do `close`, the end
     of a `with` block and the end of the process.
 
     Args:
-        store: read and written.
-        source: computes what is not stored.
-        dtypes: expert -> name of the dtype to store where that is not the one the source computes in: any of `CODECS`.
-        shard_bytes: features gathered for a shard, about, bytes; while more than twice as many wait for the disk, `fetch`
-            waits too.
-        shard_seconds: longest time a feature waits for others to fill its shard.
-        telemetry: takes hits, misses and the number of features that could not be stored.
+        store: to read and write.
+        source: computes features that are not stored.
+        dtypes: expert -> stored dtype, one of `CODECS`, where it differs from the dtype that the source computes in.
+        shard_bytes: approximate bytes of features in a shard. `fetch` blocks while more than twice as many bytes wait for
+            the disk.
+        shard_seconds: longest time that a feature waits for others to fill its shard.
+        telemetry: receives hits, misses and the number of features that could not be stored.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ReadThroughStore:
         self.source = source
         self.dtypes = dict(dtypes or {})
         self._telemetry = telemetry
-        self._partitions: dict[str, FeaturePartition] = {}  # expert name -> partition, once it is known
+        self._partitions: dict[str, FeaturePartition] = {}  # expert name -> partition, from its first use
         self._single_flight: SingleFlight[Pair, Features] = SingleFlight()
         self._writer = ShardWriter(shard_bytes, shard_seconds, telemetry)
         self._settings: dict[str, Any] = {
@@ -76,21 +76,21 @@ class ReadThroughStore:
         self.close()
 
     def flush(self) -> None:
-        """Returns when every feature computed so far is stored, or could not be."""
+        """Waits until every feature computed so far is stored, or its write has failed."""
         self._writer.flush()
 
     def close(self) -> None:
-        """As `flush`, and ends the writing thread; later requests are answered and not stored."""
+        """Flushes and ends the writing thread. Later fetches are answered, and nothing more is stored."""
         self._writer.close()
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
-        """Expert name -> fingerprint of the features served, which are as the store keeps them."""
+        """Expert name -> fingerprint of the stored features, which `fetch` returns."""
         from mova_core.experts import fingerprint
 
         fingerprints = dict(self.source.fingerprints)
         for name in self.dtypes:
-            fingerprints.pop(name, None)  # the source's own is that of the dtype it computes in
+            fingerprints.pop(name, None)  # the source's fingerprint is of another dtype
             if (description := self._description(name)) is not None:
                 fingerprints[name] = fingerprint(description)
         return fingerprints
@@ -99,9 +99,9 @@ class ReadThroughStore:
         """See `FeatureSource.fetch`.
 
         Raises:
-            StoreError: a damaged feature; a store opened for other weights than the source's, or without a partition for
-                them and no description to create one.
-            ValueError: a feature that the stored dtype cannot hold.
+            StoreError: a feature is damaged, the store was opened for other weights than the source's, or it has no
+                partition for them and the source no description to create one.
+            ValueError: the stored dtype cannot hold a feature.
         """
         wanted = wanted_by_expert(images, experts)
         features = self._read({name: list(refs) for name, refs in wanted.items()})
@@ -121,17 +121,17 @@ class ReadThroughStore:
         ]
 
     def _read(self, wanted: Mapping[str, Sequence[str]], refresh: bool = True) -> dict[Pair, Features]:
-        """The wanted features that are stored or wait to be written.
+        """Reads the wanted features that are stored or wait to be written.
 
         Args:
             wanted: expert name -> image keys.
-            refresh: look for features that other processes have stored since the last look.
+            refresh: also find features that other processes have stored since the last call.
         """
         features: dict[Pair, Features] = {}
         for name, keys in wanted.items():
             if (partition := self._partition(name)) is None:
                 continue
-            # The writer before the store: a feature leaves the writer only after it is in the store.
+            # Ask the writer before the store: a feature leaves the writer only after it is in the store.
             waiting = self._writer.waiting(partition, keys)
             dtype = partition.description["dtype"]
             features.update({(name, key): as_stored(feature, dtype) for key, feature in waiting.items()})
@@ -145,11 +145,11 @@ class ReadThroughStore:
         return features
 
     def _compute(self, pairs: Sequence[Pair], refs: Mapping[Pair, ImageRef]) -> dict[Pair, Features]:
-        """Features that were not stored a moment ago: those stored since are read, the others computed and written."""
+        """Computes and writes features that `_read` did not find; reads those that were stored since."""
         by_expert: dict[str, list[str]] = {}
         for name, key in pairs:
             by_expert.setdefault(name, []).append(key)
-        # Another thread of this process may have finished between this thread's look and its turn to compute.
+        # Another thread of this process may have stored the feature since this thread's first `_read`.
         features = self._read(by_expert, refresh=False)
         missing: dict[str, list[str]] = {}  # image key -> experts to run
         for name, key in pairs:
@@ -162,7 +162,7 @@ class ReadThroughStore:
             for name in missing[key]:
                 computed.setdefault(name, {})[key] = row[name]
         for name, new_features in computed.items():
-            if name not in self._partitions:  # a source that knows its fingerprint only after it has computed
+            if name not in self._partitions:  # some sources know their fingerprint only after they have computed
                 partition = self._partition_or_create(name)
                 stored = self._read({name: list(new_features)})
                 features.update(stored)
@@ -174,14 +174,14 @@ class ReadThroughStore:
         return features
 
     def _description(self, name: str) -> Mapping[str, Any] | None:
-        """All that the fingerprint of the stored features covers; None where the source has no description."""
+        """Everything that the fingerprint of the stored features covers; None where the source has no description."""
         description = getattr(self.source, "descriptions", {}).get(name)
         if description is None or name not in self.dtypes:
             return description
         return {**description, "dtype": self.dtypes[name]}
 
     def _partition(self, name: str) -> FeaturePartition | None:
-        """The partition of the features served; None where the store has none, or the fingerprint is not known yet."""
+        """The partition of an expert; None where the store has none, or the fingerprint is not known yet."""
         if name not in self._partitions:
             fingerprint = self.fingerprints.get(name)
             partition = None if fingerprint is None else self.store.find_partition(name, fingerprint)
@@ -191,10 +191,10 @@ class ReadThroughStore:
         return self._partitions[name]
 
     def _partition_or_create(self, name: str) -> FeaturePartition:
-        """The same, created if need be.
+        """The partition of an expert, created if the store has none.
 
         Raises:
-            StoreError: the source has no description to create it by, or the store was opened for other weights.
+            StoreError: the source has no description of the expert, or the store was opened for other weights.
         """
         if (partition := self._partition(name)) is not None:
             return partition
