@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -151,7 +152,7 @@ def _complete(content: bytes, member: Member) -> bytes:
 
 def _read_cell(cell: Cell, newer_than: float) -> bytes:
     path = local_path(cell.file)
-    with _decoding:
+    with _lock_of(cell):
         changed_ns = 0
         if path is not None:
             try:
@@ -246,11 +247,17 @@ class _ColumnSlices:
         return self._rows[number - self._start]
 
 
-# Threads that want cells of one row group wait for the first of them to decode the row group.
-_decoding = threading.Lock()
+# One lock for each row group that is being read: threads that want cells of the same wait for the first to decode it.
+_locks: WeakValueDictionary[tuple[str, str, int], threading.Lock] = WeakValueDictionary()
+_locking = threading.Lock()
 
 
-@lru_cache(maxsize=2)
+def _lock_of(cell: Cell) -> threading.Lock:
+    with _locking:
+        return _locks.setdefault((cell.file, cell.column, cell.group), threading.Lock())
+
+
+@lru_cache(maxsize=8)  # as many threads as read at once on a node with an accelerator; `WHOLE_BYTES` each
 def _open_column(
     file: str, column: str, group: int, changed_ns: int, newer_than: float
 ) -> _WholeColumn | _MappedColumn | _ColumnSlices:

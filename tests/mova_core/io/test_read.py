@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -79,6 +80,26 @@ class TestMembersAndCells:
         (tmp_path / "x.parquet").write_bytes(b"PAR1")
         with pytest.raises(ImageUnavailable, match=r"parquet#image\[0,0\]: cannot be read"):
             read_image(cells[0])
+
+    def test_threads_wait_for_their_own_row_group_only(self, tmp_path, table, monkeypatch):
+        """A lock for all cells of a process made four threads on four files take four times as long."""
+        for name in "abcd":
+            pq.write_table(table, tmp_path / f"{name}.parquet")
+        together, decoded = threading.Barrier(4, timeout=20), []
+        read_row_group = pq.ParquetFile.read_row_group
+
+        def counting(parquet, group, **options):
+            together.wait()  # no thread goes on before all four files are being decoded
+            decoded.append(group)
+            return read_row_group(parquet, group, **options)
+
+        monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+        rows = [(name, row) for row in range(4) for name in "abcd"]
+        cells = [str(Cell(str(tmp_path / f"{name}.parquet"), "image", 0, row)) for name, row in rows]
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(read_image, cells)) == [encoded(row) for _, row in rows]
+        assert len(decoded) == 4, "two threads on each file, and one of them decodes"
+        assert not read._locks
 
     def test_a_remote_row_group_is_fetched_once(self, table, web):
         pq.write_table(table, web.folder / "x.parquet", row_group_size=3)
