@@ -1,6 +1,5 @@
 """`mova evaluate`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,9 +88,10 @@ def evaluate(
                 read=read,
             )
         if answers is not None:
+            from mova_core.io import strict_json
             from mova_core.io.atomic import write_atomic
 
-            write_atomic(answers, json.dumps(result["answers"], indent=1))
+            write_atomic(answers, strict_json.dumps(result["answers"], indent=1))
 
     def show() -> None:
         show_kinds(result["kinds"])

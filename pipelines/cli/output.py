@@ -1,7 +1,6 @@
 """What a command prints: one JSON document, or tables for people; and what it silences."""
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from mova_core.figures import number
+from mova_core.io import strict_json
 
 
 @contextlib.contextmanager
@@ -59,7 +59,7 @@ def _silenced() -> Iterator[None]:
 def print_result(value: Any, as_json: bool, show: Callable[[], None]) -> None:
     """Prints the result: one JSON document, or what `show` prints for people."""
     if as_json:
-        print(json.dumps(value, indent=2, default=str))
+        print(strict_json.dumps(value, indent=2))
     else:
         show()
 

@@ -30,6 +30,7 @@ from mova_core.data import IMAGE_MARK, Sample, read_samples
 from mova_core.experts import EXPERTS
 from mova_core.features import FeatureStore
 from mova_core.figures import number
+from mova_core.io import strict_json
 from mova_core.processing import IGNORE, MoVAProcessor
 from mova_core.routing import build_routing_prompt, build_routing_reply
 from pipelines.demo.data import build_demo_data
@@ -387,5 +388,5 @@ def to_file(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(value, indent=1, default=str))
+    draft.write_text(strict_json.dumps(value, indent=1))
     draft.replace(path)

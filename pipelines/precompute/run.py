@@ -1,6 +1,5 @@
 """Precompute: fill the feature store in bulk with Ray Data, several experts side by side."""
 
-import json
 import tempfile
 import time
 import uuid
@@ -21,6 +20,7 @@ from cluster.pools import PlanError, PoolSpec, fit_pools, know_memory, plan_pool
 from mova_core.experts import EXPERTS, expert_card, expert_module, fingerprint, found_here, load_expert
 from mova_core.experts.cost import Profile, shapes_of
 from mova_core.features import FeatureStore, StoreError
+from mova_core.io import strict_json
 from mova_core.io.atomic import write_atomic
 from pipelines.precompute.inspect_images import Inspection, inspect
 from pipelines.precompute.plot import draw_run
@@ -165,7 +165,7 @@ def precompute(
             done.add(log)
             done.seconds = time.perf_counter() - started
             if summary is not None:
-                write_atomic(summary, json.dumps(done.to_dict(), indent=2))
+                write_atomic(summary, strict_json.dumps(done.to_dict(), indent=2))
             if picture is not None:
                 draw_run(log, picture)
     finally:

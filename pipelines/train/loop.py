@@ -63,13 +63,15 @@ def train_worker(arguments: dict[str, Any]) -> None:
     # The range comes first: zip then ends without reading a batch that no step uses.
     for step, batch in zip(range(resumed.steps + 1, steps + 1), rest_of_epochs, strict=False):
         loss = wrapped(**_to(batch, device)).loss
+        terms = _terms(batch)
+        total = _sum_of_ranks(int(terms.sum()), device)
         optimizer.zero_grad()
-        loss.backward()
+        weighted_loss(loss, int(terms.sum()), total, context.get_world_size()).backward()
         nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
         optimizer.step()
         schedule.step()
-        cut_off += (without_answer := _without_answer(batch))
-        if without_answer < len(next(iter(batch.values()))):  # else there was nothing to take a loss of
+        cut_off += int((terms == 0).sum())
+        if terms.any():  # else there was nothing to take a loss of
             losses.append(loss.item())
         mean = sum(losses) / max(1, len(losses))
         if rank == 0:
@@ -87,9 +89,25 @@ def train_worker(arguments: dict[str, Any]) -> None:
         report(RunState(metrics=metrics, batches=resumed.batches), model, saved, optimizer, trained)
 
 
-def _without_answer(batch: dict[str, Any]) -> int:
-    """Samples of a batch that teach nothing, because `max_length` cut off their whole answer."""
-    return int((batch["labels"][:, 1:] == IGNORE).all(1).sum()) if "labels" in batch else 0
+def weighted_loss(loss: Tensor, terms: int, total: int, ranks: int) -> Tensor:
+    """A rank's loss, weighted so that the mean over the ranks is the mean over all terms of the step.
+
+    DDP averages the ranks' gradients. Without weights an answer of two tokens on one rank would count as much as an answer of
+    sixty tokens on the other, and the same data would train another model on another number of ranks.
+
+    Args:
+        loss: mean over the rank's terms; NaN where it has none.
+        terms: answer tokens of the rank, or samples of the light router.
+        total: terms of all ranks.
+    """
+    return torch.where(torch.tensor(terms > 0, device=loss.device), loss, 0.0) * (ranks * terms / max(1, total))
+
+
+def _terms(batch: dict[str, Any]) -> Tensor:
+    """Terms of the loss of each sample (B,): its answer tokens within `max_length`, or 1 without labels."""
+    if "labels" in batch:
+        return (batch["labels"][:, 1:] != IGNORE).sum(1)
+    return torch.ones(len(batch["routing"]), dtype=torch.int64)
 
 
 def _sum_of_ranks(count: int, device: torch.device) -> int:

@@ -30,6 +30,9 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.data import TrainingData, check_data, total_steps
 from pipelines.train.loop import train_worker
 
+# Of the machines, not of the training: a batch is the same for any number of workers, so that a run may resume with others.
+MACHINE_SETTINGS = frozenset({"workers", "gpu", "loader_processes", "checkpoint_every"})
+
 
 def train(config: TrainConfig, progress: bool = True, data: TrainingData | None = None) -> dict[str, Any]:
     """Runs one stage to its end, from the last checkpoint if an earlier run of the same config was cut off.
@@ -111,9 +114,10 @@ def checkpoint_folder(config: TrainConfig) -> Path:
 
 
 def identity(config: TrainConfig) -> str:
-    """Names a run by all its settings and the files of its model: only such a run resumes from its checkpoints."""
+    """Names a run by the files of its model and the settings that decide its numbers: only such a run resumes from it."""
+    settings = {name: value for name, value in asdict(config).items() if name not in MACHINE_SETTINGS}
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in Path(config.model).glob("*.*"))
-    return hashlib.sha256(json.dumps([asdict(config), files], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextmanager

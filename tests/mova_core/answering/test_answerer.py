@@ -534,7 +534,7 @@ def test_threads_may_share_an_answerer(talkative, processor, local_experts, imag
     answerer = Answerer(talkative, processor, local_experts)
     questions = [Question(text=text, image=image) for image in images for text in ("what?", "left?", "which?", "none?")]
     alone = [answerer.answer([question], 4)[0] for question in questions]
-    with ThreadPoolExecutor(4) as threads:
+    with ThreadPoolExecutor(8) as threads:
         together = list(threads.map(lambda question: answerer.answer([question], 4)[0], questions))
     for answer, expected in zip(together, alone, strict=True):
         same(answer, expected)
