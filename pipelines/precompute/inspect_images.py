@@ -184,6 +184,11 @@ def _look_isolated(image: str, data: bytes) -> tuple[str | None, str | None]:
             return None, f"cannot be read ({' '.join(str(error).split())})"
         except ProcessDied as death:
             if attempt == 2:
+                if not data and not isinstance(
+                    uris.parse(image), uris.Cell
+                ):  # to read a cell may be what ends processes
+                    with contextlib.suppress(ImageError):
+                        data = read_image(image)
                 key = hashlib.sha256(data).hexdigest() if data else None
                 return key, f"broken image (reading it {death})"
     raise AssertionError("unreachable")

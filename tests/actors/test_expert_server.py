@@ -174,6 +174,39 @@ class TestPublishedExperts:
         [line] = [row for table in sam(shard) for row in table.to_pylist()]
         assert line["stored"] == 0 and sorted((tmp_path / "store").rglob("*.safetensors")) == shards, "not made again"
 
+    def test_a_suspect_shard_is_computed_image_by_image_without_the_refused(self, server, pictures, tmp_path):
+        FeatureStore(tmp_path / "store", create=True)
+        picky = server(store=str(tmp_path / "store"))
+        images = refs(pictures, *range(4), "pink")
+        shard = shard_of(picky.store.add_expert(picky.description), images)
+        refused = {images[2].key: "the process that computes it crashed"}
+        begun: list[tuple[str, int]] = []
+        server_call = picky(shard, refused, lambda key: begun.append((key, len(passes(picky)))))
+        [row] = [row for table in server_call for row in table.to_pylist()]
+        left = [key.hex() for key in shard["keys"][0].as_py() if key.hex() not in refused]
+        assert begun == [(key, number) for number, key in enumerate(left)] and passes(picky) == [1] * 4
+        assert row["stored"] == 3
+        reasons = {failed["image"]: failed["reason"] for failed in row["failed"]}
+        assert reasons == {
+            images[2].path: "the process that computes it crashed",
+            images[4].path: "its features are not finite in float32",
+        }
+        listed = {row["image"]: (row["sha256"], row["reason"]) for row in picky.store.quarantined()}
+        assert listed == {image.path: (image.key, reasons[image.path]) for image in (images[2], images[4])}
+
+    def test_an_image_that_went_since_it_was_listed_is_tried_by_the_next_run(self, server, pictures, tmp_path):
+        FeatureStore(tmp_path / "store", create=True)
+        picky = server(store=str(tmp_path / "store"))
+        gone = tmp_path / "gone.png"
+        gone.write_bytes((pictures / "0.png").read_bytes())
+        image = ImageRef(path=str(gone))
+        shard = shard_of(picky.store.add_expert(picky.description), [image])
+        gone.unlink()
+        [row] = [row for table in picky(shard) for row in table.to_pylist()]
+        assert row["stored"] == 0 and row["failed"][0]["reason"] == "cannot be read (No such file or directory)"
+        [listed] = picky.store.quarantined()
+        assert listed["image"] == str(gone) and listed["sha256"] is None and listed["expert"] == "picky"
+
     def test_one_shard_is_computed_while_another_is_written(self, server, pictures, tmp_path, monkeypatch):
         """Two threads call, as Ray Data has them: the second's pictures are answered while the first still writes."""
         store = FeatureStore(tmp_path / "store", create=True)

@@ -1,12 +1,19 @@
-"""What the first look at pictures leaves in the store's quarantine, without Ray."""
+"""The first look at pictures, and what it leaves in the store's quarantine, without Ray."""
 
+import hashlib
+import os
+
+import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from mova_core.data import Sample, split_usable
 from mova_core.features import FeatureStore
 from mova_core.images import ImageRef
-from pipelines.precompute.inspect_images import update_quarantine
+from mova_core.io.isolated import ProcessDied
+from pipelines.precompute import inspect_images as module
+from pipelines.precompute.inspect_images import SEEN, inspect_images, look_at, update_quarantine
 
 
 @pytest.fixture
@@ -51,3 +58,42 @@ def test_one_picture_may_be_quarantined_for_several_reasons(store, tmp_path):
     store.quarantine([{"image": str(path), "sha256": key, "reason": "r", "expert": "sam"} for key in (image.key, None)])
     sample = Sample(id="a", images=(ImageRef(path=path),), turns=(("user", "q"),))
     assert split_usable([sample], store.quarantined())[0] == []
+
+
+def look(*paths) -> dict[str, tuple[bytes | None, str | None]]:
+    nothing = {name: pa.nulls(len(paths), SEEN.field(name).type) for name in ("version", "key", "error")}
+    rows = inspect_images(pa.table({"row": np.arange(len(paths)), "image": list(map(str, paths)), **nothing}))
+    return {path.name: (row["key"], row["error"]) for path, row in zip(paths, rows.to_pylist(), strict=True)}
+
+
+def test_each_picture_gets_its_key_or_its_reason(tmp_path):
+    good, text, gone, pipe = (tmp_path / name for name in ("good.png", "text.png", "gone.png", "pipe.png"))
+    Image.new("RGB", (9, 9)).save(good)
+    text.write_text("no picture")
+    os.mkfifo(pipe)
+    seen = look(good, text, gone, pipe)
+    assert seen["good.png"] == (hashlib.sha256(good.read_bytes()).digest(), None)
+    assert seen["text.png"][0] and str(seen["text.png"][1]).startswith("not an image in a known format")
+    assert seen["gone.png"] == (None, "cannot be read (No such file or directory)")
+    assert seen["pipe.png"] == (None, "cannot be read (it is a named pipe, not a file)")
+
+
+def test_a_picture_that_ends_the_process_which_decodes_it_is_told_after_a_second_try(tmp_path, monkeypatch):
+    paths = [tmp_path / name for name in ("a.png", "poison.png", "unlucky.png")]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (9, 9), (number, 0, 0)).save(path)
+    calls: list[str] = []
+
+    def dying(image: str, data: bytes = b""):
+        calls.append(image)
+        if image.endswith("poison.png") or (image.endswith("unlucky.png") and calls.count(image) == 1):
+            raise ProcessDied("ended its process (signal 11)")
+        return look_at(image, data)
+
+    monkeypatch.setattr(module, "isolated", lambda *arguments: dying)
+    seen = look(*paths)
+    assert seen["a.png"][1] is None and seen["unlucky.png"][1] is None
+    assert seen["poison.png"] == (
+        hashlib.sha256(paths[1].read_bytes()).digest(),
+        "broken image (reading it ended its process (signal 11))",
+    )
