@@ -10,7 +10,7 @@ import io
 import os
 import threading
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -112,7 +112,7 @@ def file_version(locator: str) -> str | None:
         filesystem, inner_path = open_filesystem(file)
         return filesystem.info(inner_path)
 
-    entries = with_retries(info)
+    entries = with_retries(lambda: within(DOWNLOAD_S, info))
     change = next((entries[name] for name in _CHANGE_ENTRIES if entries.get(name)), None)
     return None if change is None else f"{entries.get('size')} {change}"
 
@@ -289,7 +289,8 @@ def _open_column(
             writer.write_table(table)
         return sink.getvalue().to_pybytes()
 
-    content = NodeCache.of_this_node().get(f"{file}#{column}[{group}]", lambda: with_retries(fetch), newer_than)
+    limited = partial(within, _seconds_for(MAX_BYTES // 10), fetch)
+    content = NodeCache.of_this_node().get(f"{file}#{column}[{group}]", lambda: with_retries(limited), newer_than)
     if not content.size:  # too large for the memory of one process
         filesystem, path = open_filesystem(file)
         return _ColumnSlices(with_retries(lambda: filesystem.open(path, "rb")), column, group)
