@@ -73,6 +73,8 @@ class ShardQueue:
         self._picture: dict[str, str] = {}  # worker -> key of the picture that it computes alone
         self._picture_deaths: Counter[str] = Counter()
         self._dead: set[str] = set()  # workers whose death was counted
+        self._worker_of: dict[str, str] = {}  # ticket -> the last worker that drew with it
+        self._silent: dict[str, list[int]] = {}  # worker -> blocks that others got because it did not report
         self._suspects: set[int] = set()
 
     @property
@@ -85,9 +87,11 @@ class ShardQueue:
 
         A ticket that a worker died with gets its block again, because Ray retries the call on the restarted actor.
         """
+        before = self._worker_of.get(ticket, worker)
+        self._worker_of[ticket] = worker
+        if before != worker:  # Ray retries a call only when its process has ended
+            self.died(before)
         own = next((number for number, (holder, _) in self.assigned.items() if holder == ticket), None)
-        if own is not None and self.assigned[own][1] != worker:
-            self.died(self.assigned[own][1])
         if self.broken or (own is None and not self.pending):
             return None
         others = [number for number in self.held_by([worker]) if number != own]
@@ -95,8 +99,6 @@ class ShardQueue:
             return WAIT
         if own is None:
             own = self._next_pending(busy=bool(others))
-        elif own not in self.assigned:  # given up
-            return None
         elif others and own in self._suspects:
             return WAIT
         if own is None:
@@ -136,7 +138,7 @@ class ShardQueue:
         Args:
             reason: what the worker said of it; empty where it said nothing.
         """
-        blocks = self.held_by([worker])
+        blocks = self.held_by([worker]) + self._silent.pop(worker, [])
         if worker in self._dead or not blocks:
             return
         self._dead.add(worker)
@@ -151,7 +153,7 @@ class ShardQueue:
                 self.refused[picture] = f"the process that computes it {said} ({DEATHS} times, alone)"
         for number in list(blocks):
             if self._blind_deaths[number] >= BLIND_DEATHS:
-                del self.assigned[number]
+                self.finish(number)
                 self.given_up.append(f"{BLIND_DEATHS} processes ended with the same shard, at no single picture")
         self._suspects |= {number for number in blocks if self._deaths[number] >= DEATHS}
         if not self.proven:
@@ -177,8 +179,15 @@ class ShardQueue:
         chosen = set(workers)
         return [number for number, (_, worker) in self.assigned.items() if worker in chosen]
 
-    def release(self, workers: Iterable[str]) -> None:
-        """Makes the blocks of workers that ended pending again."""
-        for number in self.held_by(workers):
-            del self.assigned[number]
-            self.pending[number] = None
+    def release(self, workers: Iterable[str], silent: bool = False) -> None:
+        """Makes the blocks of workers that ended pending again.
+
+        Args:
+            silent: the workers only do not report: they count as dead when their tickets come again from other workers.
+        """
+        for worker in workers:
+            for number in self.held_by([worker]):
+                if silent:
+                    self._silent.setdefault(worker, []).append(number)
+                del self.assigned[number]
+                self.pending[number] = None

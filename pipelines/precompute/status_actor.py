@@ -156,11 +156,9 @@ class RunStatusActor:
             queue.release(names)
 
     def release(self, names: Sequence[str]) -> None:
-        """Makes the blocks of workers that died pending again."""
+        """Makes the blocks of workers that do not report pending again."""
         for queue in self.queues.values():
-            for name in names:
-                queue.died(name)
-            queue.release(names)
+            queue.release(names, silent=True)
 
     def sync(self, progress: dict[str, Any]) -> RunView:
         """Takes the driver's progress, and returns what it has to know."""

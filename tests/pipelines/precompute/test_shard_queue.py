@@ -26,7 +26,7 @@ class Workers:
         self.queue = ShardQueue(np.arange(pictures), shard_rows=ROWS, block_shards=1, chunks={0: "rows"})
         self.kills, self.computed, self.deaths = kills, set[int](), 0
         self.names = [f"actor{number}-0" for number in range(actors)]
-        self.tickets = [[f"{name} ticket {number}" for number in range(200)] for name in self.names]
+        self.tickets = [[f"{name} ticket {number}" for number in range(pictures // ROWS)] for name in self.names]
 
     def run(self) -> None:
         for _ in range(2000):
@@ -134,6 +134,24 @@ def test_a_worker_with_a_suspect_gets_nothing_else():
     assert isinstance(other, Block) and not other.alone
     queue.finish(block.number)
     assert isinstance(queue.take("next", "process 2"), Block)
+
+
+def test_a_worker_that_is_silent_is_not_dead_until_its_ticket_comes_again():
+    """Its blocks go to others at once; a picture is blamed only for processes that ended."""
+    queue = ShardQueue(np.arange(ROWS), shard_rows=ROWS, block_shards=1, chunks={0: "rows"})
+    queue.proven = True
+    for death in range(DEATHS + 1):
+        queue.take("ticket", f"process {death}")
+    queue.release([f"process {DEATHS}"])
+    for number in range(3 * DEATHS):
+        block = queue.take(f"ticket {number}", f"slow {number}")
+        assert isinstance(block, Block) and block.alone
+        queue.begin(f"slow {number}", key(2))
+        queue.release([f"slow {number}"], silent=True)
+    assert not queue.refused and not queue.given_up
+    for number in range(DEATHS):
+        queue.take(f"ticket {number}", f"again {number}")
+    assert set(queue.refused) == {key(2)}
 
 
 def test_a_worker_that_is_ended_in_good_order_counts_for_nothing():
