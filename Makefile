@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO ?= .demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test lint docs bench gpu clean
+.PHONY: help setup demo check test lint docs bench gpu mutate clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,12 @@ bench: $(STAMP)  ## the benchmarks, ratios side by side
 gpu:  ## the GPU tests and benchmarks, in parts of under nine minutes; uses PYTHON, which needs torch and no Ray
 	$(PYTHON) benchmarks/gpu.py
 
+mutate: $(STAMP)  ## mutation tests of the modules that decide numbers; ONLY='mova_core.samplers*' for one (minutes each)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutate]'
+	rm -rf mutants
+	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/mutmut run --max-children 1 $(if $(ONLY),'$(ONLY)')
+	$(BIN)/mutmut results
+
 clean:  ## remove what was built here, the virtual environment too
-	rm -rf $(VENV) $(DEMO) .site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) .site build mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -76,6 +76,15 @@ def test_marks_say_where_pictures_stand(processor, refs):
     assert text.endswith("user: what of ") and "none</s>" in text
 
 
+def test_a_picture_in_a_reply_is_not_learnt(processor, refs):
+    turns = [("user", "what?"), ("assistant", f"left of {IMAGE_MARK} right")]
+    batch = processor([turns], [refs[0]], labels=True)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    learnt = processor.tokenizer.decode(labels[labels != IGNORE])
+    assert learnt == "left of  right</s>" and int((ids == processor.image_token_id).sum()) == processor.image_tokens
+    assert not (labels == processor.image_token_id).any()
+
+
 def test_history_is_cut_as_it_was_learnt(processor):
     """A conversation's beginning gives the same ids when learnt from, when answered and as history of a later question."""
     turns = [*ASK, ("assistant", "left"), ("user", "right?"), ("assistant", "none"), ("user", "what?")]

@@ -38,6 +38,11 @@ def test_routing_samples_tell_the_labelled_experts_in_any_pool():
     assert plain == (("user", build_routing_prompt("Which way?")), ("assistant", "B"))
 
 
+def test_an_expert_without_other_words_keeps_its_card():
+    _, (_, reply) = routing_turns("Which way?", ["sam"], POOL, random.Random(0), {"vary": ("Reads.",)})
+    assert len(reply) == 1
+
+
 def test_shuffled_pool_keeps_the_labelled_experts():
     cards = pool_descriptions()
     mask = [name in (2, 5) for name in range(7)]

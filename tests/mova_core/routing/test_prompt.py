@@ -47,13 +47,25 @@ def test_reply_tells_none_from_nonsense():
     assert read_reply("I cannot say") is None
     assert read_reply("") is None
     assert read_reply("D, A") == [3, 0], "the order in which the router named them is kept"
+    assert read_reply("None of these") == read_reply("The answer is none") == []
+    assert read_reply("the answer is d") == [3], "lower case counts among connecting words"
+    assert read_reply("H") is None and read_reply("H", num_experts=8) == [7], "a pool has seven experts by default"
+    assert read_reply("A, B, C", max_experts=2) == [0, 1]
+
+
+def test_what_the_pool_lacks_takes_no_place_among_the_chosen():
+    assert letters(parse_routing("H, A, B, C")) == "ABC"
+    assert parse_routing("C, B", num_experts=3, max_experts=1) == [False, False, True]
 
 
 def test_prompt_of_another_pool():
     prompt = build_routing_prompt("q?", ["sees cats", "reads maps"])
     assert "\nA. sees cats\nB. reads maps\n\nQuestion:\nq?" in prompt
-    with pytest.raises(ValueError, match="1 to 26"):
-        build_routing_prompt("q?", [])
+    assert "\nModel pool:\nA. sees cats\n\nQuestion:\nq?" in build_routing_prompt("q?", ["sees cats"])
+    assert "\nZ. sees cats\n\nQuestion:" in build_routing_prompt("q?", ["sees cats"] * 26)
+    for count in (0, 27):
+        with pytest.raises(ValueError, match=f"1 to 26 experts, got {count}"):
+            build_routing_prompt("q?", ["sees cats"] * count)
 
 
 def test_reply_and_parser_are_inverse():
@@ -69,3 +81,6 @@ def test_label_is_the_papers_criterion():
     losses = {"dinov2": 0.9, "vary": 1.0, "codetr": 0.2, "sam": 0.5, "deplot": 0.7}
     assert label_experts(1.0, losses) == ["codetr", "sam", "deplot"], "below the loss without, lowest first, at most 3"
     assert label_experts(0.1, losses) == []
+    close = {"dinov2": 1.0, "vary": 1.0001, "codetr": 1.05, "sam": 0.9999}
+    assert label_experts(1.0, close) == ["sam"], "an expert that changes nothing or costs a little is no help"
+    assert label_experts(1.0, losses, max_experts=1) == ["codetr"]

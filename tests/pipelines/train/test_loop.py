@@ -1,0 +1,126 @@
+"""A worker's parameters against those computed apart: row by row, with AdamW and clipping written out by hand."""
+
+import json
+import shutil
+from math import cos, pi
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from mova_core.features import Features, FeatureStore
+from mova_core.images import ImageRef
+from mova_core.model import MoVAForConditionalGeneration
+from mova_core.processing import IGNORE, MoVAProcessor
+from pipelines.train import loop
+
+BATCH, STEPS, SEED, RATE, DECAY, CLIP = 2, 3, 5, 1e-3, 0.1, 0.05
+LABELS = [["sam"], [], ["vary", "sam"], ["vary"], [], ["sam"], ["vary"]]  # 7 samples: each epoch leaves one out
+
+
+@pytest.fixture
+def places(mini_folder, pictures, tmp_path) -> dict[str, str]:
+    """The arguments that name a model without dropout, data with labels, and a store of arbitrary features."""
+    shutil.copytree(mini_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["adapter"]["text_encoder"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    words = ["left", "right and left", "none", "what is right", "0 1 2 3", "A", "is in the picture"]
+    records = [
+        {
+            "image": str(pictures[number % 3]),
+            "conversations": [{"from": "human", "value": f"what {number}?"}, {"from": "gpt", "value": words[number]}],
+            "routing": routing,
+        }
+        for number, routing in enumerate(LABELS)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    store, generator = FeatureStore(tmp_path / "store", create=True), torch.Generator().manual_seed(0)
+    for expert in config["pool"]:
+        channels = expert["channels"]
+        description = {"expert": expert["name"], "dtype": "float32", "weights": "w", "grid": [4, 4]}
+        partition = store.add_expert(description | {"channels": channels})
+        rows = {
+            ImageRef(path=str(path)).key: Features(torch.randn(16, channels, generator=generator), (4, 4))
+            for path in pictures
+        }
+        partition.write(partition.shard_id(rows), rows)
+    return {"model": f"{tmp_path}/model", "data": f"{tmp_path}/data.jsonl", "store": f"{tmp_path}/store"}
+
+
+def loss_row_by_row(model, processor, store, records, positions) -> torch.Tensor:
+    """Mean cross entropy over the answers' tokens of a batch, each sample alone in its forward pass."""
+    total, tokens = torch.zeros(()), 0
+    for position in positions:
+        record = records[position]
+        turns = [("user", record["conversations"][0]["value"]), ("assistant", record["conversations"][1]["value"])]
+        image = ImageRef(path=record["image"])
+        row = processor([turns], [image], labels=True)
+        [features] = store.fetch([image], [record["routing"]])
+        experts = {name: found._replace(tokens=found.tokens[None].float()) for name, found in features.items()}
+        routing = torch.tensor([[name in record["routing"] for name in model.config.experts]])
+        count = int((row["labels"] != IGNORE).sum())
+        total, tokens = total + count * model(**row, experts=experts, routing=routing).loss, tokens + count
+    return total / tokens
+
+
+def parameters_by_hand(places: dict[str, str]) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+    """Every parameter after `STEPS` steps, and of each step the loss and the norm of its gradient before clipping."""
+    model = MoVAForConditionalGeneration.from_pretrained(places["model"], dtype=torch.float32).train()
+    processor, store = MoVAProcessor.from_pretrained(places["model"]), FeatureStore(places["store"])
+    with open(places["data"]) as file:
+        records = [json.loads(line) for line in file]
+    trained = dict(model.named_parameters())
+    first = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    second = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    steps = dict.fromkeys(trained, 0)
+    order = np.random.default_rng([SEED, 0]).permutation(len(records)).tolist()
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = loss_row_by_row(model, processor, store, records, order[step * BATCH : (step + 1) * BATCH])
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        gradients = {name: gradient for name, gradient in zip(trained, found, strict=True) if gradient is not None}
+        norm = sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
+        rate = RATE * (0.0 if step == 0 else 0.5 * (1 + cos(pi * (step - 1) / (STEPS - 1))))  # one step of warm-up
+        for name in gradients:  # an expert that no sample of the batch is routed to stays as it is
+            gradient = gradients[name] * min(1.0, CLIP / (norm + 1e-6))
+            steps[name] += 1
+            first[name] = 0.9 * first[name] + 0.1 * gradient
+            second[name] = 0.999 * second[name] + 0.001 * gradient**2
+            mean, variance = first[name] / (1 - 0.9 ** steps[name]), second[name] / (1 - 0.999 ** steps[name])
+            with torch.no_grad():
+                trained[name].mul_(1 - rate * DECAY).sub_(rate * mean / (variance.sqrt() + 1e-8))
+        losses.append(loss.item())
+        norms.append(norm)
+    return {name: parameter.detach() for name, parameter in trained.items()}, losses, norms
+
+
+def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, tmp_path, monkeypatch):
+    reports: list[Any] = []
+
+    def report(state, model, processor, optimizer, trained):
+        reports.append((state, {name: parameter.detach().clone() for name, parameter in trained.items()}))
+
+    monkeypatch.setattr(loop, "report", report)
+    shown: list[Any] = []
+    config = {
+        "stage": "sft", "output": str(tmp_path / "out"), **places, "learning_rate": RATE, "batch_size": BATCH,
+        "warmup": 0.33, "weight_decay": DECAY, "clip_norm": CLIP, "seed": SEED, "workers": 1, "checkpoint_every": 2,
+    }  # fmt: skip
+    progress = SimpleNamespace(report=lambda *told: shown.append(told))
+    # `num_workers=0` is Ray Train's local mode: the worker's function in this process, without a cluster.
+    TorchTrainer(loop.train_worker, train_loop_config={"config": config, "progress": progress},
+                 scaling_config=ScalingConfig(num_workers=0)).fit()  # fmt: skip
+    wanted, losses, norms = parameters_by_hand(places)
+    assert [state.steps for state, _ in reports] == [2, 3], "every second step and the last"
+    _, trained = reports[-1]
+    assert trained.keys() == wanted.keys() and min(norms) > CLIP and max(norms) > 1.1 * min(norms), (
+        "each step is clipped"
+    )
+    assert max(float((trained[name] - value).abs().max()) for name, value in wanted.items()) < 1e-6
+    assert reports[-1][0].metrics == {"steps": 3, "loss": pytest.approx(sum(losses) / 3), "resumed_from": None}
+    assert [told[:2] for told in shown] == [(1, 3), (2, 3), (3, 3)]
