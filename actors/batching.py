@@ -257,7 +257,9 @@ class MicroBatcher:
         """The images whose pixels could be prepared, as one batch; None if there are none."""
         share = -(-len(group) // self._prepare_threads)
         parts = [group[start : start + share] for start in range(0, len(group), share)]
-        prepared = [part for parts in self._preparing.map(self._prepare_part, parts) for part in parts]
+        # A single part stays in this thread: handing it over costs two switches of threads.
+        several = self._preparing.map(self._prepare_part, parts) if len(parts) > 1 else [self._prepare_part(group)]
+        prepared = [part for parts in several for part in parts]
         if not prepared:
             return None
         batch = prepared[0][1]

@@ -17,7 +17,7 @@ wait 1, 1, 1/2 and 1/8 as long. Timed from when every actor has had its first ba
 some nodes have nothing left to do, count. 1.0 is the time that waiting alone would take.
 
 growth: that expert without waiting on more and more tiny pictures: images/s from the first batch to the last, and the
-driver's largest memory.
+driver's largest memory, without the object store that all processes of a node share.
 """
 
 import argparse

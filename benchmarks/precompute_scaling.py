@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,10 +92,28 @@ def scaling(folder: Path, speeds: Sequence[float], seconds: float) -> dict[str, 
 # growth
 
 
-def peak_mb() -> float:
-    """This process's largest memory so far, MB; `getrusage` would count its parent's in."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+def anonymous_mb() -> float:
+    """Memory of this process now, MB, without mapped files and Ray's object store, which every process of a node shares."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) / 1024
+
+
+@contextmanager
+def peak_mb() -> Iterator[list[float]]:
+    """Appends the largest `anonymous_mb` within it, read 20 times a second."""
+    largest, stop = [anonymous_mb()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            largest[0] = max(largest[0], anonymous_mb())
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield largest
+    finally:
+        stop.set()
+        watching.join()
 
 
 def one_run(images: str, store: str, log: str, results: Any) -> None:
@@ -106,8 +125,7 @@ def one_run(images: str, store: str, log: str, results: Any) -> None:
 
     os.environ.update(WAITING_MS="0", WAITING_LOG=log)
     started = time.perf_counter()
-    with ray_session():
-        before = peak_mb()
+    with ray_session(), peak_mb() as peak:
         precompute(
             find_images(images),
             store,
@@ -116,14 +134,12 @@ def one_run(images: str, store: str, log: str, results: Any) -> None:
             size="mini",
             progress=False,
         )
-        peak = peak_mb()
     computed = batches(Path(log))
     results.put(
         {
             "seconds": time.perf_counter() - started,
             "images_per_second": sum(count for _, _, count in computed[1:]) / (computed[-1][0] - computed[0][0]),
-            "driver_mb": peak,
-            "driver_mb_before": before,
+            "driver_mb": peak[0],
         }
     )
 
@@ -149,12 +165,12 @@ def growth(folder: Path, counts: Sequence[int]) -> dict[int, dict[str, float]]:
 def scaling_table(part: str, result: Mapping[Any, Any]) -> Iterator[str]:
     """Lines for people."""
     if part == "growth":
-        yield f"growth: pictures of {SIZE} pixels; seconds in all, images/s, the driver's memory (MB): largest, before the run"
+        yield f"growth: pictures of {SIZE} pixels; seconds in all, images/s, the driver's largest memory: MB, B per picture more"
+        before: tuple[int, float] | None = None
         for count, run in result.items():
-            yield (
-                f"  {count:7} {run['seconds']:7.1f} {run['images_per_second']:8.1f} "
-                f"{run['driver_mb']:8.0f} {run['driver_mb_before']:8.0f}"
-            )
+            more = "" if before is None else f"{2**20 * (run['driver_mb'] - before[1]) / (count - before[0]):8.0f}"
+            yield f"  {count:7} {run['seconds']:7.1f} {run['images_per_second']:8.1f} {run['driver_mb']:8.0f} {more}"
+            before = count, run["driver_mb"]
         return
     waits = f"that only wait, {WAIT_MS:g} ms a picture: images/s, and its ratio to that of the waits alone"
     yield f"nodes {waits}" if part == "nodes" else f"nodes of speeds {':'.join(map(str, SPEEDS))} {waits}"

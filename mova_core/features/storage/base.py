@@ -170,8 +170,9 @@ def checked(path: Path, size: int, xxh3: str) -> Path:
         found = os.fstat(file.fileno()).st_size
         if found != size:
             raise ValueError(f"{path} has {found:,} bytes, {size:,} were published")
-        while part := file.read(1 << 24):  # read, not mapped: a bad sector is then an error and no SIGBUS
-            digest.update(part)
+        part = memoryview(bytearray(1 << 20))
+        while count := file.readinto(part):  # read, not mapped: a bad sector is then an error and no SIGBUS
+            digest.update(part[:count])
     if digest.hexdigest() != xxh3:
         raise ValueError(f"{path} has other bytes than were published")
     return path
