@@ -15,12 +15,16 @@ from mova_core.experts.cost import Profile, write_profiles
 from pipelines.progress_bar import progress_bar
 
 
-class _ProfiledServer(ExpertServer):
-    """An expert server that adds the label of its node to what it measured: `mova plan` knows the GPU by that label."""
+class ProfileActor:
+    """Measures one expert in a process of its own, whose memory peak is that expert's.
 
-    def labelled_profile(self) -> Profile:
+    The expert is loaded by the method, not by a constructor: of a constructor that fails, Ray tells only a text. The label of
+    the node is added to what was measured: `mova plan` knows the GPU by that label.
+    """
+
+    def measure(self, expert: str, **settings: Any) -> Profile:
+        measured = ExpertServer(expert, **settings).measured()
         label: Any = ray.get_runtime_context().get_node_labels().get(ACCELERATOR_LABEL)  # a str, typed as a list
-        measured = self.measured()
         return measured if measured.device.startswith("cpu") else replace(measured, accelerator=label)
 
 
@@ -49,13 +53,14 @@ def profile(
     """
     fit_pools({place.expert: [place]}, ray.cluster_resources())
     write_profiles(output, [])  # fails now, not after the measuring, where it cannot be written
-    server = ray.remote(_ProfiledServer).options(
+    actors = ray.remote(ProfileActor).options(
         num_cpus=place.cpus, num_gpus=place.gpu, accelerator_type=place.accelerator
     )
     measured: list[Profile] = []
     with progress_bar(len(experts), "profile", "experts", progress) as bar:
         for name in experts:
-            actor: Any = server.remote(
+            actor: Any = actors.remote()
+            pending = actor.measure.remote(
                 name,
                 weights=(weights or {}).get(name),
                 size=size,
@@ -66,7 +71,7 @@ def profile(
                 module=expert_module(name),
             )
             try:
-                measured.append(ray.get(actor.labelled_profile.remote()))
+                measured.append(ray.get(pending))
             finally:
                 ray.kill(actor)
             write_profiles(output, measured[-1:])

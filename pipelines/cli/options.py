@@ -102,9 +102,12 @@ def codec_name(text: str) -> str:
 
 
 def weights_location(text: str) -> str:
-    """A local path made absolute, or a hub id."""
+    """A local path made absolute, or a hub id with its owner."""
     try:
-        return hub_id_or_folder(text)
+        location = hub_id_or_folder(text)
+        if "/" not in location:
+            raise typer.BadParameter(f"no file or folder {text} in {os.getcwd()}, and a hub id has the form owner/name")
+        return location
     except typer.BadParameter as error:
         raise ValueError(error.message) from None
 

@@ -15,7 +15,8 @@ import typer
 
 from mova_core.io.uris import absolute, local_path
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # the hub keeps some ids without an owner, such as gpt2
+FILE = re.compile(r".*\.(safetensors|bin|pth?|json)")
 MODEL_TYPE = "mova"  # `model_type` in the config.json of a MoVA model
 
 Overwrite = Annotated[
@@ -85,8 +86,8 @@ def hub_id_or_folder(text: str) -> str:
     local = _local(text, "give a local path or a hub id")
     if local.exists():
         return str(local)
-    if not HUB_ID.fullmatch(text) or text.startswith("."):
-        raise typer.BadParameter(f"no file or folder {text}, and no hub id has this form (owner/name)")
+    if not HUB_ID.fullmatch(text) or FILE.fullmatch(text):
+        raise typer.BadParameter(f"no file or folder {local}, and {text} is no hub id (owner/name)")
     return text
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from mova_core.checkpoint.output import write_folder
 from mova_core.features import FeatureStore
 from pipelines.cli.main import app
+from pipelines.cli.options import weights_location
 from pipelines.cli.paths import check_output_file, check_output_folder, hub_id_or_folder, model_folder, output_path
 from pipelines.data_args import DataArgs
 from pipelines.evaluate.data import check_data as check_evaluation
@@ -87,12 +88,20 @@ def test_training_labelling_and_evaluation_read_urls(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, message", [("./nowhere", "no file or folder"), (URL, "is a URL"), ("a/b/c", "no hub id")]
+    "text, message",
+    [
+        ("./nowhere", "no file or folder"),
+        (URL, "is a URL"),
+        ("a/b/c", "a/b/c is no hub id"),
+        ("sam.safetensors", "no file or folder /"),
+    ],
 )
 def test_weights_are_a_path_that_exists_or_a_hub_id(text, message):
     with pytest.raises(typer.BadParameter, match=re.escape(message)):
         hub_id_or_folder(text)
-    assert hub_id_or_folder("owner/name-7b.v1") == "owner/name-7b.v1"
+    assert hub_id_or_folder("owner/name-7b.v1") == "owner/name-7b.v1" and hub_id_or_folder("gpt2") == "gpt2"
+    with pytest.raises(ValueError, match=r"no file or folder gpt2 in .* owner/name"):
+        weights_location("gpt2")
 
 
 def test_a_model_is_a_local_folder_that_holds_one(tmp_path):
