@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 from mova_core.assemble import assemble
 from mova_core.data import IMAGE_MARK
 from mova_core.experts import EXPERTS, WeightsError
+from mova_core.experts.weights import hub_problem
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor, prepare_tokenizer
 
@@ -88,8 +89,9 @@ def _load(part: str, source: str | os.PathLike[str], load: Callable[..., Any], *
     try:
         return load(source, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:  # what transformers, tokenizers and huggingface_hub raise
+        if not os.path.exists(source):
+            raise WeightsError(f"the {part} {os.fspath(source)} cannot be loaded: {hub_problem(error)}") from error
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(
-            f"the {part} {os.fspath(source)} cannot be loaded ({reason}): pass a folder that holds it, or a hub id that "
-            "this machine can reach"
+            f"the {part} in {os.fspath(source)} cannot be loaded ({reason}): pass a folder that `save_pretrained` wrote"
         ) from error

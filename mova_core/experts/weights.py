@@ -102,12 +102,26 @@ def _download(repository: str) -> Path:
             if any(file.suffix in suffixes for file in folder.iterdir()):
                 return folder
     except (OSError, ValueError) as error:  # base classes of every error of huggingface_hub
-        raise WeightsError(
-            f"{repository}: neither a file or folder here nor reachable as a hub id "
-            f"({' '.join(str(error).split())[:160]}). Fix: download it where there is a connection and pass its "
-            "folder, or point HF_HOME at a cache that holds it"
-        ) from error
+        raise WeightsError(f"{repository}: no file or folder here, and {hub_problem(error)}") from error
     raise WeightsError(f"{repository}: this hub repository holds no {', '.join(SAFE + TORCH)} file")
+
+
+def hub_problem(error: BaseException) -> str:
+    """Why the hub gave nothing, and the fix, in a part of one line."""
+    from huggingface_hub import errors
+
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+        causes.append(cause)
+    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in causes):  # also one that needs a login
+        return "the hub has no such repository for you: check the id, or log in with `hf auth login`"
+    offline = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    if any(isinstance(cause, offline) for cause in causes):
+        return (
+            "this machine does not reach the hub and its cache holds no copy: download it where there is a connection and "
+            "pass its folder, or point HF_HOME at a cache that holds it (experts of size mini need no download)"
+        )
+    return f"it cannot be loaded ({' '.join(str(error).split())[:160]}): pass a folder that holds it, or another hub id"
 
 
 def weight_files(path: Path) -> list[Path]:

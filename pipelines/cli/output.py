@@ -36,7 +36,12 @@ def _silenced() -> Iterator[None]:
 
     Both libraries read these variables when they are imported; if they are imported already, their own switches apply.
     """
-    settings = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    settings = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONWARNINGS": "ignore",
+    }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     if "transformers" in sys.modules:
@@ -44,6 +49,12 @@ def _silenced() -> Iterator[None]:
 
         logging.disable_progress_bar()
         logging.set_verbosity_error()
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.logging import set_verbosity_error
+
+        disable_progress_bars()
+        set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -60,7 +60,7 @@ def read_training_data(config: TrainConfig) -> tuple[TrainingData, FeatureStore]
         reasons = ", ".join(f"{reason}: {count}" for reason, count in data.counts().items())
         raise DataError(
             f"{config.data} holds {len(data.samples)} usable samples{f' (left out: {reasons})' if reasons else ''}, "
-            f"fewer than --batch-size {config.batch_size}"
+            f"fewer than --batch-size {config.batch_size}: give a smaller one"
         )
     settled = replace(config, fingerprints=dict(store.fingerprints))
     return TrainingData(**vars(data), config=settled), store

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from mova_core.experts import (
     load_expert,
     register,
 )
+from mova_core.experts.weights import hub_problem
 from mova_core.images import DecodedImage
 
 POOL = (BASE, *EXPERTS)
@@ -384,10 +386,21 @@ class TestWeightFiles:
 
     def test_an_unreachable_hub_id(self, hub_cache):
         with pytest.raises(
-            WeightsError, match="google/deplot: neither a file or folder here nor reachable as a hub id"
+            WeightsError, match="google/deplot: no file or folder here, and this machine does not reach the hub"
         ) as caught:
             load_expert("deplot")
-        assert "Fix:" in str(caught.value) and "\n" not in str(caught.value)
+        assert "pass its folder" in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_a_wrong_hub_id_is_told_from_a_missing_connection(self):
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        wrong_id = OSError("nothing is not a local folder")
+        wrong_id.__cause__ = RepositoryNotFoundError("404", response=MagicMock())
+        assert "check the id, or log in" in hub_problem(wrong_id)
+        no_route = OSError("We couldn't connect")
+        no_route.__context__ = ConnectionError("no route to host")
+        assert "does not reach the hub" in hub_problem(no_route)
+        assert hub_problem(OSError("disk\nfull")).startswith("it cannot be loaded (disk full)")
 
     @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
     def test_a_cached_hub_id(self, hub_cache, small, suffix):
