@@ -153,7 +153,9 @@ class Answerer:
         if router not in ROUTERS:
             raise ValueError(f"no router {router!r}: there are {', '.join(ROUTERS)}")
         if router == "light" and model.light_router is None:
-            raise ValueError("this model has no light router: add_light_router() and train it, or use router='llm'")
+            raise ValueError(
+                "this model has no light router: `mova train light-router` trains one; or use router='llm'"
+            )
         self.model = model.eval()
         self.processor = processor
         self.source = source

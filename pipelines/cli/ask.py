@@ -56,7 +56,8 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.", min=1)] = 64,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the model and the experts run.")] = "cpu",
     router: Annotated[
-        str, typer.Option(help="Who picks the experts: llm, or light where the model has one.", rich_help_panel=ROUTING)
+        Literal["llm", "light"],
+        typer.Option(help="Who picks the experts: llm, or light where the model has one.", rich_help_panel=ROUTING),
     ] = "llm",
     force: Annotated[
         str | None,
@@ -130,6 +131,14 @@ def ask(
         config = read_model_config(model)
         pool = [expert["name"] for expert in config.get("pool", [])]
         weights_by_expert = by_expert("--weights", weights, pool, weights_location)
+        forced = (
+            None if force is None else _of_pool("--force", [name for name in names_list(force) if name != "none"], pool)
+        )
+        forbidden = _of_pool("--forbid", names_list(forbid), pool)
+        if router == "light" and not config.get("light_router"):
+            raise typer.BadParameter(
+                f"--router light: {model} has no light router; `mova train light-router` trains one"
+            )
         stated_costs = by_expert("--cost", cost, pool, cost_number)
         costs = None if budget is None else _costs(config, stated_costs, profile)
         answerer = _load(model, device, router, store, weights_by_expert, costs)
@@ -145,8 +154,8 @@ def ask(
             image=images,
             text=text,
             history=history,
-            experts=None if force is None else [name for name in names_list(force) if name != "none"],
-            forbid=names_list(forbid),
+            experts=forced,
+            forbid=forbidden,
             max_experts=max_experts,
             budget=budget,
         )
@@ -166,6 +175,13 @@ def ask(
     if as_json:
         documents = [{"question": text, **asdict(answer)} for text, answer in zip(texts, answers, strict=True)]
         print_result(asdict(answers[0]) if len(answers) == 1 else documents, as_json, lambda: None)
+
+
+def _of_pool(option: str, names: list[str], pool: list[str]) -> list[str]:
+    """Names of an option, which must be experts of the model."""
+    if unknown := sorted(set(names) - set(pool)):
+        raise typer.BadParameter(f"{option} {', '.join(unknown)}: the model's experts are {', '.join(pool)}")
+    return names
 
 
 def _costs(config: dict[str, Any], stated: dict[str, float], profile: Path | None) -> dict[str, float]:
@@ -224,6 +240,9 @@ def _converse(answer_to: Callable[..., Any], said: Sequence[tuple[str, Any]]) ->
             text = input("\n> ").strip()
         except EOFError:  # Ctrl-D, or the end of a pipe
             return
+        except KeyboardInterrupt:
+            print()
+            raise typer.Exit(130) from None
         if not text:
             return
         try:

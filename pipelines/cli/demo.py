@@ -28,7 +28,7 @@ def demo(
 ) -> None:
     """Run the whole path on real pictures in minutes: precompute, train, route, answer, and write a report."""
     silent = quiet or as_json
-    with results_only(silent):
+    with results_only(silent, resumes=True):
         from mova_core.io.cache import cache_folder
         from pipelines.demo.run import DemoConfig
         from pipelines.demo.run import demo as run_demo

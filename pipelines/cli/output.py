@@ -14,19 +14,20 @@ from mova_core.io import strict_json
 
 
 @contextlib.contextmanager
-def results_only(silent: bool = False) -> Iterator[None]:
-    """Keeps stdout for the result: whatever prints while the work runs goes to stderr.
+def results_only(silent: bool = False, resumes: bool = False) -> Iterator[None]:
+    """Keeps stdout for the result: whatever prints while the work runs goes to stderr. Ctrl-C ends with one line and code 130.
 
     Args:
         silent: whether libraries may print no bar and no warning, as --quiet and --json ask.
+        resumes: whether a command that was stopped resumes when it is given again; the line then says so, unless the work
+            itself says where it stopped.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr), _silenced() if silent else contextlib.nullcontext():
             yield
-    except KeyboardInterrupt:
-        print(
-            "mova: stopped; stored features and checkpoints stay, the same command resumes from them", file=sys.stderr
-        )
+    except KeyboardInterrupt as stop:
+        rest = "; stored features and checkpoints stay, the same command resumes from them" if resumes else ""
+        print(f"mova: {stop}" if str(stop) else f"mova: stopped{rest}", file=sys.stderr)
         sys.exit(130)
 
 

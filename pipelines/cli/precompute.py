@@ -194,7 +194,7 @@ def run(
 ) -> None:
     """Compute the experts' features of pictures into a store; features that the store holds are not computed again."""
     silent = quiet or as_json
-    with results_only(silent):
+    with results_only(silent, resumes=True):
         from cluster.nodes import PlanError
         from cluster.pools import plan_pools, read_pools
         from cluster.session import ray_session

@@ -130,7 +130,7 @@ def _parameters(stage: Stage) -> list[inspect.Parameter]:
 
 def _add_command(stage: Stage) -> None:
     def command(dry_run: bool, overwrite: bool, quiet: bool, as_json: bool, **settings: Any) -> None:
-        with results_only(quiet or as_json):
+        with results_only(quiet or as_json, resumes=True):
             config = train_config(stage, settings)
             inputs = (config.model, config.data, config.store, config.images)
             check_output_folder("--output", settings["output"], overwrite, inputs)

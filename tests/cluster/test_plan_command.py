@@ -27,6 +27,7 @@ def test_a_plan_for_the_cluster_of_the_docs(chance, tmp_path):
     done = CliRunner().invoke(app, [*asked, "--simulate", "--output", str(tmp_path / "pools.yaml"), "--json"])
     plan = json.loads(done.stdout)
     check("plan", plan)
+    assert done.stderr == "", "neither bars nor warnings"
     assert plan["images_per_second"] == pytest.approx(plan["simulated"]["images_per_second"], rel=0.1)
     pools = read_pools(tmp_path / "pools.yaml")
     assert [(pool.expert, pool.max_size, pool.rate) for pool in pools] == [

@@ -69,6 +69,7 @@ def invoke(*arguments):
     result = CliRunner().invoke(app, ["convert", *map(str, arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
+    assert result.exit_code or "-q" not in arguments or result.stderr == "", "neither bars nor warnings"
     return result
 
 

@@ -17,6 +17,7 @@ from tests.pipelines.cli.json_page import check
 def mova(*arguments, code=0, stdin=None):
     result = CliRunner().invoke(app, [*map(str, arguments)], input=stdin)
     assert result.exit_code == code, (result.output, result.exception)
+    assert "--json" not in arguments or code or result.stderr == "", "neither bars nor warnings"
     return result
 
 
@@ -96,6 +97,10 @@ def test_a_conversation_keeps_its_history(built, monkeypatch):
         (["q", "--cost", "foo=1"], "NAME must be one of dinov2"),
         (["q", "--budget", "1", "--cost", "sam=1"], "no cost of dinov2"),
         (["q", "--also", "nowhere.png"], "no picture"),
+        (["q", "--force", "sam,eagle"], "--force eagle: the model's experts are dinov2"),
+        (["q", "--forbid", "eagle"], "--forbid eagle: the model's experts are"),
+        (["q", "--router", "light"], "`mova train light-router` trains one"),
+        (["q", "--router", "best"], "'best' is not one of 'llm', 'light'"),
     ],
 )
 def test_usage_errors_come_before_the_model_is_loaded(built, arguments, message, monkeypatch):

@@ -22,6 +22,7 @@ from tests.pipelines.cli.test_help import COMMANDS
 def mova(*arguments: object) -> Any:
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == 0, (result.output, result.exception)
+    assert result.stderr == "", "neither bars nor warnings"
     return json.loads(result.stdout)
 
 

@@ -4,12 +4,13 @@ import os
 import pty
 import sys
 import termios
+import warnings
 from typing import Any
 
 import pytest
 
 from mova_core.figures import number, percent
-from pipelines.cli.output import line, table
+from pipelines.cli.output import line, results_only, table
 
 COLUMNS = ["expert", "fingerprint", "features", "network", "public weights"]
 ROWS: list[list[Any]] = [
@@ -89,3 +90,36 @@ def test_a_terminal_wraps_lines_between_words():
     text = "bottleneck: " + " ".join(f"{number(count)}" for count in range(1_000_000, 1_000_020))
     shown = in_terminal(lambda: line(text)).splitlines()
     assert len(shown) > 1 and max(map(len, shown)) <= 80 and " ".join(" ".join(shown).split()) == text
+
+
+@pytest.mark.parametrize(
+    "stop, resumes, message",
+    [
+        (
+            KeyboardInterrupt(),
+            True,
+            "stopped; stored features and checkpoints stay, the same command resumes from them",
+        ),
+        (KeyboardInterrupt(), False, "stopped"),
+        (
+            KeyboardInterrupt("stopped at step 20; the last checkpoint is of step 10"),
+            True,
+            "stopped at step 20; the last ",
+        ),
+    ],
+)
+def test_ctrl_c_ends_with_one_line(stop, resumes, message, capsys):
+    with pytest.raises(SystemExit) as ended, results_only(resumes=resumes):
+        raise stop
+    told = capsys.readouterr()
+    assert ended.value.code == 130 and told.err.startswith(f"mova: {message}") and told.err.count("\n") == 1
+    assert told.out == ""
+
+
+def test_quiet_silences_libraries_and_restores_the_environment(capsys):
+    before = dict(os.environ)
+    with results_only(silent=True):
+        assert os.environ["HF_HUB_VERBOSITY"] == os.environ["TRANSFORMERS_VERBOSITY"] == "error"
+        warnings.warn("a library complains", stacklevel=1)
+        print("printed by the work")
+    assert dict(os.environ) == before and capsys.readouterr() == ("", "printed by the work\n")
