@@ -14,17 +14,20 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from tenacity import wait_none
 
 from mova_core.experts import Features
 from mova_core.features import FeatureStore, StoreError
 from mova_core.features.storage import mapped
+from mova_core.io import filesystem as io_filesystem
 
 KEYS = [f"{number:064x}" for number in range(12)]
 STORED = KEYS[:8]
@@ -56,15 +59,14 @@ class Faults:
         lasting: all later calls fail too.
     """
 
-    def __init__(self, folder: Path, number: int = 0, first: int | None = None, lasting: bool = False):
-        self.folder, self.number, self.first, self.lasting = str(folder), number, first, lasting
+    def __init__(self, folder: str, number: int = 0, first: int | None = None, lasting: bool = False):
+        self.folder, self.number, self.first, self.lasting = folder, number, first, lasting
         self.calls, self.failed = 0, ""
         self._lock = threading.Lock()
 
     def check(self, name: str, path: object) -> None:
         """Raises OSError if this call is to fail."""
-        inside = isinstance(path, int) or os.fspath(path).startswith(self.folder)  # type: ignore[call-overload]
-        if not inside:
+        if not isinstance(path, int) and not os.fspath(path).startswith(self.folder):  # type: ignore[call-overload]
             return
         with self._lock:
             call, self.calls = self.calls, self.calls + 1
@@ -101,6 +103,31 @@ class Faults:
             finally:
                 for patch in patches:
                     patch.stop()
+
+
+class RemoteFaults(Faults):
+    """The same for requests to a server, which here is fsspec's memory. Every other write that fails is carried out."""
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The requests are counted and fail within the block."""
+
+        def failing(name: str) -> Callable[..., Any]:
+            call = getattr(MemoryFileSystem, name)
+
+            def wrapper(filesystem: Any, path: str, *arguments: Any, **options: Any) -> Any:
+                reply_is_lost = name in ("pipe_file", "rm_file") and self.calls % 2 == 1
+                result = call(filesystem, path, *arguments, **options) if reply_is_lost else None
+                self.check(name, filesystem._strip_protocol(path))
+                return result if reply_is_lost else call(filesystem, path, *arguments, **options)
+
+            return wrapper
+
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(io_filesystem, "WAIT", wait_none()))
+            for name in ("ls", "info", "cat_file", "pipe_file", "rm_file", "modified"):
+                patches.enter_context(mock.patch.object(MemoryFileSystem, name, failing(name)))
+            yield
 
 
 class _File:
@@ -188,7 +215,7 @@ def make_template(folder: Path) -> Path:
     return folder / "template"
 
 
-def run_case(template: Path, act: str, number: int, place: float, lasting: bool, warm: bool) -> str:
+def run_case(template: Path, act: str, number: int, place: float, lasting: bool, warm: bool, remote: bool) -> str:
     """One fault. Returns the name of the call that failed.
 
     Args:
@@ -198,24 +225,32 @@ def run_case(template: Path, act: str, number: int, place: float, lasting: bool,
         place: which call fails, 0 to 1 of all that the act makes.
         lasting: all later calls fail too, until the act has ended.
         warm: the store was read before.
+        remote: it is on a server.
     """
 
-    def opened(folder: Path) -> FeatureStore:
+    def opened(folder: str) -> FeatureStore:
         store = FeatureStore(folder)
         if warm:
             store.partition("clip").read(STORED)
         return store
 
-    with tempfile.TemporaryDirectory(dir=template.parent) as scratch:
-        sound, folder = Path(scratch, "sound", "store"), Path(scratch, "faulty", "store")
+    with tempfile.TemporaryDirectory(dir=template.parent) as scratch, ExitStack() as cleanup:
+        kind = RemoteFaults if remote else Faults
+        parents = [f"{scratch}/{name}" for name in ("sound", "faulty")]
+        sound, folder = (f"memory:/{parent}/store" if remote else f"{parent}/store" for parent in parents)
         for copy in (sound, folder):
-            shutil.copytree(template, copy)
-        counter = Faults(sound.parent)
+            if remote:
+                MemoryFileSystem().put(f"{template}/", f"{copy}/", recursive=True)
+            else:
+                shutil.copytree(template, copy)
+        if remote:
+            cleanup.callback(MemoryFileSystem().rm, scratch, recursive=True)
+        counter = kind(parents[0])
         store = opened(sound)
         with counter.active():
             expected = ACTS[act](store)
         store = opened(folder)
-        faults = Faults(folder.parent, number, int(place * counter.calls), lasting)
+        faults = kind(parents[1], number, int(place * counter.calls), lasting)
         with _log() as records:
             try:
                 with faults.active():
@@ -234,7 +269,7 @@ def run_case(template: Path, act: str, number: int, place: float, lasting: bool,
         assert list(after.verify()) == [] and keys_read(after, stored) == stored
         after.gc(-60)
         assert keys_read(FeatureStore(folder), stored) == stored
-        assert not list(folder.rglob("*.tmp")), "gc leaves no temporary file"
+        assert not list(Path(scratch).rglob("*.tmp")), "gc leaves no temporary file"
     return faults.failed
 
 
@@ -258,10 +293,11 @@ def template() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_a_failed_call_loses_nothing_and_is_no_damage(template: Path, act: str) -> None:
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+def test_a_failed_call_loses_nothing_and_is_no_damage(template: Path, act: str, remote: bool) -> None:
     draw = random.Random(act)
     for _ in range(3):
-        run_case(template, act, draw.choice(ERRNOS), draw.random(), draw.random() < 0.5, draw.random() < 0.5)
+        run_case(template, act, draw.choice(ERRNOS), draw.random(), draw.random() < 0.5, draw.random() < 0.5, remote)
 
 
 def main(cases: int, seed: int) -> None:
@@ -269,18 +305,14 @@ def main(cases: int, seed: int) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         template = make_template(Path(folder))
         for _ in range(cases):
-            case = (
-                draw.choice(list(ACTS)),
-                draw.choice(ERRNOS),
-                draw.random(),
-                draw.random() < 0.5,
-                draw.random() < 0.5,
-            )
+            act, number, place = draw.choice(list(ACTS)), draw.choice(ERRNOS), draw.random()
+            lasting, warm, remote = (draw.random() < 0.5 for _ in range(3))
             try:
-                calls[run_case(template, *case)] += 1
+                calls[run_case(template, act, number, place, lasting, warm, remote)] += 1
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}".replace(folder, "")[:300]
-                name = f"{case[0]}: {errno.errorcode[case[1]]} {case[2:]} {reason}"
+                case = f"{errno.errorcode[number]} at {place:.3f}, {lasting=}, {warm=}, {remote=}"
+                name = f"{act}: {case}: {reason}"
                 failed[name] += 1
                 print("FAILED", name, flush=True)
     print(f"{cases} cases, {failed.total()} failed; calls that failed: {dict(calls)}")
