@@ -42,11 +42,10 @@ class PoolSpec:
     def __str__(self) -> str:
         """The text that `parse` reads, without the rate."""
         size = f"{self.min_size}" if self.min_size == self.max_size else f"{self.min_size}..{self.max_size}"
-        parts = {"gpu": self.gpu or None, "cpu": self.cpu, "accelerator": self.accelerator, "batch": self.batch}
         options = [
             f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in parts.items()
-            if value
+            for key, value in _options(self).items()
+            if key != "rate"
         ]
         return ",".join([f"{self.expert}={size}", *options])
 
@@ -92,6 +91,11 @@ OPTIONS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
+def _options(pool: PoolSpec) -> dict[str, Any]:
+    """The options of a pool that differ from their defaults; `cpu=0` does, because its default is a whole CPU."""
+    return {key: value for key in OPTIONS if (value := getattr(pool, key)) != getattr(PoolSpec, key)}
+
+
 def read_pools(path: str | os.PathLike[str]) -> list[PoolSpec]:
     """The pools of a YAML file: a list of `{expert: sam, size: 2..8, gpu: 0.5, accelerator: A100, batch: 16}`.
 
@@ -120,8 +124,7 @@ def write_pools(path: str | os.PathLike[str], pools: Iterable[PoolSpec]) -> None
 
     rows = []
     for pool in pools:
-        options = {key: value for key in OPTIONS if (value := getattr(pool, key))}
-        rows.append({"expert": pool.expert, "size": f"{pool.min_size}..{pool.max_size}", **options})
+        rows.append({"expert": pool.expert, "size": f"{pool.min_size}..{pool.max_size}", **_options(pool)})
     Path(path).write_text(yaml.safe_dump(rows, sort_keys=False, default_flow_style=None, width=120))
 
 

@@ -40,6 +40,7 @@ def test_what_is_given_back_can_be_taken_again():
     seat = free.take(half)
     assert seat is not None and free.take(pool("sam=1,gpu=1")) is None
     free.give_back(half, seat)
+    assert (free.cpu.tolist(), free.gpu.tolist()) == ([3.0], [[1.0]])
     assert free.take(pool("sam=1,gpu=1")) is not None
 
 
@@ -76,3 +77,22 @@ def test_live_nodes_less_what_our_actors_hold():
     assert free.take(whole) is None and free.take(pool("sam=1,gpu=0.5")) is not None, "actors of others hold the rest"
     free = FreeResources.from_live(rows, starting=[pool("sam=1,cpu=3")], available={"CPU": 5.0, "memory": 16.0 * GIB})
     assert len(free.take_several(pool("sam=9"), 9)) == 1, "of 5 CPUs 3 are promised and one stays free"
+    large = PoolSpec(expert="sam", memory=3 * GIB)
+    free = FreeResources.from_live(rows, available={"CPU": 8.0, "memory": 4.0 * GIB})
+    assert free.take(large) is not None and free.take(large) is None, "others hold the rest of the memory"
+
+
+def test_an_actor_that_ray_placed_where_no_room_is_known_counts_against_the_cluster():
+    rows = [row("a", CPU=2.0), row("b", CPU=2.0)]
+    fractions, whole = pool("sam=1,cpu=1.5"), pool("vary=1")
+    free = FreeResources.from_live(rows, running=[("a", fractions), ("b", fractions)])
+    assert free.take(pool("sam=1,cpu=0.5")) is None, "one CPU of the cluster stays free"
+    rows = [row("a", CPU=2.0), row("b", CPU=2.0), row("c", CPU=1.0)]
+    free = FreeResources.from_live(rows, running=[("a", fractions), ("b", fractions)], starting=[pool("sam=1,cpu=2")])
+    assert free.take(whole) is None, "of 5 CPUs 3 are held, 2 promised"
+
+
+def test_larger_shares_of_a_gpu_are_placed_first():
+    node = NodeType(cpus=8, memory=GIB, accelerator="L4", gpus=1)
+    small, large = first_fit([pool("sam=2,gpu=0.5"), pool("vary=1,gpu=1")], [node])
+    assert (len(small), len(large)) == (0, 1)

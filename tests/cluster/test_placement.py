@@ -6,7 +6,7 @@ import pytest
 
 from cluster.nodes import GIB, NodeType, PlanError
 from cluster.packing import first_fit
-from cluster.placement import SIMPLICITY_TOLERANCE, placement_options, plan_placement
+from cluster.placement import SIMPLICITY_TOLERANCE, duration, placement_options, plan_placement
 from cluster.pools import PoolSpec, plan_pools
 from mova_core.experts.cost import Measured, Profile
 
@@ -53,6 +53,22 @@ def test_a_share_of_a_gpu_holds_its_batch_and_the_context():
     assert [(pool.gpu, pool.batch) for pool in tight.pools] == [(1.0, 1)], "9.4 GiB and CUDA's half do not fit"
     unknown = [replace(gpus(2), gpu_memory=None)]
     assert {pool.gpu for pool in plan_placement({"sam": 100_000, "vary": 100_000}, profiles, unknown).pools} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (5, "5 s"),
+        (179, "179 s"),
+        (180, "3 min"),
+        (7380, "123 min"),
+        (10799, "180 min"),
+        (10800, "3.0 h"),
+        (86400, "24.0 h"),
+    ],
+)
+def test_durations_for_people(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_what_cannot_be_placed_is_told():

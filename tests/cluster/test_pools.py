@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from cluster.nodes import PlanError
-from cluster.pools import PoolSpec, fit_pools, know_memory, plan_pools, read_pools
+from cluster.pools import PoolSpec, fit_pools, know_memory, plan_pools, read_pools, write_pools
 from mova_core.experts.cost import Measured, Profile
 
 
@@ -12,6 +12,19 @@ def test_pool_is_read_from_the_command_line():
     assert (pool.min_size, pool.max_size, pool.gpu, pool.accelerator, pool.batch) == (2, 8, 0.5, "A100", 16)
     assert pool.cpus == 0.25, "beside a GPU an actor holds little CPU"
     assert PoolSpec.parse("clip=3").cpus == 1.0
+    assert PoolSpec.parse("clip=1,cpu=0,batch=1,gpu=0") == PoolSpec(expert="clip", cpu=0.0, batch=1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sam=1", "sam=2..8", "sam=1,cpu=0", "sam=3,gpu=0.5,cpu=0.25,accelerator=A100,batch=16", "sam=1,gpu=2,batch=1"],
+)
+def test_what_is_written_is_read_back(text, tmp_path):
+    pool = PoolSpec.parse(text)
+    assert str(pool) == text
+    pools = [pool, replace(pool, rate=7.5)]
+    write_pools(tmp_path / "pools.yaml", pools)
+    assert read_pools(tmp_path / "pools.yaml") == pools
 
 
 @pytest.mark.parametrize(
@@ -45,6 +58,8 @@ def test_pools_are_read_from_a_file(tmp_path):
         ("- {expert: sam, size: 8..2}", r"pool 1: the size must"),
         ("- {expert: sam, gpus: 1}", r"pools\.yaml, pool 1: write NAME=SIZE"),
         ("expert: sam", r"write a list of pools"),
+        ("- sam", r"write a list of pools"),
+        ("- {size: 1}", r"write a list of pools"),
         ("[", r"is no YAML"),
     ):
         file.write_text(text)
@@ -63,6 +78,20 @@ def test_pools_are_cut_to_the_cluster_and_leave_a_cpu_free():
         fit_pools(plan_pools(["sam"], ["sam=1,gpu=1"]), {"CPU": 4})
     with pytest.raises(PlanError, match="no node has a A100"):
         fit_pools(plan_pools(["sam"], ["sam=1,gpu=1,accelerator=A100"]), {"CPU": 4, "GPU": 1, "accelerator_type:L4": 1})
+
+
+def test_a_pool_that_fits_exactly_is_kept():
+    [pool] = fit_pools(plan_pools(["sam"], ["sam=3"]), {"CPU": 4})["sam"]
+    assert (pool.min_size, pool.max_size) == (3, 3)
+    exact = PoolSpec(expert="sam", min_size=1, max_size=3, memory=2)
+    assert fit_pools({"sam": [exact]}, {"CPU": 9, "memory": 6})["sam"] == (exact,)
+    assert fit_pools({"sam": [replace(exact, min_size=3)]}, {"CPU": 9, "memory": 6})["sam"][0].max_size == 3
+    [pool] = fit_pools(plan_pools(["sam"], ["sam=2..3"]), {"CPU": 9})["sam"]
+    assert (pool.min_size, pool.max_size) == (2, 3), "a pool never grows over the size that was given"
+    tenths = fit_pools(plan_pools(["sam"], ["sam=1..10,gpu=0.1"]), {"CPU": 9, "GPU": 1})["sam"]
+    assert tenths[0].max_size == 10, "ten tenths make one GPU"
+    with pytest.raises(PlanError, match="has 0 CPUs"):
+        fit_pools(plan_pools(["sam"], ["sam=1,cpu=0.5"]), {})
 
 
 def test_pools_of_one_expert_must_fit_together():
