@@ -113,7 +113,8 @@ def read_data(args: DataArgs, *, fingerprints: Mapping[str, str] | None = None) 
     if not data.samples:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in data.counts().items())
         first = next(iter(data.left_out.values()))[0]
-        raise DataError(f"{args.data} holds no usable record ({reasons}; the first: {first.where})")
+        fix = ": check --images, the folder of the pictures" if "picture cannot be read" in data.left_out else ""
+        raise DataError(f"{args.data} holds no usable record ({reasons}; the first: {first.where}){fix}")
     return data, store
 
 

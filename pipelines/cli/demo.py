@@ -9,7 +9,7 @@ from mova_core.figures import number
 from pipelines.cli.evaluate import show_kinds
 from pipelines.cli.options import Json, Quiet
 from pipelines.cli.output import line, log_line, print_result, results_only
-from pipelines.cli.paths import output_path
+from pipelines.cli.paths import check_demo_folder, output_path
 
 
 def demo(
@@ -30,10 +30,13 @@ def demo(
     silent = quiet or as_json
     with results_only(silent, resumes=True):
         from mova_core.io.cache import cache_folder
+
+        chosen = folder or cache_folder("demo")
+        check_demo_folder(chosen)
+
         from pipelines.demo.run import DemoConfig
         from pipelines.demo.run import demo as run_demo
 
-        chosen = folder or cache_folder("demo")
         result = run_demo(DemoConfig(folder=str(chosen), images=images, seed=seed), progress=not silent, say=log_line)
 
     def show() -> None:

@@ -140,6 +140,18 @@ def check_output_folder(option: str, folder: Path, overwrite: bool, inputs: Sequ
     _check_parent(where, folder)
 
 
+def check_demo_folder(folder: Path) -> None:
+    """Refuses a folder in which `mova demo` would write among other things: its own folder holds `data`.
+
+    Raises:
+        typer.BadParameter: the folder is a file, or holds something and no demo.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "data").is_dir()):
+        raise typer.BadParameter(
+            f"--folder {folder}: choose a folder that is missing or empty, or one of an earlier demo"
+        )
+
+
 def check_output_file(
     option: str, file: Path | None, overwrite: bool, replaceable: Callable[[Path], bool] = lambda _: False
 ) -> None:

@@ -14,7 +14,14 @@ from mova_core.checkpoint.output import write_folder
 from mova_core.features import FeatureStore
 from pipelines.cli.main import app
 from pipelines.cli.options import weights_location
-from pipelines.cli.paths import check_output_file, check_output_folder, hub_id_or_folder, model_folder, output_path
+from pipelines.cli.paths import (
+    check_demo_folder,
+    check_output_file,
+    check_output_folder,
+    hub_id_or_folder,
+    model_folder,
+    output_path,
+)
 from pipelines.data_args import DataArgs
 from pipelines.evaluate.data import check_data as check_evaluation
 from pipelines.read_data import check_label_data
@@ -152,6 +159,17 @@ def test_an_output_file_is_replaced_only_if_the_user_says_so(tmp_path):
     check_output_file("--summary", file, False, lambda path: path.read_text() == "labels")
     with pytest.raises(typer.BadParameter, match="is a folder: name a file"):
         check_output_file("--output", tmp_path, True)
+
+
+def test_the_demo_writes_into_no_folder_of_other_things(tmp_path):
+    check_demo_folder(tmp_path / "new")
+    check_demo_folder(tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for folder in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(typer.BadParameter, match="missing or empty, or one of an earlier demo"):
+            check_demo_folder(folder)
+    (tmp_path / "data").mkdir()
+    check_demo_folder(tmp_path)
 
 
 WRITERS = {
