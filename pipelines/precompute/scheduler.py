@@ -189,12 +189,8 @@ class ExpertRun:
                 if execution.state is State.RUNNING and self.size(spec) > spec.max_size:
                     self.drain(execution)
 
-    def update(self, view: RunView, nodes: set[str], log: RunLog) -> None:
-        """Takes what the status actor knows, and what came of the executions that ended.
-
-        Args:
-            nodes: ids of the nodes that are up.
-        """
+    def update(self, view: RunView, log: RunLog) -> None:
+        """Takes what the status actor knows, and what came of the executions that ended."""
         known = self.work.expert in view.queues  # else Ray has restarted the status actor, which has lost the queue
         self.pending, assigned = view.queues.get(self.work.expert, (0, 0))
         self._holders = view.assigned.get(self.work.expert, frozenset())
@@ -213,7 +209,7 @@ class ExpertRun:
             if execution.thread is None or not execution.thread.is_alive():
                 self._ended(execution)
             else:
-                self._detect_lost_actors(execution, nodes, log)
+                self._detect_lost_actors(execution, log)
         if self.over or self.executions or self.state is State.WAITING:
             return
         if known and not self.error and self.pending + assigned:
@@ -247,7 +243,7 @@ class ExpertRun:
     def fail(self, error: Exception) -> None:
         self.error, self.state = error, enter(self.state, State.FAILED)
 
-    def _detect_lost_actors(self, execution: Execution, nodes: set[str], log: RunLog) -> None:
+    def _detect_lost_actors(self, execution: Execution, log: RunLog) -> None:
         """Gives blocks of dead actors to others, and gives up an execution that only waits for dead actors.
 
         Ray restarts an actor that died, but only where a node has room for it, and Ray Data never moves the call that the
@@ -262,7 +258,8 @@ class ExpertRun:
             execution.stuck_since = None
             return
         execution.stuck_since = execution.stuck_since or time.monotonic()
-        homeless = any(execution.workers[name].node not in nodes for name in dead)
+        up = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        homeless = any(execution.workers[name].node not in up for name in dead)
         if time.monotonic() - execution.stuck_since > (RESTART_ELSEWHERE if homeless or draining else RESTART):
             if dead:
                 log.event(f"{self.work.expert}: {len(dead)} actors died and Ray found no place to restart them")
@@ -323,14 +320,13 @@ class PrecomputeScheduler:
             view: RunView = ray.get(self.run.sync.remote(self.log.status()))
         except ray.exceptions.RayActorError:  # Ray restarts the actor
             return
-        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         experts = {execution.name: expert for expert in self.experts.values() for execution in expert.executions}
         for name, worker in view.workers.items():
             if worker.load.get("ready") and worker.execution in experts:
                 experts[worker.execution].log.workers[name] = dict(worker.load)
         for expert in self.experts.values():
             if not expert.over:
-                expert.update(view, nodes, self.log)
+                expert.update(view, self.log)
                 if expert.state is State.DONE and expert.work.partition is not None:
                     # Another run computed what this one neither computed nor failed on.
                     expert.log.reused = expert.log.total - expert.log.computed - len(expert.log.failed)
@@ -360,13 +356,6 @@ class PrecomputeScheduler:
 
     def _start_pools(self) -> None:
         """Starts pools and grows those that run, where there is room (see `cluster/allocation.py`)."""
-        executions = list(self._executions())
-        free = FreeResources.from_live(
-            ray.nodes(),
-            [(execution.workers[name].node, execution.spec) for execution in executions for name in execution.alive],
-            [execution.spec for execution in executions for _ in range(execution.starting)],
-            ray.available_resources(),
-        )
         pools: list[tuple[ExpertRun, PoolDemand]] = []
         for expert in self.experts.values():
             demand = expert.demand()
@@ -374,6 +363,15 @@ class PrecomputeScheduler:
             for spec in expert.work.pools:
                 if (size := expert.size(spec)) or spec in may_start:
                     pools.append((expert, PoolDemand(spec=spec, expert=demand, size=size)))
+        if not any(expert.pending and pool.size < pool.spec.max_size for expert, pool in pools):
+            return  # most rounds: asking Ray for its nodes costs the driver and its GCS milliseconds each second
+        executions = list(self._executions())
+        free = FreeResources.from_live(
+            ray.nodes(),
+            [(execution.workers[name].node, execution.spec) for execution in executions for name in execution.alive],
+            [execution.spec for execution in executions for _ in range(execution.starting)],
+            ray.available_resources(),
+        )
         waiting = [expert for expert, pool in pools if not pool.size]  # before `allocate` counts what it adds
         seats = allocate(free, [pool for _, pool in pools])
         for (expert, pool), seated in zip(pools, seats, strict=True):
