@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import pyarrow as pa
@@ -239,6 +240,8 @@ class ExpertServer:
         self, pending: Sequence[PendingImage]
     ) -> tuple[dict[str, Features], list[tuple[ImageRef, ImageError]]]:
         """Awaits the features of a shard, by image key, and the images that failed."""
+        # All at once: awaited one by one, every picture of a shard would wake this thread while the device's thread computes.
+        wait([request.result for request in pending])
         computed: dict[str, Features] = {}
         failed: list[tuple[ImageRef, ImageError]] = []
         for request in pending:
