@@ -269,7 +269,7 @@ def run_case(template: Path, act: str, number: int, place: float, lasting: bool,
         assert list(after.verify()) == [] and keys_read(after, stored) == stored
         after.gc(-60)
         assert keys_read(FeatureStore(folder), stored) == stored
-        assert not list(Path(scratch).rglob("*.tmp")), "gc leaves no temporary file"
+        assert not list(Path(parents[1], "store").rglob("*.tmp")), "gc leaves no temporary file"
     return faults.failed
 
 
