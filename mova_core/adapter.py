@@ -317,9 +317,11 @@ class TextEncoder(nn.Module):
 class MoVAdapter(nn.Module):
     """Fuses base tokens and features of the routed experts into visual tokens for the LLM.
 
-    In training and inference alike, alignment and cross-attention of an expert run only for the images routed to it. Where
-    no image of a batch is routed to an expert, its parameters get no gradient, so DistributedDataParallel needs
-    `find_unused_parameters=True`.
+    Alignment and cross-attention of an expert run only for the images routed to it. In training an expert without a routed
+    image runs on zero images, so that each of its parameters, the gate's and the text encoder's has a gradient (of zeros) on
+    every rank. FSDP2 and ZeRO-2 reduce gradients by their order, not by name: where two ranks lack the gradients of different
+    experts of equal width, they would add one expert's to the other's without an error
+    (https://github.com/pytorch/pytorch/issues/158719).
 
     Attributes:
         gradient_checkpointing: recompute the blocks in the backward pass; transformers' `gradient_checkpointing_enable`
@@ -433,7 +435,10 @@ class MoVAdapter(nn.Module):
         return (out, gates) if return_gates else out
 
     def _route(self, experts: Mapping[str, Features], routing: Tensor, base_BND: Tensor) -> list[Routed]:
-        """Validates features and routing; aligns and normalises the features of each routed expert."""
+        """Validates features and routing; aligns and normalises the features of each routed expert.
+
+        In training the list has every expert of the pool, those without a routed image with zero rows.
+        """
         batch, pool, side = len(base_BND), self.config.expert_channels, self.config.grid
         if routing.shape != (batch, len(pool)) or routing.dtype != torch.bool:
             takes = f"torch.bool ({batch}, {len(pool)}): pictures x {', '.join(pool)}"
@@ -443,6 +448,9 @@ class MoVAdapter(nn.Module):
         routed = []
         for index, (mask_B, (name, channels)) in enumerate(zip(routing.cpu().unbind(1), pool.items(), strict=True)):
             rows_R = mask_B.nonzero().squeeze(1)
+            if not len(rows_R) and self.training:
+                no_tokens = base_BND.new_zeros(0, side**2, channels)
+                routed.append(Routed(index, rows_R.to(base_BND.device), no_tokens))
             if name not in experts:
                 if len(rows_R):
                     raise ValueError(f"pictures {rows_R.tolist()} are routed to {name}, but its features are missing")

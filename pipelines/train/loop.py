@@ -49,7 +49,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         expert.update(fingerprint=partition.fingerprint, dtype=partition.description["dtype"])
     device = ray.train.torch.get_device()
     learner = LightRouting(model) if config.stage == "light-router" else model
-    wrapped = prepare_model(learner, parallel_strategy_kwargs={"find_unused_parameters": True})
+    wrapped = prepare_model(learner)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)

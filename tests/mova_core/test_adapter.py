@@ -212,8 +212,23 @@ def test_an_extractor_runs_only_on_routed_pictures(adapter):
     adapter.train()(base, experts, routing, text)
     assert rows == {0: [3, 3], 1: [2, 2], 2: [2, 2], 3: [2, 2]}
     rows.clear()
-    adapter(base, experts, torch.zeros_like(routing), text)
+    adapter.eval()(base, experts, torch.zeros_like(routing), text)
     assert rows == {}
+
+
+@pytest.mark.parametrize("names", [[], ["sam"], ["dinov2", "vary", "sam"]], ids=["none", "one", "three"])
+def test_in_training_every_parameter_has_a_gradient_whoever_is_routed(adapter, names):
+    base, experts, text = make_batch(2)
+    routing = torch.tensor([[name in names for name in POOL]] * 2)
+    said = adapter(base, experts, routing, text)
+    learnt = adapter.train()(base, {name: experts[name] for name in names}, routing, text)
+    assert torch.equal(learnt, said), "zero rows change no bit"
+    learnt.sum().backward()
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        if ".cross_attn." in name:
+            expert = list(POOL)[int(name.split(".cross_attn.")[1].split(".")[0])]
+            assert bool(parameter.grad.any()) == (expert in names), name
 
 
 def test_gates_explain(adapter):

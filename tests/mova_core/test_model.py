@@ -120,6 +120,7 @@ def tiny_llm(kind):
         "qwen2": lambda: transformers.Qwen2Config(**sizes, tie_word_embeddings=True),
         "qwen3": lambda: transformers.Qwen3Config(**sizes, head_dim=8),
         "gemma": lambda: transformers.GemmaConfig(**sizes, head_dim=8),
+        "gemma2": lambda: transformers.Gemma2Config(**sizes, head_dim=8, sliding_window=64),
         "gemma3": lambda: transformers.Gemma3TextConfig(**sizes, head_dim=8, sliding_window=64),
         # Yi-34B is a Llama with a long rope, few key heads and its own epsilon
         "yi": lambda: transformers.LlamaConfig(
@@ -224,7 +225,7 @@ def test_any_causal_lm(kind, tmp_path):
 def test_gradient_checkpointing_of_llm_and_adapter_changes_no_gradient():
     model = with_llm("qwen2").train()
     batch = mixed_batch(model)
-    labels = batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | (batch["input_ids"] == 2), IGNORE)
+    labels = answers_of(batch)
 
     def gradients():
         model.zero_grad()
@@ -249,6 +250,60 @@ def test_gradient_checkpointing_of_llm_and_adapter_changes_no_gradient():
         torch.testing.assert_close(again[name], gradient, msg=name)
     model.gradient_checkpointing_disable()
     assert not model.adapter.gradient_checkpointing
+
+
+def answers_of(batch):
+    return batch["input_ids"].masked_fill((batch["attention_mask"] == 0) | (batch["input_ids"] == 2), IGNORE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_loss_of_the_answers_is_that_of_all_logits(kind):
+    """Gemma 2 caps its logits, so that its own head must be asked."""
+    model = with_llm(kind).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = mixed_batch(model)
+    labels = answers_of(batch)
+    predicting, targets = labels[:, 1:] != IGNORE, labels[:, 1:]
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    logits = model(**batch).logits[:, :-1][predicting]
+    wanted = torch.nn.functional.cross_entropy(logits.float(), targets[predicting])
+    expected = gradients(wanted)
+    said = model(**batch, labels=labels)
+    torch.testing.assert_close(said.loss, wanted)
+    torch.testing.assert_close(said.logits, logits)
+    for name, gradient in gradients(said.loss).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-5, msg=name)
+    with torch.no_grad():
+        part = model(**batch, labels=labels, num_items_in_batch=5 * int(predicting.sum())).loss
+        torch.testing.assert_close(part, wanted / 5)
+        every = model.eval()(**batch, labels=labels)
+    torch.testing.assert_close(every.loss, wanted)
+    assert every.logits.shape[:2] == labels.shape
+
+
+def test_an_unseen_picture_changes_no_embedding_and_gives_every_part_a_gradient():
+    model = with_llm("llama").train()
+    side = model.config.base_arch["image_size"]
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    picture = {
+        "pixel_values": torch.zeros(1, 3, side, side),
+        "text_input_ids": torch.tensor([[1, 2]]),
+        "text_attention_mask": torch.ones(1, 2, dtype=torch.long),
+        "unseen": True,
+    }
+    assert torch.equal(model.fuse(inputs["input_ids"], picture), model.embed(inputs["input_ids"]))
+    model(**inputs, **picture, labels=inputs["input_ids"]).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+            assert not parameter.grad.any() or name.startswith("language_model."), name
 
 
 def test_dtype_and_device_map(tmp_path):
