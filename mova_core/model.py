@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from mova_core.adapter import AdapterConfig, MoVAdapter
 from mova_core.config import MoVAConfig
 from mova_core.experts import BASE, Features, expert_card, expert_class
+from mova_core.processing import IGNORE
 from mova_core.routing.light_router import LightRouter
 
 ROUTING_LORA = "expert_routing_lora"  # the peft adapter's name, and its folder in a checkpoint
@@ -333,7 +334,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             folder = Path(save_directory) / ROUTING_LORA
             folder.mkdir(exist_ok=True)
             self.language_model.peft_config[ROUTING_LORA].save_pretrained(folder)
-            weights = peft.get_peft_model_state_dict(self.language_model, adapter_name=ROUTING_LORA)
+            of_llm = {name.removeprefix("language_model."): state[name] for name in lora}
+            weights = peft.get_peft_model_state_dict(self.language_model, of_llm, adapter_name=ROUTING_LORA)
             save_file(
                 {name: value.contiguous() for name, value in weights.items()}, folder / "adapter_model.safetensors"
             )

@@ -26,7 +26,7 @@ from pipelines.cli.options import (
 )
 from pipelines.cli.output import fields, line, print_result, results_only
 from pipelines.cli.paths import Overwrite, check_output_folder, output_path, read_model_config
-from pipelines.train.config import STAGES, Stage, TrainConfig
+from pipelines.train.config import STAGES, Precision, Stage, Strategy, TrainConfig
 
 app = App(help="Train one stage on Ray Train workers that read the feature store.")
 
@@ -72,6 +72,22 @@ OPTIONS: dict[str, Any] = {
         int, typer.Option(help="Decides the order of the samples and every random choice.", rich_help_panel=TRAINING)
     ],
     "checkpoint_every": Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1, rich_help_panel=RUN)],
+    "micro_batch": Annotated[
+        int,
+        typer.Option(
+            help="Samples that a worker computes at once; 0: its whole share of a batch.", min=0, rich_help_panel=RUN
+        ),
+    ],
+    "strategy": Annotated[
+        Strategy,
+        typer.Option(
+            help="ddp: each worker holds the whole model; fsdp: workers share its parameters and moments.",
+            rich_help_panel=RUN,
+        ),
+    ],
+    "precision": Annotated[
+        Precision, typer.Option(help="Of the computation; parameters stay float32.", rich_help_panel=RUN)
+    ],
     "workers": Annotated[int, typer.Option(help="Ray Train workers.", min=1, rich_help_panel=RUN)],
     "gpu": Annotated[bool, typer.Option("--gpu", help="One GPU per worker, else one CPU.", rich_help_panel=RUN)],
     "loader_processes": Annotated[

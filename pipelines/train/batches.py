@@ -38,8 +38,8 @@ def open_batches(
     )
 
 
-class StageSamples(Dataset[dict[str, Any]]):
-    """Positions of samples -> one batch of tensors, as the stage's model takes them.
+class StageSamples(Dataset[list[dict[str, Any]]]):
+    """Positions of samples -> the tensors of each micro-batch (`TrainConfig.micro_batches`), as the stage's model takes them.
 
     `FeatureReader` is not used, because it needs the key of every image before the first step: all images of the data
     set would be read and hashed once more.
@@ -67,10 +67,14 @@ class StageSamples(Dataset[dict[str, Any]]):
         """Every epoch has random choices of its own for a sample."""
         self.epoch = epoch
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> list[dict[str, Any]]:
         return self.__getitems__([position])
 
-    def __getitems__(self, positions: Sequence[int]) -> dict[str, Any]:
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        parts = min(self.config.micro_batches, len(positions))
+        return [self._batch(positions[part::parts]) for part in range(parts)]
+
+    def _batch(self, positions: Sequence[int]) -> dict[str, Any]:
         samples = [self.samples[position] for position in positions]
         rngs = [random.Random(f"{self.config.seed}/{self.epoch}/{position}") for position in positions]
         if self.config.stage == "router":

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
+from pipelines.train.parallel import Parallel
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"  # beside the model in a checkpoint
 
@@ -62,48 +62,18 @@ def steps_of_last_checkpoint(run_folder: Path) -> int:
     return int(metrics.get("steps", 0))
 
 
-def report(
-    state: RunState,
-    model: MoVAForConditionalGeneration,
-    processor: MoVAProcessor,
-    optimizer: torch.optim.Optimizer,
-    trained: dict[str, nn.Parameter],
-) -> None:
-    """Reports to Ray Train; rank 0 adds a checkpoint, from which `read_state` and `restore_optimizer` resume.
+def report(state: RunState, model: MoVAForConditionalGeneration, processor: MoVAProcessor, parallel: Parallel) -> None:
+    """Reports to Ray Train; rank 0 adds a checkpoint, from which a run of any strategy and number of workers resumes.
 
-    Args:
-        trained: name -> parameter that the optimizer updates.
+    Every rank must call it, because the ranks may hold a part of the model each.
     """
+    weights, moments = parallel.full_weights(model), parallel.full_moments()
     if ray.train.get_context().get_world_rank() != 0:
         ray.train.report(state.metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
-        moments = {
-            f"{name}/{key}": value.contiguous()
-            for name, parameter in trained.items()
-            for key, value in optimizer.state[parameter].items()
-        }
-        save_file(moments, f"{folder}/{OPTIMIZER}")
+        save_file({name: value.contiguous() for name, value in moments.items()}, f"{folder}/{OPTIMIZER}")
         Path(folder, STATE).write_text(json.dumps(asdict(state)))
         ray.train.report(state.metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    trained: dict[str, nn.Parameter],
-    moments: dict[str, Tensor],
-    steps: int,
-) -> None:
-    """Sets AdamW's moments (parameter/key -> tensor) and the schedule to what they were after `steps` steps."""
-    for name, parameter in trained.items():
-        stored = {key.rpartition("/")[2]: value for key, value in moments.items() if key.rpartition("/")[0] == name}
-        if stored:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in stored.items()
-            }
-    if steps:
-        schedule.last_epoch = steps - 1
-        schedule.step()

@@ -10,6 +10,8 @@ from mova_core.io.uris import absolute
 from pipelines.data_args import DataArgs
 
 Stage = Literal["pretrain", "sft", "router", "light-router"]
+Strategy = Literal["ddp", "fsdp"]
+Precision = Literal["float32", "bfloat16"]
 LABEL_STAGES: tuple[Stage, ...] = ("router", "light-router")  # learn from routing labels and read no expert features
 
 
@@ -66,13 +68,18 @@ class TrainConfig(DataArgs):
         batch_size: samples per optimizer step, over all workers.
         epochs: passes over the data; fractions allowed, at least one step is made.
         warmup: share of the steps in which the learning rate rises from 0.
-        weight_decay: of AdamW, on every trained parameter.
+        weight_decay: of AdamW, on every trained matrix; norms and biases do not decay.
         clip_norm: largest norm of the gradient.
         max_length: tokens of the longest sample; a longer one loses its end.
         seed: decides the order of the samples and every random choice.
         group_by_length: batches of samples of similar length and of one modality, as the published code trains in
             supervised fine-tuning; else plain shuffling.
         checkpoint_every: steps between two checkpoints.
+        micro_batch: samples that a worker computes at once; gradients are accumulated over its share of a batch. 0: its
+            whole share at once.
+        strategy: "ddp", every worker holds the whole model; "fsdp", parameters, gradients and moments are divided among the
+            workers (FSDP2). Both give the same numbers.
+        precision: of the computation; parameters and moments are float32.
         workers: Ray Train workers.
         gpu: one GPU per worker, else one CPU.
         loader_processes: reading processes per worker; 0 reads ahead in a thread.
@@ -93,12 +100,20 @@ class TrainConfig(DataArgs):
     seed: int = 0
     group_by_length: bool = False
     checkpoint_every: int = 200
+    micro_batch: int = 0
+    strategy: Strategy = "ddp"
+    precision: Precision = "float32"
     workers: int = 2
     gpu: bool = False
     loader_processes: int = 0
     lora_rank: int = 64
     shuffle_pool: bool = True
     fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def micro_batches(self) -> int:
+        """Into how many parts a worker's share of a batch is divided."""
+        return self.batch_size // (self.workers * self.micro_batch) if self.micro_batch else 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -56,6 +56,12 @@ def read_training_data(config: TrainConfig) -> tuple[TrainingData, FeatureStore]
         raise DataError(
             f"--batch-size {config.batch_size} is too small for --workers {config.workers}: give {smallest}"
         )
+    if config.micro_batch and config.batch_size % (config.workers * config.micro_batch):
+        raise DataError(
+            f"--batch-size {config.batch_size} is no multiple of --workers {config.workers} x --micro-batch {config.micro_batch}"
+        )
+    if config.stage == "light-router" and (config.strategy != "ddp" or config.micro_batch):
+        raise DataError("light-router trains with --strategy ddp and without --micro-batch: the light router is small")
     if len(data.samples) < config.batch_size:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in data.counts().items())
         raise DataError(

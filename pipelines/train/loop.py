@@ -5,19 +5,19 @@ from collections import deque
 from itertools import chain, repeat
 from typing import Any
 
-import ray.train
+import ray.train.torch
 import torch
-from ray.train.torch import prepare_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from mova_core.figures import number
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
 from pipelines.train.batches import open_batches
-from pipelines.train.checkpoint import RunState, read_state, report, restore_optimizer, start_folder
+from pipelines.train.checkpoint import RunState, read_state, report, start_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import read_chosen, total_steps
+from pipelines.train.parallel import parallelize
 from pipelines.train.stages import LightRouting, choose_parameters
 
 LOSS_WINDOW = 50  # steps over which the reported loss is averaged
@@ -49,58 +49,50 @@ def train_worker(arguments: dict[str, Any]) -> None:
         expert.update(fingerprint=partition.fingerprint, dtype=partition.description["dtype"])
     device = ray.train.torch.get_device()
     learner = LightRouting(model) if config.stage == "light-router" else model
-    wrapped = prepare_model(learner)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
-    restore_optimizer(optimizer, schedule, trained, moments, resumed.steps)
+    parallel = parallelize(
+        learner,
+        strategy=config.strategy,
+        precision=config.precision,
+        device=device,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    if moments:
+        parallel.load_moments(moments)
+    schedule = get_cosine_schedule_with_warmup(parallel.optimizer, round(config.warmup * steps), steps)
+    if resumed.steps:
+        schedule.last_epoch = resumed.steps - 1
+        schedule.step()
 
-    wrapped.train()
+    parallel.wrapped.train()
     resumed_from = resumed.steps or None
     losses: deque[float] = deque(maxlen=LOSS_WINDOW)
     cut_off = 0  # samples of this rank whose whole answer lay beyond `max_length`
     rest_of_epochs = chain.from_iterable(repeat(batches))  # each iteration of `batches` gives the rest of its epoch
     # The range comes first: zip then ends without reading a batch that no step uses.
-    for step, batch in zip(range(resumed.steps + 1, steps + 1), rest_of_epochs, strict=False):
-        loss = wrapped(**_to(batch, device)).loss
-        terms = _terms(batch)
-        total = _sum_of_ranks(int(terms.sum()), device)
-        optimizer.zero_grad()
-        weighted_loss(loss, int(terms.sum()), total, context.get_world_size()).backward()
-        nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
-        optimizer.step()
+    for step, micro_batches in zip(range(resumed.steps + 1, steps + 1), rest_of_epochs, strict=False):
+        terms = torch.cat([_terms(batch) for batch in micro_batches])
+        items = parallel.sum(terms.sum().to(device))
+        loss = parallel.backward([_to(batch, device) for batch in micro_batches], items.clamp_min(1))
+        parallel.step(config.clip_norm)
         schedule.step()
         cut_off += int((terms == 0).sum())
-        if terms.any():  # else there was nothing to take a loss of
+        if items:  # else there was nothing to take a loss of
             losses.append(loss.item())
         mean = sum(losses) / max(1, len(losses))
         if rank == 0:
-            arguments["progress"].report(step, steps, f"loss of worker 0: {number(mean)}")
+            arguments["progress"].report(step, steps, f"loss: {number(mean)}")
         if step % config.checkpoint_every == 0 or step == steps:
             metrics = {
                 "steps": step,
                 "loss": mean if losses and math.isfinite(mean) else None,
                 "resumed_from": resumed_from,
-                "cut_off": _sum_of_ranks(cut_off, device),
+                "cut_off": int(parallel.sum(torch.tensor(cut_off, device=device))),
             }
-            report(RunState(metrics=metrics, batches=batches.state_dict()), model, saved, optimizer, trained)
+            report(RunState(metrics=metrics, batches=batches.state_dict()), model, saved, parallel)
     if resumed.steps == steps:  # the run was killed between its last step and the copy to its output
         metrics = {**resumed.metrics, "resumed_from": resumed_from}
-        report(RunState(metrics=metrics, batches=resumed.batches), model, saved, optimizer, trained)
-
-
-def weighted_loss(loss: Tensor, terms: int, total: int, ranks: int) -> Tensor:
-    """A rank's loss, weighted so that the mean over the ranks is the mean over all terms of the step.
-
-    DDP averages the ranks' gradients. Without weights an answer of two tokens on one rank would count as much as an answer of
-    sixty tokens on the other, and the same data would train another model on another number of ranks.
-
-    Args:
-        loss: mean over the rank's terms; NaN where it has none.
-        terms: answer tokens of the rank, or samples of the light router.
-        total: terms of all ranks.
-    """
-    return torch.where(torch.tensor(terms > 0, device=loss.device), loss, 0.0) * (ranks * terms / max(1, total))
+        report(RunState(metrics=metrics, batches=resumed.batches), model, saved, parallel)
 
 
 def _terms(batch: dict[str, Any]) -> Tensor:
@@ -108,14 +100,6 @@ def _terms(batch: dict[str, Any]) -> Tensor:
     if "labels" in batch:
         return (batch["labels"][:, 1:] != IGNORE).sum(1)
     return torch.ones(len(batch["routing"]), dtype=torch.int64)
-
-
-def _sum_of_ranks(count: int, device: torch.device) -> int:
-    if not torch.distributed.is_initialized():
-        return count
-    total = torch.tensor(count, device=device)
-    torch.distributed.all_reduce(total)
-    return int(total)
 
 
 def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

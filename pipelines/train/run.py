@@ -31,7 +31,7 @@ from pipelines.train.data import TrainingData, check_data, total_steps
 from pipelines.train.loop import train_worker
 
 # Of the machines, not of the training: a batch is the same for any number of workers, so that a run may resume with others.
-MACHINE_SETTINGS = frozenset({"workers", "gpu", "loader_processes", "checkpoint_every"})
+MACHINE_SETTINGS = frozenset({"workers", "gpu", "loader_processes", "checkpoint_every", "strategy", "micro_batch"})
 
 
 def train(config: TrainConfig, progress: bool = True, data: TrainingData | None = None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
     Returns:
         {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from", "cut_off"}.
         `skipped`: the error of each invalid record left out; `left_out`: reason -> number of valid records that the stage
-        cannot use; `loss`: mean of worker 0 (not of all workers) over its last 50 steps, None where it is no finite number;
+        cannot use; `loss`: mean of the last 50 steps, per answer token of all workers, None where it is no finite number;
         `resumed_from`: step, None for a fresh run; `cut_off`: how often a sample's whole answer lay beyond `max_length`, over
         all epochs since the start or the last resumption.
 

@@ -19,10 +19,11 @@ def choose_parameters(model: MoVAForConditionalGeneration, config: TrainConfig) 
     for name, parameter in model.named_parameters():
         lora, light = "lora_" in name, name.startswith("light_router.")
         of_llm = name.startswith("language_model.")
+        frozen = name.startswith("adapter.text_encoder.") and model.adapter.config.freeze_text_encoder
         parameter.requires_grad_(
             {
-                "pretrain": not (of_llm or light),
-                "sft": not (lora or light),
+                "pretrain": not (of_llm or light or frozen),
+                "sft": not (lora or light or frozen),
                 "router": lora,
                 "light-router": light,
             }[config.stage]
@@ -44,10 +45,21 @@ class LightRouting(nn.Module):
         return self
 
     def forward(
-        self, pixel_values: Tensor, text_input_ids: Tensor, text_attention_mask: Tensor, routing: Tensor
+        self,
+        pixel_values: Tensor,
+        text_input_ids: Tensor,
+        text_attention_mask: Tensor,
+        routing: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> SequenceClassifierOutput:
-        """Loss of pictures (B, 3, S, S) with questions (B, T) int64 against labels, bool (B, E) in pool order."""
+        """Loss of pictures (B, 3, S, S) with questions (B, T) int64 against labels, bool (B, E) in pool order.
+
+        Args:
+            num_items_in_batch: samples of all ranks that the summed loss is divided by; default B.
+        """
         with torch.no_grad():
             seen = self.base_encoder({"pixel_values": pixel_values}).tokens.mean(1)
             text = self.adapter.encode_text(text_input_ids, text_attention_mask)
-        return SequenceClassifierOutput(loss=self.light_router.loss(text, seen, routing))
+        loss = self.light_router.loss(text, seen, routing)
+        share = 1 if num_items_in_batch is None else len(routing) / num_items_in_batch
+        return SequenceClassifierOutput(loss=loss * share)

@@ -286,6 +286,8 @@ def test_the_loss_of_the_answers_is_that_of_all_logits(kind):
         every = model.eval()(**batch, labels=labels)
     torch.testing.assert_close(every.loss, wanted)
     assert every.logits.shape[:2] == labels.shape
+    nothing = model.train()(**batch, labels=torch.full_like(labels, IGNORE)).loss
+    assert nothing == 0 and not any(gradient.any() for gradient in gradients(nothing).values())
 
 
 def test_an_unseen_picture_changes_no_embedding_and_gives_every_part_a_gradient():

@@ -1,0 +1,200 @@
+"""Every strategy on two ranks gives the losses and gradient norms of one process, whatever the ranks are routed to.
+
+One pair of processes runs all cases, because each process needs seconds to import torch.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+
+from mova_core.assemble import assemble
+from mova_core.experts import EXPERTS, Features
+from mova_core.model import MoVAForConditionalGeneration
+from mova_core.processing import IGNORE
+from pipelines.train.config import Precision, Strategy
+from pipelines.train.parallel import Parallel, parallelize
+
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+IMAGE, BATCH, STEPS, WORLD = 2, 4, 3, 2
+# Experts of the samples at even and at odd places of a batch, which go to rank 0 and rank 1; None: a sample without a picture.
+# Mini dinov2 and pix2struct have equally many channels, so that their gradients could be mixed up without an error.
+ROUTINGS: dict[str, tuple[list[str] | None, list[str] | None]] = {
+    "alike": (["dinov2", "sam"], ["dinov2", "sam"]),
+    "apart": (["dinov2", "sam"], ["deplot"]),
+    "twins": (["dinov2"], ["pix2struct"]),
+    "one_unrouted": ([], ["dinov2", "deplot"]),
+    "one_text_only": (None, ["dinov2", "deplot"]),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    strategy: Strategy = "ddp"
+    routing: str = "apart"
+    precision: Precision = "float32"
+    micro: int = 1  # micro-batches per rank and step
+    frozen: bool = False  # the LLM, as in the first stage
+
+    def __str__(self) -> str:
+        return "-".join(map(str, (self.strategy, self.routing, self.precision, self.micro, self.frozen)))
+
+
+CASES = [
+    *(Case(strategy=strategy, routing=routing) for strategy in STRATEGIES for routing in ROUTINGS),
+    *(Case(strategy=strategy, routing="twins", micro=2) for strategy in STRATEGIES),
+    *(Case(strategy=strategy, frozen=True) for strategy in STRATEGIES),
+    *(Case(strategy=strategy, precision="bfloat16") for strategy in STRATEGIES),
+]
+
+
+def tiny_model(frozen: bool) -> MoVAForConditionalGeneration:
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=512, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+    bert = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = assemble(llm, bert, image_token_id=IMAGE, size="mini", blocks=2)
+    for parameter in model.adapter.parameters():
+        if not parameter.detach().any():  # the silent branches
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.language_model.requires_grad_(not frozen)
+    return model.train()
+
+
+def batch_of(step: int, case: Case) -> list[dict[str, Any]]:
+    """The samples of a step, with answers of 2 or of 60 tokens."""
+    draw = random.Random(f"{step}/{case.routing}")
+    return [
+        {
+            "question": draw.choices(range(3, 512), k=6),
+            "answer": draw.choices(range(3, 512), k=(2, 60)[place // 2 % 2 ^ place % 2]),
+            "experts": ROUTINGS[case.routing][(place + step) % 2],
+            "seed": draw.randrange(10**9),
+        }
+        for place in range(BATCH)
+    ]
+
+
+def tensors(samples: list[dict[str, Any]], model: MoVAForConditionalGeneration) -> dict[str, Any]:
+    pictured = [sample for sample in samples if sample["experts"] is not None]
+    marks = [[IMAGE] * model.config.image_tokens * (sample["experts"] is not None) for sample in samples]
+    rows = [[*mark, *sample["question"], *sample["answer"]] for mark, sample in zip(marks, samples, strict=True)]
+    longest = max(map(len, rows))
+    labels = [
+        [IGNORE] * (len(row) - len(sample["answer"])) + sample["answer"]
+        for row, sample in zip(rows, samples, strict=True)
+    ]
+    side = model.config.base_arch["image_size"]
+    seeds = [torch.Generator().manual_seed(sample["seed"]) for sample in pictured]
+    experts = {}
+    for name, channels in model.adapter.config.expert_channels.items():
+        drawn = [torch.randn(25, channels, generator=torch.Generator().manual_seed(sample["seed"] + EXPERTS.index(name)))
+                 for sample in pictured if name in sample["experts"]]  # fmt: skip
+        if drawn:
+            experts[name] = Features(torch.stack(drawn), (5, 5))
+    pixels = [torch.randn(3, side, side, generator=seed) for seed in seeds] or [torch.zeros(3, side, side)]
+    return {
+        "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        "labels": torch.tensor([label + [IGNORE] * (longest - len(label)) for label in labels]),
+        "pixel_values": torch.stack(pixels),
+        "text_input_ids": torch.tensor([sample["question"][:4] for sample in pictured] or [[0] * 4]) % 64,
+        "text_attention_mask": torch.ones(len(pixels), 4, dtype=torch.long),
+        "routing": torch.tensor([[name in sample["experts"] for name in EXPERTS] for sample in pictured] or [[False] * 7]),
+        "experts": experts,
+        "unseen": not pictured,
+    }  # fmt: skip
+
+
+def take_step(
+    parallel: Parallel, model: MoVAForConditionalGeneration, case: Case, step: int, rank: int, world: int
+) -> tuple[float, float]:
+    """Loss, and norm of the gradient, of one optimizer step."""
+    mine = batch_of(step, case)[rank::world]
+    batches = [tensors(mine[part :: case.micro], model) for part in range(case.micro)]
+    answers = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    loss = parallel.backward(batches, parallel.sum(torch.tensor(answers)))
+    return float(loss), float(parallel.step(clip_norm=1.0))
+
+
+def losses_and_norms(case: Case, rank: int, world: int, steps: int = STEPS) -> dict[str, list[float]]:
+    model = tiny_model(case.frozen)
+    parallel = parallelize(model, strategy=case.strategy, precision=case.precision, learning_rate=1e-3)
+    taken = [take_step(parallel, model, case, step % STEPS, rank, world) for step in range(steps)]
+    return {"losses": [loss for loss, _ in taken], "norms": [norm for _, norm in taken]}
+
+
+@cache
+def of_one_process(routing: str, frozen: bool) -> dict[str, list[float]]:
+    return losses_and_norms(Case(routing=routing, frozen=frozen), 0, 1)
+
+
+def resumed(strategy: Strategy, rank: int, folder: Path) -> dict[str, list[float]]:
+    """The last step of a run that went on from weights and moments of two steps by the other strategy."""
+    [other] = set(STRATEGIES) - {strategy}
+    case = Case(strategy=other)
+    model = tiny_model(case.frozen)
+    before = parallelize(model, strategy=other, learning_rate=1e-3)
+    for step in range(STEPS - 1):
+        take_step(before, model, case, step, rank, WORLD)
+    weights, moments = before.full_weights(model), before.full_moments()
+    if rank == 0:
+        save_file(weights, folder / f"{strategy}.weights")
+        save_file(moments, folder / f"{strategy}.moments")
+    dist.barrier()
+    again = tiny_model(case.frozen)
+    again.load_state_dict(load_file(folder / f"{strategy}.weights"))
+    after = parallelize(again, strategy=strategy, learning_rate=1e-3)
+    after.load_moments(load_file(folder / f"{strategy}.moments"))
+    loss, norm = take_step(after, again, case, STEPS - 1, rank, WORLD)
+    loss_after, _ = take_step(after, again, case, 0, rank, WORLD)  # shows the moments: they decide the step before
+    return {"losses": [loss, loss_after], "norms": [norm]}
+
+
+def run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+    results = {str(case): losses_and_norms(case, rank, WORLD) for case in CASES}
+    results |= {f"resumed-{strategy}": resumed(strategy, rank, Path(folder)) for strategy in STRATEGIES}
+    if rank == 0:
+        Path(folder, "results.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.start_processes(run_rank, (str(folder),), nprocs=WORLD, start_method="spawn")
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_ranks_learn_as_one_process(results, case):
+    one, two = of_one_process(case.routing, case.frozen), results[str(case)]
+    exact = case.precision == "float32"
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5 if exact else 1e-3)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-4 if exact else 1e-2)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_resumes_with_another_strategy(results, strategy):
+    whole = losses_and_norms(Case(), 0, 1, steps=STEPS + 1)
+    after = results[f"resumed-{strategy}"]
+    assert after["losses"] == pytest.approx(whole["losses"][-2:], abs=1e-5)
+    assert after["norms"] == pytest.approx(whole["norms"][-2:-1], rel=1e-4)
