@@ -80,6 +80,7 @@ def test_live_nodes_less_what_our_actors_hold():
     large = PoolSpec(expert="sam", memory=3 * GIB)
     free = FreeResources.from_live(rows, available={"CPU": 8.0, "memory": 4.0 * GIB})
     assert free.take(large) is not None and free.take(large) is None, "others hold the rest of the memory"
+    assert free.take(pool("sam=1,gpu=0.5")) is None, "Ray leaves out a resource of which nothing is free"
 
 
 def test_an_actor_that_ray_placed_where_no_room_is_known_counts_against_the_cluster():
@@ -96,3 +97,10 @@ def test_larger_shares_of_a_gpu_are_placed_first():
     node = NodeType(cpus=8, memory=GIB, accelerator="L4", gpus=1)
     small, large = first_fit([pool("sam=2,gpu=0.5"), pool("vary=1,gpu=1")], [node])
     assert (len(small), len(large)) == (0, 1)
+
+
+def test_without_gpus_more_memory_and_then_more_cpus_are_placed_first():
+    small, large = PoolSpec(expert="sam", memory=GIB), PoolSpec(expert="vary", memory=2 * GIB)
+    assert [len(seats) for seats in first_fit([small, large], [NodeType(cpus=8, memory=2 * GIB)])] == [0, 1]
+    few, many = pool("sam=1"), pool("vary=1,cpu=3")
+    assert [len(seats) for seats in first_fit([few, many], [NodeType(cpus=4, memory=GIB)])] == [0, 1]

@@ -21,7 +21,7 @@ def test_pool_is_read_from_the_command_line():
 )
 def test_what_is_written_is_read_back(text, tmp_path):
     pool = PoolSpec.parse(text)
-    assert str(pool) == text
+    assert str(pool) == str(replace(pool, rate=7.5)) == text
     pools = [pool, replace(pool, rate=7.5)]
     write_pools(tmp_path / "pools.yaml", pools)
     assert read_pools(tmp_path / "pools.yaml") == pools
