@@ -1,6 +1,6 @@
 """The planner's placement against its own prediction, and against two that a user might write, on simulated clusters.
 
-    python benchmarks/placement.py [--profile FILE --size full --dtype bfloat16] [--images 2000000] [--json]
+    python benchmarks/placement.py [--profile FILE --size full --dtype bfloat16] [--images 1000000] [--json]
 
 Every placement runs the same simulated precompute: shards of 64 pictures, 5 % noise on a batch's time, 30 s until an
 actor is ready, no limit on reading and writing. The naive ones: *round-robin* gives every GPU to one expert, in turns; *everywhere* puts
@@ -72,15 +72,15 @@ def drawn(seed: int) -> list[Profile]:
     return profiles
 
 
-def sized(name: str, one: NodeType, share: float, profiles: Sequence[Profile]) -> PoolSpec | None:
+def sized(name: str, node: NodeType, share: float, profiles: Sequence[Profile]) -> PoolSpec | None:
     """A pool of one actor on a share of a GPU, with its rate; None where it does not fit."""
-    room = share * (one.gpu_memory or 0) - CONTEXT
-    measured = profiles_on(one.accelerator, name, profiles)
+    room = share * (node.gpu_memory or 0) - CONTEXT
+    measured = profiles_on(node.accelerator, name, profiles)
     if not measured or (measured[0].batches[0].peak_bytes or 0) > room:
         return None
     best = measured[0].best(room)
     rate = share * best.images_per_second
-    return PoolSpec(expert=name, gpu=share, accelerator=one.accelerator, batch=best.batch, rate=rate)
+    return PoolSpec(expert=name, gpu=share, accelerator=node.accelerator, batch=best.batch, rate=rate)
 
 
 def merged(pools: Sequence[PoolSpec]) -> list[PoolSpec]:
@@ -92,22 +92,22 @@ def merged(pools: Sequence[PoolSpec]) -> list[PoolSpec]:
 
 
 def round_robin(wanted: Mapping[str, int], nodes: Sequence[NodeType], profiles: Sequence[Profile]) -> list[PoolSpec]:
-    """A GPU to each expert in turn; experts left over wait for the first that ends."""
-    gpus = [one for one in nodes for _ in range(one.count * one.gpus)]
+    """A GPU to each expert in turn; experts without a GPU wait for the first that finishes."""
+    gpus = [node for node in nodes for _ in range(node.count * node.gpus)]
     dealt = zip(islice(cycle(gpus), max(len(gpus), len(wanted))), cycle(wanted))
-    pools = [pool for one, name in dealt if (pool := sized(name, one, 1.0, profiles)) is not None]
+    pools = [pool for node, name in dealt if (pool := sized(name, node, 1.0, profiles)) is not None]
     return merged(pools)
 
 
 def everywhere(wanted: Mapping[str, int], nodes: Sequence[NodeType], profiles: Sequence[Profile]) -> list[PoolSpec]:
-    """Every expert on every GPU, in equal shares; those that do not fit one wait."""
+    """Every expert on every GPU, in equal shares; an expert that fits no GPU waits."""
     share = next(share for share in reversed(SHARES) if share * len(wanted) >= 1) if len(wanted) > 1 else 1.0
     pools: list[PoolSpec] = []
-    for one in nodes:
+    for node in nodes:
         for name in wanted:
             for wider in [each for each in reversed(SHARES) if each >= share]:
-                if (pool := sized(name, one, wider, profiles)) is not None:
-                    pools += [pool] * (one.count * one.gpus)
+                if (pool := sized(name, node, wider, profiles)) is not None:
+                    pools += [pool] * (node.count * node.gpus)
                     break
     return merged(pools)
 
@@ -155,9 +155,9 @@ def main() -> None:
     profiles = drawn(given.seed)
     if given.profile:
         profiles = [
-            one
-            for one in read_profiles(given.profile)
-            if one.expert in EXPERTS and one.is_of(expert_card(one.expert), given.size, given.dtype)
+            profile
+            for profile in read_profiles(given.profile)
+            if profile.expert in EXPERTS and profile.is_of(expert_card(profile.expert), given.size, given.dtype)
         ]
     rows = [row(name, nodes, profiles, given.images) for name, nodes in CLUSTERS.items()]
     if given.json:
@@ -167,14 +167,14 @@ def main() -> None:
         "| cluster | order | predicted images/s | simulated / predicted | of the bound | planner s | simulator s | over round-robin | over everywhere |"
     )
     print("| --- " * 9 + "|")
-    for one in rows:
+    for result in rows:
         naive = [
-            f"{value:.2f}" if isinstance(value := one[key], float) else "-"
+            f"{value:.2f}" if isinstance(value := result[key], float) else "-"
             for key in ("over_round_robin", "over_everywhere")
         ]
         print(
-            f"| {one['cluster']} | {one['order']} | {one['predicted']:.4g} | {one['simulated'] / one['predicted']:.3f} "  # type: ignore[operator]
-            f"| {one['of_bound']:.2f} | {one['planner_seconds']:.1f} | {one['simulator_seconds']:.1f} | {' | '.join(naive)} |"
+            f"| {result['cluster']} | {result['order']} | {result['predicted']:.4g} | {result['simulated'] / result['predicted']:.3f} "  # type: ignore[operator]
+            f"| {result['of_bound']:.2f} | {result['planner_seconds']:.1f} | {result['simulator_seconds']:.1f} | {' | '.join(naive)} |"
         )
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mova_core.experts.cost import Profile
 
 SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of a GPU, per actor
-DECODERS = 4  # most cores that one actor on a GPU keeps busy with decoding
+DECODERS = 4  # most cores that decode for one actor on a GPU
 CONTEXT = GIB // 2  # bytes of GPU memory that CUDA takes for each process, beside PyTorch's own
 UNGROUPED_MACHINES = 3  # up to this many machines of a kind are each planned by themselves
 GAP = 5e-3  # relative gap at which the first solve, for the rate, may stop
@@ -132,20 +132,7 @@ def plan_placement(
         options[name] = _fast_enough(each, shard_rows if isinstance(shard_rows, int) else shard_rows[name], bound)
 
     program = _Program(wanted, options, nodes)
-    pools = program.solve(seconds)
-    rate = min(_rate(pools, name) / count for name, count in wanted.items())  # t
-    alone = dict.fromkeys(wanted, pools)
-    if len(wanted) > 1:
-        alone = {name: _Program({name: count}, options, nodes).solve(seconds) for name, count in wanted.items()}
-    sequential_rate = 0.0
-    if all(alone.values()):
-        sequential_rate = 1 / sum(count / _rate(alone[name], name) for name, count in wanted.items())
-    if max(rate, sequential_rate) == 0:
-        raise _no_cpu_left(next(name for name in wanted if not alone[name]), options, nodes)
-    if sequential := sequential_rate > rate * SEQUENTIAL_GAIN:
-        # A pool that starts with the few seats another expert left over would keep to them: wait for all of them.
-        pools = [replace(pool, min_size=pool.max_size) for each in alone.values() for pool in each]
-    pools.sort(key=lambda pool: -pool.gpu)
+    pools, t, sequential = _solve(program, wanted, options, nodes, seconds)
     if not sequential:
         notes += _notes_on_waiting(pools, nodes)
     most_wanted = max(wanted.values())
@@ -153,7 +140,7 @@ def plan_placement(
         wanted=wanted,
         pools=pools,
         sequential=sequential,
-        images_per_second=most_wanted * (sequential_rate if sequential else rate),
+        images_per_second=most_wanted * t,
         bound=most_wanted * bound,
         shares=shares,
         gains={kind: gain * most_wanted for kind, gain in program.gains().items()},
@@ -161,8 +148,36 @@ def plan_placement(
     )
 
 
+def _solve(
+    program: "_Program",
+    wanted: Mapping[str, int],
+    options: Mapping[str, Sequence[PlacementOption]],
+    nodes: Sequence[NodeType],
+    seconds: float,
+) -> tuple[list[PoolSpec], float, bool]:
+    """The pools, the part of every expert's wanted features that they compute per second, and whether sequentially.
+
+    Raises:
+        PlanError: neither order leaves a CPU for reading tasks.
+    """
+    pools = program.solve(seconds)
+    concurrent_t = min(_rate(pools, name) / count for name, count in wanted.items())
+    alone = dict.fromkeys(wanted, pools)
+    if len(wanted) > 1:
+        alone = {name: _Program({name: count}, options, nodes).solve(seconds) for name, count in wanted.items()}
+    sequential_t = 0.0
+    if all(alone.values()):
+        sequential_t = 1 / sum(count / _rate(alone[name], name) for name, count in wanted.items())
+    if max(concurrent_t, sequential_t) == 0:
+        raise _no_cpu_left(next(name for name in wanted if not alone[name]), options, nodes)
+    if sequential := sequential_t > concurrent_t * SEQUENTIAL_GAIN:
+        # Each pool waits for all its seats, so that experts do run one after the other.
+        pools = [replace(pool, min_size=pool.max_size) for each in alone.values() for pool in each]
+    return sorted(pools, key=lambda pool: -pool.gpu), sequential_t if sequential else concurrent_t, sequential
+
+
 def duration(seconds: float) -> str:
-    """A time for people, in seconds, minutes or hours."""
+    """A duration in words: seconds, minutes or hours."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} s" if minutes < 3 else f"{minutes:.0f} min" if hours < 3 else f"{hours:.1f} h"
 
@@ -173,7 +188,7 @@ def _rate(pools: Iterable[PoolSpec], expert: str) -> float:
 
 
 def _fast_enough(options: Sequence[PlacementOption], rows: int, bound: float) -> list[PlacementOption]:
-    """Options on which a shard takes a small part of the run: else everybody waits for the last shard of a slow device.
+    """Options on which a shard takes a small part of the run. Without this, the run waits for a slow device's last shard.
 
     Args:
         rows: images per shard.
@@ -205,10 +220,10 @@ def _notes_on_waiting(pools: Sequence[PoolSpec], nodes: Sequence[NodeType]) -> l
 def placement_options(
     name: str, profiles: "Sequence[Profile]", nodes: Sequence[NodeType], decode: float | None, notes: list[str]
 ) -> list[PlacementOption]:
-    """Every option that this cluster has for an actor of an expert; adds to `notes` what is left out.
+    """Every option that this cluster has for an actor of an expert; adds to `notes` the devices left out.
 
     Raises:
-        PlanError: none; says which memory, CPUs or profile are missing.
+        PlanError: there is none; the message says which memory, CPUs or profile are missing.
     """
     gpu_memory: dict[str, list[int]] = {}  # accelerator -> known bytes of one GPU
     for node in nodes:
@@ -243,7 +258,7 @@ def placement_options(
 
 
 class _TooLarge(ValueError):
-    """No machine of a kind holds an actor; says what the actor takes and what the largest machine has."""
+    """No machine of a kind holds an actor; the message says what the actor takes and what the largest machine has."""
 
 
 def _on_cpus(profiles: "Sequence[Profile]", nodes: Sequence[NodeType], decode: float | None) -> PlacementOption:

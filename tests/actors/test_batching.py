@@ -128,7 +128,7 @@ def odd_fail(batch):
     return ["odd" if row.item() % 2 else Features(row[:, None], (1, 1)) for row in batch["number"]]
 
 
-def test_bad_images_in_a_row_do_not_break_it(start):
+def test_bad_images_in_a_row_do_not_break_the_server(start):
     """The model is tried on an image that it computed before, and computes it again: the images are at fault."""
     batcher = start(compute=odd_fail, queue=64)
     submitted = batcher.submit([image(0), *[image(1)] * (UNPROVEN + FAULTS), image(2)])

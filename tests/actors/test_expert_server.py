@@ -240,7 +240,7 @@ class TestPublishedExperts:
         tokens = computed(sam.features(refs(pictures, 0))[0]).tokens
         assert (stored["sam"].tokens - tokens).norm() / tokens.norm() < 0.02
 
-    def test_without_a_store_it_says_so(self, server):
+    def test_without_a_store_the_error_says_so(self, server):
         with pytest.raises(ValueError, match="given no store"):
             next(server("sam")(pa.table({"shard": []})))
 
@@ -255,7 +255,7 @@ class TestBatching:
         assert all(right(results, images))
         assert all(result.tokens.untyped_storage().nbytes() == 2 * 2 * 3 * 4 for result in results), "no other's beside"
 
-    def test_a_lone_picture_waits_no_longer_than_it_may(self, server, pictures):
+    def test_a_lone_picture_waits_at_most_wait_ms(self, server, pictures):
         picky = server(batch_size=64, wait_ms=200.0)
         started = time.monotonic()
         picky.features(refs(pictures, 0))
@@ -280,7 +280,7 @@ class TestBatching:
             assert len(asked) == 7
             assert all(right([one.result()[0] for one in asked], refs(pictures, *range(7))))
 
-    def test_numbers_are_told(self, server, pictures):
+    def test_metrics_are_reported(self, server, pictures):
         told = Recorder()
         picky = server(batch_size=4, telemetry=told)
         picky.features(refs(pictures, *range(6), "bad"))
@@ -290,7 +290,7 @@ class TestBatching:
         assert told.values("queue_depth")[-1] == 0 and max(told.values("queue_depth")) == 7
         assert all(speed > 0 for speed in told.values("images_per_second"))
 
-    def test_closed_it_answers_nobody(self, server, pictures):
+    def test_a_closed_server_answers_nobody(self, server, pictures):
         picky = server()
         picky.close()
         for use in (lambda: picky.features(refs(pictures, 0)), picky.check_health):
@@ -330,7 +330,7 @@ class TestTrouble:
         assert all(right(results[:2] + results[3:], images[:2] + images[3:]))
         assert passes(picky) == ([5, 1, 1, 1, 1, 1] if name == "red" else [5])
 
-    def test_an_expert_that_always_fails_says_so_and_is_ill(self, server, pictures):
+    def test_an_expert_that_always_fails_is_reported_unhealthy(self, server, pictures):
         """Else a bug would put every picture of a run into quarantine."""
         picky = server()
         with pytest.raises(ServerError, match=r"picky failed on all of its first 32 pictures; the last: .*red.png"):
@@ -382,7 +382,7 @@ class TestWarmUp:
         assert all(right(picky.features(images := refs(pictures, *range(6))), images))
         assert picky.batch_size == 2 and picky.expert.batches[-4:] == [6, 2, 2, 2], "a size that is warm"
 
-    def test_a_shape_that_does_not_fit_ends_it(self, server):
+    def test_warm_up_ends_at_the_first_shape_that_does_not_fit(self, server):
         greedy = server("greedy", fixed_shapes=True)
         assert greedy.check_health() | {"warm": [1, 2], "batch_size": 2} == greedy.check_health()
 

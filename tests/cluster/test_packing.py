@@ -34,7 +34,7 @@ def test_an_actor_may_hold_several_whole_gpus():
     assert free.take(pool("sam=1,gpu=2")) is None
 
 
-def test_what_is_given_back_can_be_taken_again():
+def test_a_seat_that_is_given_back_can_be_taken_again():
     free = FreeResources([NodeType(cpus=3, memory=GIB, accelerator="L4", gpus=1)])
     half = pool("sam=1,gpu=0.5,cpu=0.5")
     seat = free.take(half)
@@ -44,7 +44,7 @@ def test_what_is_given_back_can_be_taken_again():
     assert free.take(pool("sam=1,gpu=1")) is not None
 
 
-def test_fewer_than_the_least_actors_take_nothing():
+def test_a_pool_takes_no_seat_below_its_smallest_size():
     free = FreeResources([NodeType(cpus=4, memory=GIB)])
     assert free.take_several(pool("sam=4"), most=4, least=4) == []
     assert len(free.take_several(pool("sam=3"), most=3, least=3)) == 3
@@ -56,7 +56,7 @@ def test_memory_of_a_profile_bounds_the_actors_of_each_machine():
     assert [seat.machine for seat in seats].count(0) == [seat.machine for seat in seats].count(1) == 2
 
 
-def test_live_nodes_less_what_our_actors_hold():
+def test_live_nodes_minus_what_our_actors_hold():
     rows = [
         row("a", CPU=4.0, GPU=2.0, labels={"ray.io/accelerator-type": "A100"}),
         row("b", None, True, **{"CPU": 4.0, "GPU": 1.0, "accelerator_type:L4": 1.0}),

@@ -71,7 +71,7 @@ def test_durations_for_people(seconds, text):
     assert duration(seconds) == text
 
 
-def test_what_cannot_be_placed_is_told():
+def test_an_expert_that_cannot_be_placed_is_reported():
     a100 = profile("sam", "NVIDIA A100-SXM4-40GB", (1, 30, 12))
     with pytest.raises(
         PlanError, match=r"sam has no profile on any kind of device here \(CPU, T4\): run `mova profile --exp"
@@ -94,7 +94,7 @@ def test_what_cannot_be_placed_is_told():
     assert note == "sam is not placed on T4: no profile of it there"
 
 
-def test_experts_take_turns_where_they_do_not_fit_beside_each_other():
+def test_experts_run_sequentially_where_they_do_not_fit_together():
     profiles = [profile(name, "cpu X", (1, 2.0, 1)) for name in ("sam", "vary", "clip", "deplot")]
     placed = plan_placement(
         dict.fromkeys(["sam", "vary", "clip", "deplot"], 600), profiles, [NodeType(cpus=4, memory=9 * GIB)]
@@ -124,7 +124,7 @@ def test_decoding_takes_cpus_beside_a_gpu():
 def test_no_machine_is_given_more_than_it_has(chance):
     nodes, wanted = chance.cluster(), chance.mix()
     placed = plan_placement(wanted, chance.profiles(), nodes, chance.choice([None, PIXELS]), seconds=1)
-    machines = [one for one in nodes for _ in range(one.count)]
+    machines = [node for node in nodes for _ in range(node.count)]
     assert set(plan_pools(list(wanted), placed.pools)) == {pool.expert for pool in placed.pools}
     for beside in [[name] for name in wanted] if placed.sequential else [list(wanted)]:
         pools = [pool for pool in placed.pools if pool.expert in beside]
@@ -142,25 +142,25 @@ def test_no_machine_is_given_more_than_it_has(chance):
         assert all(share <= 1 for share in gpu.values())
         assert all(taken <= machines[machine].cpus for machine, taken in held["cpu"].items())
         assert all(taken <= machines[machine].memory for machine, taken in held["memory"].items())
-        assert sum(held["cpu"].values()) <= sum(one.cpus for one in machines) - 1
+        assert sum(held["cpu"].values()) <= sum(node.cpus for node in machines) - 1
 
 
 def test_no_placement_by_chance_is_better(chance):
     """Actors drawn one by one until no more fits, a hundred times."""
     nodes, wanted, profiles = chance.cluster(), chance.mix(), chance.profiles()
     placed = plan_placement(wanted, profiles, nodes, seconds=1)
-    ways = [way for name in wanted for way in placement_options(name, profiles, nodes, None, [])]
+    options = [option for name in wanted for option in placement_options(name, profiles, nodes, None, [])]
     best = 0.0
     for _ in range(100):
         drawn: dict[PoolSpec, int] = {}
-        chosen = chance.sample(ways, min(len(ways), chance.randint(len(wanted), 3 * len(wanted))))
-        pools = [replace(way.pool, max_size=chance.randint(1, 12)) for way in chosen]
-        for way, pool, seats in zip(chosen, pools, first_fit(pools, nodes), strict=True):
-            drawn[way.pool] = drawn.get(way.pool, 0) + len(seats)
+        chosen = chance.sample(options, min(len(options), chance.randint(len(wanted), 3 * len(wanted))))
+        pools = [replace(option.pool, max_size=chance.randint(1, 12)) for option in chosen]
+        for option, pool, seats in zip(chosen, pools, first_fit(pools, nodes), strict=True):
+            drawn[option.pool] = drawn.get(option.pool, 0) + len(seats)
             assert len(seats) <= pool.max_size
         rates = Counter[str]()
-        for way in chosen:
-            rates[way.pool.expert] += way.rate * drawn[way.pool]  # type: ignore[assignment]
+        for option in chosen:
+            rates[option.pool.expert] += option.rate * drawn[option.pool]  # type: ignore[assignment]
         best = max(best, max(wanted.values()) * min(rates[name] / wanted[name] for name in wanted))
     assert NEAR * best <= placed.images_per_second <= placed.bound * 1.0001
 

@@ -19,15 +19,17 @@ DOCS = Path(__file__).parents[2] / "docs" / "placement.md"
 def test_a_plan_for_the_cluster_of_the_docs(chance, tmp_path):
     [cluster] = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
     (tmp_path / "cluster.yaml").write_text(cluster)
-    two = [one for one in chance.profiles(["A100", "L4"]) if one.expert in ("vary", "biomedclip")]
-    write_profiles(tmp_path / "p.json", [replace(one, arch=dict(expert_card(one.expert).full)) for one in two])
+    profiles = [measured for measured in chance.profiles(["A100", "L4"]) if measured.expert in ("vary", "biomedclip")]
+    write_profiles(
+        tmp_path / "p.json", [replace(measured, arch=dict(expert_card(measured.expert).full)) for measured in profiles]
+    )
     base = ["plan", "--profile", str(tmp_path / "p.json"), "--cluster", str(tmp_path / "cluster.yaml"), "--quiet"]
-    asked = [*base, "--dtype", "bfloat16", "--wanted", "vary=300000", "--wanted", "biomedclip=600000"]
+    command = [*base, "--dtype", "bfloat16", "--wanted", "vary=300000", "--wanted", "biomedclip=600000"]
 
-    done = CliRunner().invoke(app, [*asked, "--simulate", "--output", str(tmp_path / "pools.yaml"), "--json"])
-    plan = json.loads(done.stdout)
+    completed = CliRunner().invoke(app, [*command, "--simulate", "--output", str(tmp_path / "pools.yaml"), "--json"])
+    plan = json.loads(completed.stdout)
     check("plan", plan)
-    assert done.stderr == "", "neither bars nor warnings"
+    assert completed.stderr == "", "neither bars nor warnings"
     assert plan["images_per_second"] == pytest.approx(plan["simulated"]["images_per_second"], rel=0.1)
     pools = read_pools(tmp_path / "pools.yaml")
     assert [(pool.expert, pool.max_size, pool.rate) for pool in pools] == [
@@ -35,7 +37,7 @@ def test_a_plan_for_the_cluster_of_the_docs(chance, tmp_path):
     ]
     assert {pool.expert for pool in pools} == {"vary", "biomedclip"}
 
-    shown = CliRunner().invoke(app, [*asked, "--simulate", "--store-mb-s", "100"], env={"COLUMNS": "200"}).stdout
+    shown = CliRunner().invoke(app, [*command, "--simulate", "--store-mb-s", "100"], env={"COLUMNS": "200"}).stdout
     assert all(
         word in shown
         for word in ("images/s that have passed all experts", "bottleneck:", "one more A100", "simulated:")

@@ -37,7 +37,7 @@ def test_malformed_pool_is_refused(text):
 
 def test_every_expert_gets_a_pool():
     pools = plan_pools(["sam", "vary"], ["vary=1..4"])
-    assert [(one.expert, one.max_size) for specs in pools.values() for one in specs] == [("sam", 1), ("vary", 4)]
+    assert [(pool.expert, pool.max_size) for specs in pools.values() for pool in specs] == [("sam", 1), ("vary", 4)]
     with pytest.raises(PlanError, match="clip"):
         plan_pools(["sam"], ["clip=1"])
     with pytest.raises(PlanError, match="twice for the CPU"):

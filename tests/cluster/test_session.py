@@ -13,11 +13,13 @@ OWN_PREFIXES = ("PYTHONBREAKPOINT", "RAY_", "HF_", "MALLOC_", "MOVA_", "OMP_", "
 
 def run(script: str, home: Path) -> str:
     """Runs a script as a new user would, and returns what it prints."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(OWN_PREFIXES)}
-    environment = kept | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(OWN_PREFIXES)}
+    environment = inherited | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
+    process = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
 
 
 IMPORT_EVERYTHING = """

@@ -148,7 +148,7 @@ def test_a_class_of_the_running_script_cannot_be_sent(ray_cluster, place, monkey
         pool.fetch([ImageRef(data=b"")], [["siglip"]])
 
 
-def test_it_is_listed_with_its_weights(place, tmp_path):
+def test_the_expert_is_listed_with_its_weights(place, tmp_path):
     """Weights are found where the hub's client keeps them, and nowhere is asked."""
     for repository, weights in (
         ("timm/vit_base_patch16_siglip_512.webli", "model.safetensors"),

@@ -178,8 +178,8 @@ def test_routed_equals_the_dense_equations(adapter, routing):
     experts = {name: Features(t, f.grid) for (name, f), t in zip(experts.items(), inputs[1:], strict=True)}
     dense = Equations(adapter)(inputs[0], experts, routing, adapter.encode_text(**text))
     wanted = gradients(adapter, dense, *inputs)
-    for given in (experts, only_routed(experts, routing)):
-        out = adapter(inputs[0], given, routing, text)
+    for features in (experts, only_routed(experts, routing)):
+        out = adapter(inputs[0], features, routing, text)
         assert out.shape == (5, 9, 40)
         torch.testing.assert_close(out, dense, **CLOSE)
         found = gradients(adapter, out, *inputs)
@@ -196,8 +196,8 @@ def test_a_batch_equals_its_pictures_one_by_one(adapter, routing):
     for i in range(5):
         row = slice(i, i + 1)
         alone = {name: Features(features.tokens[row], features.grid) for name, features in experts.items()}
-        one, gate = adapter(base[row], alone, routing[row], {k: v[row] for k, v in text.items()}, return_gates=True)
-        torch.testing.assert_close(out[row], one, **CLOSE)
+        single, gate = adapter(base[row], alone, routing[row], {k: v[row] for k, v in text.items()}, return_gates=True)
+        torch.testing.assert_close(out[row], single, **CLOSE)
         for whole, single in zip(gates, gate, strict=True):
             torch.testing.assert_close(whole[row], single, **CLOSE)
 

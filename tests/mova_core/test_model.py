@@ -44,9 +44,9 @@ def test_processor_places_picture_and_labels(processor, pictures):
 def test_processor_survives_saving(processor, pictures, tmp_path):
     processor.save_pretrained(tmp_path)
     again = MoVAProcessor.from_pretrained(tmp_path)
-    one, other = (p([ASK], [ImageRef(path=str(pictures[0]))]) for p in (processor, again))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    before, after = (p([ASK], [ImageRef(path=str(pictures[0]))]) for p in (processor, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 def forward(mini, processor, pictures, features, routing, **more):
@@ -59,13 +59,13 @@ def forward(mini, processor, pictures, features, routing, **more):
     return mini(**batch, experts=stack_features(features, EXPERTS, mini.device, mini.dtype), routing=routing, **more)
 
 
-def test_experts_change_what_is_said_and_only_for_their_rows(mini, processor, pictures, local_experts):
+def test_experts_change_only_the_answers_of_their_rows(mini, processor, pictures, local_experts):
     images = [ImageRef(path=str(path)) for path in pictures]
     none = torch.zeros(3, 7, dtype=torch.bool)
-    one = none.clone()
-    one[1, EXPERTS.index("sam")] = True
+    one_routed = none.clone()
+    one_routed[1, EXPERTS.index("sam")] = True
     plain = forward(mini, processor, pictures, [{}, {}, {}], none)
-    routed = forward(mini, processor, pictures, local_experts.fetch(images, [[], ["sam"], []]), one)
+    routed = forward(mini, processor, pictures, local_experts.fetch(images, [[], ["sam"], []]), one_routed)
     moved = (plain.logits - routed.logits).abs().amax((1, 2))
     assert moved[1] > 1e-3 and moved[0] < 1e-5 and moved[2] < 1e-5
 
@@ -201,8 +201,8 @@ def row_of(batch, row):
 def test_any_causal_lm(kind, tmp_path):
     """Forward, generate, saving and loading, with rows of every kind in one batch: each as if it were alone."""
     model = with_llm(kind)
-    given = tiny_llm(kind).state_dict()
-    assert all(torch.equal(value, given[name]) for name, value in model.language_model.state_dict().items())
+    weights = tiny_llm(kind).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.language_model.state_dict().items())
     batch = mixed_batch(model)
     with torch.no_grad():
         logits = model(**batch).logits

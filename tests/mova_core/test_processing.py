@@ -50,8 +50,8 @@ def test_rows_of_every_kind_share_a_batch(processor, refs):
     assert IMAGE_MARK not in gate[0] and "left" not in gate[0].replace("left or right", "")
     for index, row in enumerate((compare, ASK, ASK, ASK)):
         pictures = ([refs[2], refs[0], refs[1]], None, refs[0], [refs[1]])[index]
-        one = processor([row], [pictures], routing=index == 2)["input_ids"][0]
-        assert torch.equal(batch["input_ids"][index][-len(one) :], one)
+        single = processor([row], [pictures], routing=index == 2)["input_ids"][0]
+        assert torch.equal(batch["input_ids"][index][-len(single) :], single)
 
 
 def test_a_question_per_picture(processor, refs):

@@ -9,7 +9,7 @@ from pipelines.invalid_records import read_valid_samples, report_skipped
 from pipelines.precompute.listing import find_images
 
 
-def test_bad_rows_end_it_or_are_left_out_and_told(tmp_path, capsys):
+def test_bad_rows_stop_the_command_or_are_left_out_and_reported(tmp_path, capsys):
     def record(image: str | list[str]) -> str:
         said = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]
         return json.dumps({"image": image, "conversations": said})

@@ -42,7 +42,7 @@ def test_every_row_comes_equal(ray_cluster, tmp_path, monkeypatch, dtype):
     assert all(np.isclose(found[key], wanted[key].tokens.float().norm().item(), rtol=1e-5) for key in keys)
 
 
-def test_what_is_not_stored_is_told_before_anything_is_read(tmp_path):
+def test_missing_features_are_reported_before_anything_is_read(tmp_path):
     store = FeatureStore(tmp_path / "store", create=True)
     store.add_expert({"expert": "sam", "dtype": "float32", "weights": "w"})
     with pytest.raises(MissingFeatures, match="sam: 1"):

@@ -98,7 +98,7 @@ def different_questions(images):
     ]
 
 
-def test_batched_answers_are_those_given_one_by_one(talkative, processor, local_experts, images, tmp_path):
+def test_batched_answers_equal_single_answers(talkative, processor, local_experts, images, tmp_path):
     questions = different_questions(images)
     source = Tiered(FeatureStore(tmp_path / "store", create=True), local_experts)
     alone = [Answerer(talkative, processor, source).answer([one], max_new_tokens=4)[0] for one in questions]

@@ -72,7 +72,7 @@ def test_the_number_of_prefixes_is_bounded():
 
 
 @pytest.mark.parametrize("cache", [None, DynamicCache(), cache_of("ab", rows=2)])
-def test_what_cannot_be_reused_is_not_stored(cache):
+def test_prefixes_that_cannot_be_reused_are_not_stored(cache):
     prefixes = PrefixCache(10_000)
     prefixes.put("ab", "!", cache)
     assert len(prefixes) == 0

@@ -71,7 +71,7 @@ class TestMeasure:
     def expert(self):
         return load_expert("biomedclip", size="mini")
 
-    def test_it_stops_where_speed_stops_growing(self, expert):
+    def test_measuring_stops_where_speed_stops_growing(self, expert):
         done = []
 
         def run(batch):
@@ -79,18 +79,18 @@ class TestMeasure:
             time.sleep(0.1 if batch <= 4 else 0.025 * batch)
 
         profile = measure(expert, run, CPU, seconds=60)
-        assert [one.batch for one in profile.batches] == [1, 2, 4, 8, 16] and max(done) == 16
+        assert [measured.batch for measured in profile.batches] == [1, 2, 4, 8, 16] and max(done) == 16
         assert profile.best().batch == 4
         assert 25 < profile.best().images_per_second <= 40
-        assert all(one.peak_bytes is None or one.peak_bytes > 1 << 20 for one in profile.batches)
+        assert all(measured.peak_bytes is None or measured.peak_bytes > 1 << 20 for measured in profile.batches)
 
-    def test_it_stops_where_memory_ends(self, expert):
+    def test_measuring_stops_where_memory_ends(self, expert):
         profile = measure(expert, lambda batch: torch.empty(1 if batch <= 4 else 1 << 60), CPU, seconds=60, largest=8)
         assert profile.batches[-1].batch <= 4
         with pytest.raises(RuntimeError, match="allocate memory"):
             measure(expert, lambda batch: torch.empty(1 << 60), CPU, seconds=60)
 
-    def test_it_stops_where_time_ends(self, expert):
+    def test_measuring_stops_where_time_ends(self, expert):
         started = time.monotonic()
         profile = measure(expert, lambda batch: time.sleep(0.3), CPU, seconds=2)  # endless growth
         assert profile.batches[-1].batch <= 2
@@ -99,7 +99,7 @@ class TestMeasure:
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's peak within a time")
     def test_memory_of_a_pass_is_seen(self, expert):
         held = measure(expert, lambda batch: torch.ones(batch * (32 << 20)), CPU, seconds=60, largest=2).batches
-        small, large = (one.peak_bytes for one in held)
+        small, large = (measured.peak_bytes for measured in held)
         assert small is not None and large is not None
         assert large - small > 100 << 20  # 32 Mi floats more
 
@@ -130,7 +130,7 @@ class TestFile:
         assert self.PROFILE.best(memory=1).batch == 1, "the least there is"
         assert [self.PROFILE.at(batch).batch for batch in (1, 3, 8, 100)] == [1, 4, 8, 8]
 
-    def test_for_whom(self):
+    def test_a_profile_fits_only_its_expert_dtype_and_device(self):
         expert = load_expert("sam", size="mini")
         mine = dataclasses.replace(self.PROFILE, arch=json.loads(json.dumps(expert.arch)), device=device_kind(CPU))
         assert mine.fits(expert, CPU) and mine.is_of(expert.card, "mini", "float32")

@@ -75,7 +75,7 @@ class TestContract:
         assert grid == expert.grid and tokens.shape == (3, grid[0] * grid[1], expert.channels)
         assert tokens.dtype == torch.float32 and bool(torch.isfinite(tokens).all())
 
-    def test_features_are_lively(self, expert):
+    def test_features_differ_between_pictures_and_places(self, expert):
         tokens = features(expert).tokens
         assert 0.1 < tokens.std() < 10
         assert (tokens[0] - tokens[1]).abs().mean() > 0.05  # pictures differ

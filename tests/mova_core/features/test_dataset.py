@@ -99,7 +99,7 @@ def test_the_order_of_an_epoch(store):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_epoch_broken_off_goes_on_as_if_it_had_not_been(store, workers):
+def test_an_interrupted_epoch_resumes_with_the_same_batches(store, workers):
     reader = FeatureReader(store, ["sam"])
 
     def batches(state=None, **more):

@@ -131,7 +131,7 @@ def test_fingerprints_are_read_while_an_expert_is_loaded(experts, images, monkey
     assert set(source.fingerprints) == {"sam", "dinov2"}
 
 
-def test_threads_of_lazy_experts_get_the_answers_of_one(experts, images):
+def test_threads_of_lazy_experts_get_the_features_of_a_single_thread(experts, images):
     """Each of eight threads is the first to ask for some expert; each expert is loaded once."""
     requests = [[[NAMES[(start + at) % len(NAMES)]] for at in range(len(images))] for start in range(8)]
     expected = [LocalExperts(experts).fetch(images, request) for request in requests]
@@ -169,7 +169,7 @@ def test_tiered_computes_once(experts, images, tmp_path, lazy):
     assert list(store.verify()) == []
 
 
-def test_a_tiered_store_alone_tells_what_is_missing(experts, images, tmp_path):
+def test_the_store_alone_names_missing_features(experts, images, tmp_path):
     store = FeatureStore(tmp_path / "store", create=True)
     with Tiered(store, LocalExperts(experts)) as tiered:
         tiered.fetch(images[:1], [["sam"]])
@@ -197,7 +197,7 @@ def test_a_smaller_stored_dtype_gives_the_same_bits_each_time(experts, images, t
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 @pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
-def test_lazy_experts_answer_as_the_shelf_they_are_wanted_for(experts, images, tmp_path, dtype, computed):
+def test_lazy_experts_answer_as_the_partition_they_are_wanted_for(experts, images, tmp_path, dtype, computed):
     expert = load_expert("sam", size="mini", dtype=computed)
     with Tiered(
         FeatureStore(tmp_path / "store", create=True), LocalExperts({"sam": expert}), dtypes={"sam": dtype}
@@ -227,7 +227,7 @@ class Slow(Counting):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_who_asks_for_the_same_at_once_has_it_computed_once(experts, images, tmp_path, fails):
+def test_concurrent_requests_for_a_key_compute_it_once(experts, images, tmp_path, fails):
     source = Slow(experts, fails)
     expected = LocalExperts(experts).fetch(images, [["sam", "biomedclip"]] * 3)
     with Tiered(FeatureStore(tmp_path / "store", create=True), source) as tiered, ThreadPoolExecutor(12) as threads:
@@ -248,7 +248,7 @@ def test_who_asks_for_the_same_at_once_has_it_computed_once(experts, images, tmp
     assert len(FeatureStore(tmp_path / "store").partition("sam")) == 3
 
 
-def test_flights_go_on_whoever_fails():
+def test_waiting_threads_retry_a_failed_computation():
     """Many threads, overlapping wishes, every third computation fails: each gets all it wants or its own error."""
     flights: SingleFlight[int, int] = SingleFlight()
     lock, times = threading.Lock(), itertools.count()
@@ -277,7 +277,7 @@ def test_flights_go_on_whoever_fails():
     assert not flights._under_way
 
 
-def test_what_is_written_back_is_gathered(experts, images, tmp_path):
+def test_features_written_back_are_gathered_into_shards(experts, images, tmp_path):
     """One request a picture makes one shard, not one each; a full one is written at once, a lone one after its time."""
     store, told = FeatureStore(tmp_path / "store", create=True), []
 
@@ -311,7 +311,7 @@ def test_what_is_written_back_is_gathered(experts, images, tmp_path):
     assert "dinov2" not in full.store.stat()["experts"] or not len(full.store.partition("dinov2"))
 
 
-def test_what_is_written_back_is_merged_into_snapshots(tmp_path, monkeypatch, caplog):
+def test_features_written_back_are_merged_into_snapshots(tmp_path, monkeypatch, caplog):
     """A serving store does not grow by a receipt every few seconds that every new process opens."""
     due = 8
     monkeypatch.setattr("mova_core.features.shard_writer.SNAPSHOT_RECEIPTS", due)

@@ -48,7 +48,7 @@ def test_files(storage):
             read()
 
 
-def test_one_writer_takes_a_name(storage):
+def test_only_one_writer_gets_a_name(storage):
     assert storage.put_if_absent("a", b"first") and not storage.put_if_absent("a", b"second")
     assert storage.read("a") == b"first" and storage.list_files("") == ["a"]
 
@@ -142,7 +142,7 @@ def test_pages_that_cannot_be_read_are_an_error_and_no_signal(tmp_path, monkeypa
         assert caught.value.errno == expected
 
 
-def test_another_system_is_told(monkeypatch):
+def test_an_unsupported_system_is_named(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(StoreError, match=r"needs Linux \(this is darwin\)"):
         open_storage("/data/store")

@@ -96,7 +96,7 @@ def partition(store):
 
 
 @pytest.mark.parametrize("name", DTYPES)
-def test_every_bit_comes_back(store, name):
+def test_every_bit_is_restored(store, name):
     dtype = getattr(torch, name)
     bits = {"float32": torch.int32, "bfloat16": torch.int16, "float16": torch.int16}[name]
     partition = store.add_expert(describe(dtype=name))
@@ -855,7 +855,7 @@ def test_two_processes_write_the_same_shards(tmp_path):
     assert not list(Path(store.location).rglob(".*.tmp"))
 
 
-def test_many_make_the_same_store_at_once(tmp_path):
+def test_many_processes_create_the_same_store_at_once(tmp_path):
     made, begin = [], threading.Barrier(6)
 
     def make():
@@ -1007,7 +1007,7 @@ def test_a_copied_store_without_its_empty_folders(store, partition):
     assert again.partition("clip").snapshot() == 1
 
 
-def test_looking_is_quick(store, partition):
+def test_lookups_are_fast(store, partition):
     fill(partition, KEYS)
     partition.snapshot()
     fill(partition, [key("more")])

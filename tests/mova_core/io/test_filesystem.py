@@ -89,7 +89,7 @@ def test_errors_that_pass_are_tried_again(error, cause, said):
         (NotFoundError(errno.ENOENT, "as it is"), None, NotFoundError, "as it is"),
     ],
 )
-def test_others_are_raised_at_once_with_their_reason(error, cause, kind, said):
+def test_other_errors_are_raised_at_once_with_their_reason(error, cause, kind, said):
     attempts, raised = attempts_on(error, cause)
     assert attempts == 1 and type(raised) is kind
     assert str(raised) == f"cannot be read ({said})" and raised.strerror == said

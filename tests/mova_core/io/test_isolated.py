@@ -40,7 +40,7 @@ def test_results_and_errors_come_back_from_one_child(isolated):
     ("what", "told"),
     [("die", "ended its process \\(signal 11\\)"), ("leave", "exit code 3"), ("hang", "longer than 2 s")],
 )
-def test_a_call_that_ends_its_process_or_hangs_is_told_and_the_next_one_works(isolated, what, told):
+def test_a_call_that_ends_its_process_or_hangs_is_reported_and_the_next_call_works(isolated, what, told):
     isolated.seconds = 30.0
     isolated("start")
     isolated.seconds = 2.0 if what != "hang" else 0.2

@@ -159,7 +159,7 @@ class TestMembersAndCells:
 class TestSpecialFiles:
     """To open one of them may wait for ever, to read it may never end."""
 
-    def test_they_are_refused_unopened(self, tmp_path):
+    def test_pipes_sockets_and_devices_are_refused_unopened(self, tmp_path):
         pipe, socket_file = str(tmp_path / "pipe.png"), str(tmp_path / "s.png")
         os.mkfifo(pipe)
         with socket.socket(socket.AF_UNIX) as server:
@@ -198,7 +198,7 @@ class Dripping(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_server_that_drips_is_given_up(tmp_path, monkeypatch):
+def test_a_server_that_sends_too_slowly_is_given_up(tmp_path, monkeypatch):
     """Once, not once per attempt."""
     monkeypatch.setenv("MOVA_CACHE", str(tmp_path))
     monkeypatch.setattr(read, "DOWNLOAD_S", 0.4)

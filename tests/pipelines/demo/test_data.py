@@ -193,7 +193,7 @@ def test_drawn_answers_hold_on_the_saved_files(data: DemoData) -> None:
         ((1, 2), None),
     ],
 )
-def test_a_trend_is_only_told_where_it_is_plain(values: tuple[float, ...], trend: str | None) -> None:
+def test_a_trend_is_only_asked_for_where_it_is_clear(values: tuple[float, ...], trend: str | None) -> None:
     assert charts._trend(np.array(values, dtype=float)) == trend
 
 
@@ -201,7 +201,7 @@ def test_a_trend_is_only_told_where_it_is_plain(values: tuple[float, ...], trend
     ("values", "peak"),
     [((9, 1, 2), "left"), ((1, 9, 2), "middle"), ((1, 2, 9), "right"), ((1, 9, 2, 3), None), ((9, 8.5, 1), None)],
 )
-def test_a_peak_is_only_told_where_it_is_plain(values: tuple[float, ...], peak: str | None) -> None:
+def test_a_peak_is_only_asked_for_where_it_is_clear(values: tuple[float, ...], peak: str | None) -> None:
     assert charts._peak(np.array(values, dtype=float)) == peak
 
 
@@ -245,7 +245,7 @@ def test_a_missing_shipped_file_is_named() -> None:
         sources.shipped("skimage/data/absent.png")
 
 
-def test_bad_files_are_bad_in_four_ways_and_nobody_asks_about_them(data: DemoData) -> None:
+def test_bad_files_are_unusable_in_four_ways_and_no_record_names_them(data: DemoData) -> None:
     truncated, empty, bomb, notes = data.bad
     assert [path.name for path in data.bad] == ["truncated.jpg", "empty.png", "bomb.png", "notes.png"]
     assert {path.name for path in data.bad}.isdisjoint(
@@ -262,7 +262,7 @@ def test_bad_files_are_bad_in_four_ways_and_nobody_asks_about_them(data: DemoDat
         Image.open(notes)
 
 
-def test_it_needs_neither_ray_nor_torch() -> None:
+def test_demo_data_needs_neither_ray_nor_torch() -> None:
     heavy = "{'ray', 'torch', 'skimage', 'sklearn', 'pandas', 'pooch'}"
     code = f"import sys, pipelines.demo.data; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run(

@@ -179,7 +179,7 @@ class TestTars:
         assert find_images(tmp_path, limit=2)["image"].to_pylist() == by_folder[:2]
 
     @pytest.mark.parametrize("damage", ["cut in a member", "cut in a header", "cut after a member", "garbage", "empty"])
-    def test_a_broken_one_is_named_and_left_out(self, tmp_path, damage):
+    def test_a_broken_file_is_named_and_left_out(self, tmp_path, damage):
         good = tar(tmp_path / "good.tar", {"a.png": encoded(1)})
         bad = tar(tmp_path / "bad.tar", {"a.png": encoded(2), "b.png": encoded(3)})
         whole = bytearray(bad.read_bytes())
@@ -229,7 +229,7 @@ class TestTars:
             assert find_images(joined, None, "skip", skipped)["image"].to_pylist() == found[:1] and len(skipped) == 1
 
     @pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
-    def test_compressed_ones_are_refused_as_such(self, tmp_path, suffix, pack):
+    def test_compressed_tars_are_refused_as_such(self, tmp_path, suffix, pack):
         packed = tmp_path / f"x.tar.{suffix}"
         packed.write_bytes(pack(bytes(10240)))
         with pytest.raises(
@@ -383,7 +383,7 @@ class TestParquet:
         with pytest.raises(DataError, match=r"b\.parquet: broken \.parquet file \(reading it ended its process"):
             find_images(f"{web.url}/b.parquet")
 
-    def test_a_broken_one_is_named_and_left_out(self, tmp_path):
+    def test_a_broken_file_is_named_and_left_out(self, tmp_path):
         pq.write_table(pa.table({"image": [encoded(1)]}), tmp_path / "a.parquet")
         (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
         with pytest.raises(DataError, match=r"b\.parquet: broken \.parquet file"):
@@ -448,7 +448,7 @@ class TestOtherPlaces:
 
 
 @pytest.mark.ray
-def test_every_image_is_looked_at_once(ray_cluster, tmp_path):
+def test_every_image_is_inspected_once(ray_cluster, tmp_path):
     """Equal pictures become one row that needs the experts of all; what cannot be used is told, a picture that is none kept."""
     paths = [draw(tmp_path / f"{index}.png", seed) for index, seed in enumerate((5, 6, 5, 7, 6))]
     bad = tmp_path / "bad.png"
@@ -469,7 +469,7 @@ def test_every_image_is_looked_at_once(ray_cluster, tmp_path):
 
 
 @pytest.mark.ray
-def test_what_was_seen_is_not_read_again(ray_cluster, web, tmp_path):
+def test_inspected_images_are_not_read_again(ray_cluster, web, tmp_path):
     """Only what is new or changed is fetched; a refusal counts until it is released."""
     for number in range(5):
         draw(web.folder / f"{number}.png", number)

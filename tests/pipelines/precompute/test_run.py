@@ -91,7 +91,7 @@ def test_new_weights_never_read_old_features(ray_cluster, folder, tmp_path):
 
 
 @pytest.mark.ray
-def test_what_fails_in_an_actor_is_told_in_its_own_words(ray_cluster, folder, tmp_path):
+def test_an_error_in_an_actor_is_reported_in_its_own_words(ray_cluster, folder, tmp_path):
     """The store's folder for one expert is replaced by a file while the run is on its way: the message survives Ray."""
     store = FeatureStore(tmp_path / "store", create=True)
     partition = store.add_expert(load_expert("sam", size="mini").describe())
@@ -114,7 +114,7 @@ def test_a_pool_the_cluster_cannot_hold_is_refused_before_it_hangs(ray_cluster, 
 
 
 @pytest.mark.ray
-def test_a_full_disk_is_told_before_and_loses_nothing(ray_cluster, folder, small_disk):
+def test_a_full_disk_is_reported_before_the_run_and_loses_nothing(ray_cluster, folder, small_disk):
     """The features of one expert fit, those of the next do not."""
     path = small_disk("300k") / "store"
     precompute(find_images(folder), path, experts=("biomedclip",), size="mini", progress=False)
