@@ -37,7 +37,7 @@ def demo(
         from pipelines.demo.run import DemoConfig
         from pipelines.demo.run import demo as run_demo
 
-        result = run_demo(DemoConfig(folder=str(chosen), images=images, seed=seed), progress=not silent, say=log_line)
+        result = run_demo(DemoConfig(folder=str(chosen), images=images, seed=seed), progress=not silent, log=log_line)
 
     def show() -> None:
         show_kinds(result["kinds"])

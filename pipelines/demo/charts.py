@@ -1,23 +1,25 @@
 """Bar and line charts of real tables."""
 
 import re
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.random import Generator
 from PIL import Image
 
-from pipelines.demo.picture import INKS, Picture, Wish
+from pipelines.demo.picture import INKS, Picture, Traits
 from pipelines.demo.sources import SOURCES, Table, table
 
-GROUNDS = {"white": ("white", "black"), "grey": ("#b4b4b4", "black"), "black": ("black", "white")}  # back, front
+GROUNDS = {"white": ("white", "black"), "grey": ("#b4b4b4", "black"), "black": ("black", "white")}  # (back, front)
 
 
 def _categories(rng: Generator, data: Table, count: int) -> tuple[str, list[str], np.ndarray] | None:
-    """A number by category: `count` categories in an arbitrary order, as (title, labels, values)."""
-    if data.order is not None:  # a stretch of time: its order is its own
+    """A quantity for `count` categories in random order, as (title, labels, values); None where the table has none."""
+    if data.order is not None:  # rows follow each other in time: keep their order
         column = str(rng.choice(list(data.numbers)))
         step = int(rng.choice((1, 3, 7, 12)))
         start = int(rng.integers(0, max(1, data.rows() - count * step)))
@@ -39,7 +41,7 @@ def _categories(rng: Generator, data: Table, count: int) -> tuple[str, list[str]
 
 
 def _course(rng: Generator, data: Table) -> tuple[str, list[str], np.ndarray] | None:
-    """How a number runs, over time or over another number, as (title, labels, values)."""
+    """A quantity over time or over another quantity, as (title, labels, values); None where both are the same column."""
     column = str(rng.choice(list(data.numbers)))
     if data.order is not None:
         count = int(rng.integers(5, 25))
@@ -77,54 +79,46 @@ def _peak(values: np.ndarray) -> str | None:
     return "left" if at < 0.4 else "middle" if at < 0.6 else "right"
 
 
-def chart(rng: Generator, split: str, wish: Wish) -> Picture:
+def chart(rng: Generator, split: str, traits: Traits) -> Picture:
     """A bar chart of a number by category or a line chart of its course, from a real table."""
     names = SOURCES["table"][split]
-    bar = wish["type"] == "bar"
-    count, peak = wish["bars"]
-    while True:  # until the tables yield what is wished; every side of the split has some for every wish
+    bar = traits["type"] == "bar"
+    count, peak = traits["bars"]
+    while True:  # until random columns have these traits: the tables of both splits hold some for all traits
         name = str(rng.choice(list(names)))
         data = table(name, names[name])
-        drawn = _categories(rng, data, count) if bar else _course(rng, data)
-        if drawn is None or not np.isfinite(drawn[2]).all():
+        series = _categories(rng, data, count) if bar else _course(rng, data)
+        if series is None or not np.isfinite(series[2]).all():
             continue
-        title, labels, values = drawn
+        title, labels, values = series
         if bar and len(values) == count and values.min() > 0.05 * values.max() > 0 and _peak(values) == peak:
             break
-        if not bar and _trend(values) == wish["trend"]:
+        if not bar and _trend(values) == traits["trend"]:
             break
-    facts = {f"chart-{key}": wish[key] for key in ("type", "legend", "background", "colour")}
-    facts |= {"chart-peak": peak, "chart-count": str(count)} if bar else {"chart-trend": wish["trend"]}
+    facts = {f"chart-{key}": traits[key] for key in ("type", "legend", "background", "colour")}
+    facts |= {"chart-peak": peak, "chart-count": str(count)} if bar else {"chart-trend": traits["trend"]}
+    return Picture(_plot(rng, traits, title, labels, values), (f"table:{name}",), facts)
 
-    back, front = GROUNDS[wish["background"]]
-    ink = tuple(value / 255 for value in INKS[wish["colour"]])
-    places = np.arange(len(values))
+
+def _plot(rng: Generator, traits: Traits, title: str, labels: Sequence[str], values: np.ndarray) -> Image.Image:
+    """Draws a chart with the wanted traits; all else of its look is random."""
+    back, front = GROUNDS[traits["background"]]
     family, letters = str(rng.choice(("DejaVu Sans", "DejaVu Serif"))), rng.uniform(6.5, 9)
     size = (rng.uniform(2.2, 3.8), rng.uniform(2.0, 3.2))  # inches of 100 pixels
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcdefaults()  # the user's matplotlibrc must not change the pictures
         matplotlib.rc("font", family=family, size=letters)
         figure = Figure(figsize=size, dpi=100, facecolor=back, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         axes = figure.add_subplot(facecolor=back)
-        label = re.split(r" \(| by ", title)[0]
-        if bar:
-            axes.bar(places, values, width=rng.uniform(0.45, 0.8), color=ink, label=label)
-        else:
-            marker = str(rng.choice(("", "o", "s")))
-            axes.plot(
-                places, values, color=ink, linewidth=rng.uniform(1.5, 3), marker=marker, markersize=4, label=label
-            )
-        shown = places if bar else places[:: max(1, len(places) // 4)]
-        axes.set_xticks(shown, [str(labels[i])[:10] for i in shown], rotation=0 if len(shown) < 4 else 30)
+        _plot_values(rng, axes, traits, title, labels, values)
         if rng.random() < 0.4:
             axes.grid(axis="y", color=front, alpha=0.25)
-        if wish["legend"] == "yes":  # with room above the data, so that it hides nothing
+        if traits["legend"] == "yes":
             low, high = axes.get_ylim()
-            axes.set_ylim(low, high + 0.3 * (high - low))
-            left = rng.random() < 0.5
+            axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend, so that it hides no value
             axes.legend(
-                loc="upper left" if left else "upper right",
+                loc="upper left" if rng.random() < 0.5 else "upper right",
                 facecolor=back,
                 edgecolor=front,
                 labelcolor=front,
@@ -134,8 +128,23 @@ def chart(rng: Generator, split: str, wish: Wish) -> Picture:
             axes.set_title(title[:34], color=front)
         axes.tick_params(colors=front)
         framed = bool(rng.random() < 0.5)
-        for place, spine in axes.spines.items():
-            spine.set(color=front, visible=framed or place in ("left", "bottom"))
+        for side, spine in axes.spines.items():
+            spine.set(color=front, visible=framed or side in ("left", "bottom"))
         canvas.draw()
-        image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    return Picture(image, (f"table:{name}",), facts)
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _plot_values(
+    rng: Generator, axes: Axes, traits: Traits, title: str, labels: Sequence[str], values: np.ndarray
+) -> None:
+    """Draws the bars or the line, and the labels below."""
+    places, label = np.arange(len(values)), re.split(r" \(| by ", title)[0]
+    ink = tuple(value / 255 for value in INKS[traits["colour"]])
+    if traits["type"] == "bar":
+        axes.bar(places, values, width=rng.uniform(0.45, 0.8), color=ink, label=label)
+        shown = places
+    else:
+        marker, width = str(rng.choice(("", "o", "s"))), rng.uniform(1.5, 3)
+        axes.plot(places, values, color=ink, linewidth=width, marker=marker, markersize=4, label=label)
+        shown = places[:: max(1, len(places) // 4)]
+    axes.set_xticks(shown, [str(labels[int(i)])[:10] for i in shown], rotation=0 if len(shown) < 4 else 30)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFont
 
-from pipelines.demo.picture import INKS, Picture, Wish, box_in, font_of, to_image
+from pipelines.demo.picture import INKS, Picture, Traits, box_in, font_of, to_image
 from pipelines.demo.sources import SOURCES, Table, paragraphs, table
 
 PAPERS = {"white": (251, 251, 248), "yellow": (250, 238, 170), "blue": (190, 216, 245), "pink": (250, 205, 216)}
@@ -16,7 +16,7 @@ STAMPS = ("paid", "copy", "draft", "final")
 
 @dataclass
 class _Page:
-    """A page under the pen: the drawing, its ink and letters, and the box that is still free."""
+    """A page while it is written: the drawing, the letters, and the box in pixels that is still free."""
 
     draw: ImageDraw.ImageDraw
     face: str  # a font family with "", "-Bold"
@@ -45,7 +45,7 @@ class _Page:
 
 
 def _words(rng: Generator, path: str) -> list[str]:
-    """A page full of a text's words from a random paragraph on, without those too long for a narrow column."""
+    """Words for a page, from a random paragraph on, without words too long for a narrow column."""
     blocks = paragraphs(path)
     start = int(rng.integers(len(blocks)))
     return [word for word in " ".join((blocks[start:] + blocks[:start]) * 6).split() if len(word) < 15]
@@ -124,7 +124,7 @@ def _write_table(rng: Generator, page: _Page, data: Table) -> None:
 
 
 def _stamp(rng: Generator, word: str, width: int) -> Image.Image:
-    """A rubber stamp, `width` pixels wide before it is turned a little, on transparent ground."""
+    """A rubber stamp, `width` pixels wide and rotated by up to 8 degrees, on transparent ground."""
     colour = INKS[str(rng.choice(("red", "green", "blue")))]
     font = font_of("DejaVuSans-Bold", round(width / 4.4))
     text = word.upper()
@@ -136,37 +136,37 @@ def _stamp(rng: Generator, word: str, width: int) -> Image.Image:
     return stamp.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
 
 
-def document(rng: Generator, split: str, wish: Wish) -> Picture:
-    """A page of real text or of a real table's rows, stamped, on coloured paper, scanned a little askew."""
+def document(rng: Generator, split: str, traits: Traits) -> Picture:
+    """A page of real text or of a real table's rows, with a stamp, on coloured paper, scanned at an angle."""
     width = int(rng.integers(260, 371))
     size = (width, round(width * rng.uniform(1.1, 1.29)))
-    paper = PAPERS[wish["paper"]]
+    paper = PAPERS[traits["paper"]]
     image = Image.new("RGB", size, paper)
     margin = round(width * rng.uniform(0.06, 0.1))
     face = str(rng.choice(("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")))
     letters = round(width / rng.uniform(28, 34))
     page = _Page(ImageDraw.Draw(image), face, letters, margin, margin, width - margin, size[1] - margin)
-    named = SOURCES["text" if wish["type"] in ("article", "letter") else "table"][split]
+    named = SOURCES["text" if traits["type"] in ("article", "letter") else "table"][split]
     name = str(rng.choice(list(named)))
-    facts = {f"document-{key}": wish[key] for key in ("type", "heading", "corner", "stamp", "paper")}
-    if wish["corner"] == "top left":  # where the stamp may cover the heading
+    facts = {f"document-{key}": traits[key] for key in ("type", "heading", "corner", "stamp", "paper")}
+    if traits["corner"] == "top left":  # where the stamp may cover the heading
         del facts["document-heading"]
-    if wish["heading"] == "yes":
+    if traits["heading"] == "yes":
         page.line(page.left, name.title(), bold=True, scale=2.4)
         page.top += page.size // 2
-    if wish["type"] in ("article", "letter"):
+    if traits["type"] in ("article", "letter"):
         source = f"text:{name}"
         words = _words(rng, named[name])
-        if wish["type"] == "article":
-            facts["document-columns"] = str(wish["columns"])
-            _write_article(page, words, wish["columns"])
+        if traits["type"] == "article":
+            facts["document-columns"] = str(traits["columns"])
+            _write_article(page, words, traits["columns"])
         else:
             _write_letter(rng, page, words)
     else:
         source = f"table:{name}"
-        (_write_form if wish["type"] == "form" else _write_table)(rng, page, table(name, named[name]))
+        (_write_form if traits["type"] == "form" else _write_table)(rng, page, table(name, named[name]))
     image = image.rotate(rng.uniform(-1.5, 1.5), Image.Resampling.BICUBIC, fillcolor=paper)
-    stamp = _stamp(rng, wish["stamp"], round(0.4 * width))
-    image.paste(stamp, box_in(rng, wish["corner"], size, stamp.size), stamp)
+    stamp = _stamp(rng, traits["stamp"], round(0.4 * width))
+    image.paste(stamp, box_in(rng, traits["corner"], size, stamp.size), stamp)
     grain = rng.normal(0, 3, (size[1], size[0], 1))
     return Picture(to_image((np.asarray(image) + grain) / 255), (source,), facts)

@@ -11,7 +11,7 @@ from pipelines.demo.picture import (
     CORNERS,
     Facts,
     Picture,
-    Wish,
+    Traits,
     box_in,
     brighter_side,
     chroma,
@@ -24,7 +24,7 @@ from pipelines.demo.picture import (
 )
 from pipelines.demo.sources import SOURCES, digits, photograph, scan, shipped
 
-# Left, top, right, bottom of the picture itself on screens with lettering around it, which would come out mirrored.
+# (left, top, right, bottom) of the picture on screens with letters around it, which mirroring would show.
 AREAS = {
     "ultrasound doppler": (44, 106, 598, 352),
     "ultrasound sector": (336, 62, 650, 345),
@@ -35,46 +35,46 @@ DIGIT_INKS = {"black": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0), "red": (0.85, 
 
 
 def _sharpness(grey: np.ndarray) -> float:
-    """Share of the contrast that a one-pixel blur takes away, at the 168 pixels the mini model sees."""
+    """Share of the contrast that a one-pixel blur removes, at the 168 pixels that the mini model sees."""
     small = Image.fromarray((grey * 255).astype(np.uint8))
     small.thumbnail((168, 168), Image.Resampling.BICUBIC)
     values, soft = (np.asarray(i, dtype=np.float64) for i in (small, small.filter(ImageFilter.GaussianBlur(1))))
     return float((values - soft).std() / (values.std() + 4))
 
 
-def photo(rng: Generator, split: str, wish: Wish) -> Picture:
-    """A photograph or a texture: cropped, mirrored, lit, exposed, toned, in or out of focus."""
+def photo(rng: Generator, split: str, traits: Traits) -> Picture:
+    """A photograph or texture, cropped, mirrored, lit from a corner, exposed, toned, sharp or blurred."""
     named = SOURCES["photo"][split]
-    fit = [name for name, path in named.items() if wish["tone"] != "colour" or chroma(photograph(path)) > 0.15]
-    name = str(rng.choice(fit))
+    suitable = [name for name, path in named.items() if traits["tone"] != "colour" or chroma(photograph(path)) > 0.15]
+    name = str(rng.choice(suitable))
     pixels = crop(rng, photograph(named[name]), least=0.45)
-    pixels = lit_from(turn_to(pixels, wish["corner"]), wish["corner"], rng.uniform(0.4, 0.8))
-    target = rng.uniform(0.2, 0.28) if wish["light"] == "dark" else rng.uniform(0.62, 0.72)
+    pixels = lit_from(turn_to(pixels, traits["corner"]), traits["corner"], rng.uniform(0.4, 0.8))
+    target = rng.uniform(0.2, 0.28) if traits["light"] == "dark" else rng.uniform(0.62, 0.72)
     low, high = 0.05, 8.0
-    for _ in range(20):  # the exposure (as a gamma) that gives this mean brightness
+    for _ in range(20):  # bisect the exposure (a gamma) for this mean brightness
         gamma = (low * high) ** 0.5
         low, high = (gamma, high) if (pixels**gamma).mean() > target else (low, gamma)
     pixels = pixels**gamma
     facts: Facts = {}
     grey = pixels.mean(axis=2, keepdims=True)
-    if wish["tone"] == "colour":
+    if traits["tone"] == "colour":
         if chroma(pixels) > 0.1:
             facts["photo-tone"] = "colour"
-    elif wish["tone"] == "grey":
+    elif traits["tone"] == "grey":
         pixels = np.repeat(grey, 3, axis=2)
         facts["photo-tone"] = "grey"
-    else:  # toned: black over the tint to white
-        tint = np.array(TINTS[wish["tint"]])
+    else:  # toned: from black over the tint to white
+        tint = np.array(TINTS[traits["tint"]])
         pixels = np.where(grey < 0.5, tint * 2 * grey, tint + (1 - tint) * (2 * grey - 1))
-        facts["photo-tint"] = wish["tint"]
+        facts["photo-tint"] = traits["tint"]
     image = to_image(pixels)
-    if wish["focus"] == "blurred":
+    if traits["focus"] == "blurred":
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(2.5, 4) * max(image.size) / 168))
     seen = np.asarray(image.convert("L"), dtype=np.float64) / 255
     sharp = _sharpness(seen)
-    if wish["focus"] == "blurred" and sharp < 0.03:
+    if traits["focus"] == "blurred" and sharp < 0.03:
         facts["photo-focus"] = "blurred"
-    elif wish["focus"] == "sharp" and sharp > 0.06:
+    elif traits["focus"] == "sharp" and sharp > 0.06:
         facts["photo-focus"] = "sharp"
     if abs(seen.mean() - 0.44) > 0.1:
         facts["photo-light"] = "dark" if seen.mean() < 0.44 else "bright"
@@ -85,25 +85,27 @@ def photo(rng: Generator, split: str, wish: Wish) -> Picture:
     return Picture(image, (f"photo:{name}",), facts)
 
 
-def digit(rng: Generator, split: str, wish: Wish) -> Picture:
+def digit(rng: Generator, split: str, traits: Traits) -> Picture:
     """A handwritten digit in one corner of a photograph."""
     named = SOURCES["photo"][split]
     name = str(rng.choice(list(named)))
     pixels = turn_to(crop(rng, photograph(named[name]), least=0.5), str(rng.choice(CORNERS)))
-    faded = 0.5 if wish["ink"] in ("black", "red") else 0.0  # under dark ink; under light ink the photograph is dimmed
+    faded = (
+        0.5 if traits["ink"] in ("black", "red") else 0.0
+    )  # lighten the photograph under dark ink, dim it under light ink
     pixels = 0.45 * pixels + faded
-    samples = digits(split)[wish["value"]]
+    samples = digits(split)[traits["value"]]
     sample = int(rng.integers(len(samples)))
-    share = rng.uniform(0.36, 0.44) if wish["size"] == "large" else rng.uniform(0.2, 0.25)
+    share = rng.uniform(0.36, 0.44) if traits["size"] == "large" else rng.uniform(0.2, 0.25)
     side = round(share * min(pixels.shape[:2]))
     written = Image.fromarray(np.pad(samples[sample] * 255 // 16, 1).astype(np.uint8))
     strength = np.asarray(written.resize((side, side), Image.Resampling.BICUBIC), dtype=np.float64)[..., None] / 255
     alpha = np.clip((strength - 0.3) / 0.35, 0, 1)
-    x, y = box_in(rng, wish["corner"], (pixels.shape[1], pixels.shape[0]), (side, side))
+    x, y = box_in(rng, traits["corner"], (pixels.shape[1], pixels.shape[0]), (side, side))
     under = pixels[y : y + side, x : x + side]
-    pixels[y : y + side, x : x + side] = under * (1 - alpha) + np.array(DIGIT_INKS[wish["ink"]]) * alpha
-    facts = {f"digit-{key}": wish[key] for key in ("corner", "value", "ink", "size")}
-    return Picture(to_image(pixels), (f"photo:{name}", f"digit:{split}-{wish['value']}-{sample}"), facts)
+    pixels[y : y + side, x : x + side] = under * (1 - alpha) + np.array(DIGIT_INKS[traits["ink"]]) * alpha
+    facts = {f"digit-{key}": traits[key] for key in ("corner", "value", "ink", "size")}
+    return Picture(to_image(pixels), (f"photo:{name}", f"digit:{split}-{traits['value']}-{sample}"), facts)
 
 
 @cache
@@ -114,10 +116,10 @@ def _palette(name: str) -> np.ndarray:
     return np.stack([np.frombuffer(plane, np.uint8) for plane in planes], axis=1) / 255
 
 
-def medical(rng: Generator, split: str, wish: Wish) -> Picture:
+def medical(rng: Generator, split: str, traits: Traits) -> Picture:
     """A part of a scan or microscope picture in colour, grey or negative, with a side marker in one corner."""
     named = SOURCES["scan"][split]
-    modality, look = wish["view"]
+    modality, look = traits["view"]
     name = str(rng.choice([n for n in named if n.startswith(modality)]))
     original = scan(named[name])
     original = original.crop(AREAS.get(name, (0, 0, *original.size)))
@@ -125,7 +127,7 @@ def medical(rng: Generator, split: str, wish: Wish) -> Picture:
     pixels = crop(rng, original, least)
     while pixels.std() < 0.04:
         pixels = crop(rng, original, least)
-    corner = f"{rng.choice(('top', 'bottom'))} {wish['side']}"
+    corner = f"{rng.choice(('top', 'bottom'))} {traits['side']}"
     pixels = lit_from(turn_to(pixels, corner), corner, rng.uniform(0.1, 0.5))
     facts: Facts = {"medical-kind": modality}
     grey = pixels[..., 1]  # red-free, as fundus pictures are often taken
@@ -144,12 +146,12 @@ def medical(rng: Generator, split: str, wish: Wish) -> Picture:
         facts["medical-tone"] = "colour"
     image = to_image(pixels).convert("RGB")
     side = round(rng.uniform(0.15, 0.2) * min(image.size))
-    x, y = box_in(rng, wish["corner"], image.size, (side, side))
+    x, y = box_in(rng, traits["corner"], image.size, (side, side))
     draw = ImageDraw.Draw(image)
     draw.rectangle((x, y, x + side, y + side), fill=(15, 15, 15), outline=(240, 240, 240), width=max(1, side // 20))
     font = font_of("DejaVuSans-Bold", round(0.8 * side))
-    draw.text((x + side / 2, y + side / 2), wish["marker"], fill=(250, 250, 250), font=font, anchor="mm")
+    draw.text((x + side / 2, y + side / 2), traits["marker"], fill=(250, 250, 250), font=font, anchor="mm")
     seen = np.asarray(image.convert("L"), dtype=np.float64) / 255
     facts |= {f"medical-{key}": value for key, value in brighter_side(seen, 0.05).items()}
-    facts |= {"medical-corner": wish["corner"], "medical-marker": wish["marker"]}
+    facts |= {"medical-corner": traits["corner"], "medical-marker": traits["marker"]}
     return Picture(to_image(np.asarray(image) / 255), (f"scan:{name}",), facts)

@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 from pipelines.demo.sources import shipped
 
 Facts = dict[str, str]  # form of question -> its answer for this picture
-Wish = Mapping[str, Any]  # what a picture is to show, dealt evenly so that no answer is the common one
+Traits = Mapping[str, Any]  # what a picture must show; values are dealt evenly, so that no answer is the most common
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 INKS = {"red": (205, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 200), "orange": (240, 140, 20)}
@@ -20,7 +20,7 @@ INKS = {"red": (205, 40, 40), "green": (30, 140, 60), "blue": (40, 80, 200), "or
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture, what it was drawn from, and everything that may be asked about it."""
+    """A drawn picture, its sources, and the answers to everything that may be asked about it."""
 
     image: Image.Image
     sources: tuple[str, ...]
@@ -28,7 +28,7 @@ class Picture:
 
 
 def crop(rng: Generator, picture: Image.Image, least: float, sides: tuple[int, int] = (176, 480)) -> np.ndarray:
-    """A random part of the picture, its shorter side at least `least` of the original's; (H, W, 3) in 0..1."""
+    """Crops a random part whose shorter side is at least `least` of the picture's; (H, W, 3) in 0..1."""
     ratio = float(rng.choice((1.0, 4 / 3, 3 / 4)))
     scale = rng.uniform(least, 1.0)
     width, height = picture.size
@@ -42,7 +42,7 @@ def crop(rng: Generator, picture: Image.Image, least: float, sides: tuple[int, i
 
 
 def chroma(picture: Image.Image | np.ndarray) -> float:
-    """How far the colours are from grey: 0 for a grey picture, 1 for pure colours."""
+    """Mean distance of the colours from grey: 0 for a grey picture, 1 for pure colours."""
     pixels = picture if isinstance(picture, np.ndarray) else np.asarray(picture.reduce(8), dtype=np.float64) / 255
     return float((pixels.max(axis=2) - pixels.min(axis=2)).mean())
 
@@ -55,7 +55,7 @@ def corner_means(grey: np.ndarray, part: float) -> dict[str, float]:
 
 
 def turn_to(pixels: np.ndarray, corner: str) -> np.ndarray:
-    """Mirrored so that its brightest corner becomes `corner`."""
+    """Mirrors (H, W, 3) pixels so that the brightest corner becomes `corner`."""
     means = corner_means(pixels.mean(axis=2), 0.5)
     brightest = max(means, key=means.__getitem__)
     if brightest.split()[0] != corner.split()[0]:
@@ -66,7 +66,7 @@ def turn_to(pixels: np.ndarray, corner: str) -> np.ndarray:
 
 
 def lit_from(pixels: np.ndarray, corner: str, strength: float) -> np.ndarray:
-    """Lit from one corner: the opposite one loses `strength` of its light."""
+    """Lights (H, W, 3) pixels from one corner: the opposite corner loses `strength` of its light."""
     y = np.linspace(0, 1, pixels.shape[0])[:, None]
     x = np.linspace(0, 1, pixels.shape[1])[None, :]
     far = ((1 - y if "bottom" in corner else y) + (1 - x if "right" in corner else x)) / 2
@@ -74,19 +74,23 @@ def lit_from(pixels: np.ndarray, corner: str, strength: float) -> np.ndarray:
 
 
 def brighter_side(grey: np.ndarray, margin: float) -> Facts:
+    """The brighter half as {"side": ...}; empty where the halves differ by less than `margin` in 0..1."""
     half = grey.shape[1] // 2
     difference = grey[:, :half].mean() - grey[:, -half:].mean()
     return {} if abs(difference) < margin else {"side": "left" if difference > 0 else "right"}
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """0..1 to an 8-bit image; grey pictures become one-channel files, as grey photographs are."""
+    """Converts pixels in 0..1 to an 8-bit image; a grey picture becomes a one-channel image, as photographs in grey are."""
     eight = (np.clip(pixels, 0, 1) * 255 + 0.5).astype(np.uint8)
     return Image.fromarray(eight[..., 0] if (eight == eight[..., :1]).all() else eight)
 
 
 def box_in(rng: Generator, corner: str, outer: tuple[int, int], inner: tuple[int, int]) -> tuple[int, int]:
-    """Top left point of an `inner` box near a corner of `outer`, a little off the edges. Sizes are (width, height)."""
+    """Random top left point of a box of size `inner` in a corner of `outer`, 2 to 8 % off the edges.
+
+    Sizes are (width, height) in pixels.
+    """
     off = [round(rng.uniform(0.02, 0.08) * side) for side in outer]
     x = outer[0] - inner[0] - off[0] if "right" in corner else off[0]
     y = outer[1] - inner[1] - off[1] if "bottom" in corner else off[1]
@@ -96,4 +100,6 @@ def box_in(rng: Generator, corner: str, outer: tuple[int, int], inner: tuple[int
 @cache
 def font_of(name: str, size: int) -> ImageFont.FreeTypeFont:
     path = shipped(f"matplotlib/mpl-data/fonts/ttf/{name}.ttf")
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)  # raqm is not on every machine
+    return ImageFont.truetype(
+        path, size, layout_engine=ImageFont.Layout.BASIC
+    )  # the raqm layout is not on every machine, and draws other pixels

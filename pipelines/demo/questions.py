@@ -7,7 +7,7 @@ from numpy.random import Generator
 
 from pipelines.demo.picture import Picture
 
-# How each form is put into words. A form is one question; its chance level is that of its commonest answer in training.
+# Wordings of each form of question. The chance level of a form is the share of its most common answer in training.
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "photo-tone": (
         "Is the photograph in colour or in grey?", "Colour or grey?", "Does the picture have colour or is it grey?",
@@ -88,19 +88,22 @@ PER_IMAGE = 3  # questions asked of one picture
 
 
 def choose_forms(rng: Generator, pictures: Sequence[Picture]) -> list[list[str]]:
-    """The forms asked of each picture: those whose answer here was given least so far, so that none gets common."""
+    """Chooses forms of question for each picture, `PER_IMAGE` at most, so that all answers of a form are equally common.
+
+    A form is preferred where this picture's answer to it was used least so far.
+    """
     options: dict[str, set[str]] = {}
     for picture in pictures:
         for form, answer in picture.facts.items():
             options.setdefault(form, set()).add(answer)
-    given: Counter[tuple[str, str]] = Counter()
-    asked = []
+    used: Counter[tuple[str, str]] = Counter()
+    chosen = []
     for picture in pictures:
         weight = {}
         for form, answer in picture.facts.items():
-            ahead = given[form, answer] - min(given[form, other] for other in options[form])
-            weight[form] = given[form, answer] * len(options[form]) + 3 * ahead + rng.random()  # ties fall by lot
+            ahead = used[form, answer] - min(used[form, other] for other in options[form])
+            weight[form] = used[form, answer] * len(options[form]) + 3 * ahead + rng.random()  # random between equals
         forms = sorted(weight, key=weight.__getitem__)[:PER_IMAGE]
-        given.update((form, picture.facts[form]) for form in forms)
-        asked.append(forms)
-    return asked
+        used.update((form, picture.facts[form]) for form in forms)
+        chosen.append(forms)
+    return chosen

@@ -19,8 +19,9 @@ import pydicom
 from PIL import Image
 from pydicom.pixels import apply_color_lut
 
-# Of files that show the same thing only one is named: the stereo pair of the motorcycle, two sizes of one ultrasound,
-# pydicom's re-encodings of one slice, vega's copy of the iris table, matplotlib's copy of the stock prices.
+# Kind -> side of the train/test split -> name -> file. Of several files that show the same thing only one is listed, so
+# that nothing stands on both sides: the stereo pair of the motorcycle, two sizes of one ultrasound, pydicom's re-encodings
+# of one slice, vega's copy of the iris table, matplotlib's copy of the stock prices.
 SOURCES: dict[str, dict[str, dict[str, str]]] = {
     "photo": {
         "train": {
@@ -109,19 +110,23 @@ DIGITS = "sklearn/datasets/data/digits.csv.gz"  # every fourth distinct sample i
 
 @dataclass(frozen=True)
 class Table:
-    """A real table: columns of numbers and of words, all of the same length, the rows in their natural order."""
+    """A real table: columns of numbers and of words, all of the same length, with the rows in the order of the file."""
 
     name: str
     numbers: dict[str, np.ndarray]
     words: dict[str, list[str]]
-    order: list[str] | None  # the label of each row where neighbouring rows follow each other in time
+    order: list[str] | None  # label of each row where rows follow each other in time, else None
 
     def rows(self) -> int:
         return len(next(iter(self.numbers.values())))
 
 
 def shipped(path: str) -> Path:
-    """The file `package/inside/the/package` in the installed wheel; the package is not imported."""
+    """The path of the file `package/inside/the/package` in an installed wheel; the package is not imported.
+
+    Raises:
+        FileNotFoundError: the package is not installed, or its version does not hold the file.
+    """
     package, _, inside = path.partition("/")
     spec = find_spec(package)
     file = Path(spec.origin).parent / inside if spec and spec.origin else Path(path)
@@ -162,8 +167,8 @@ def digits(split: str) -> dict[str, list[np.ndarray]]:
     """Handwritten digits of one split as 8 x 8 arrays of 0..16, by value. Identical scans count once."""
     rows = np.loadtxt(io.BytesIO(gzip.decompress(shipped(DIGITS).read_bytes())), delimiter=",", dtype=np.int64)
     distinct = list({row[:64].tobytes(): row for row in rows}.values())
-    mine = [row for index, row in enumerate(distinct) if (index % 4 == 3) == (split == "test")]
-    return {str(value): [row[:64].reshape(8, 8) for row in mine if row[64] == value] for value in range(10)}
+    of_split = [row for index, row in enumerate(distinct) if (index % 4 == 3) == (split == "test")]
+    return {str(value): [row[:64].reshape(8, 8) for row in of_split if row[64] == value] for value in range(10)}
 
 
 @cache

@@ -79,7 +79,7 @@ def test_demo_goes_from_pictures_to_a_report(ran):
 def test_second_run_computes_nothing(ran):
     config, first = ran
     said: list[str] = []
-    again = demo(config, progress=False, say=said.append)
+    again = demo(config, progress=False, log=said.append)
     assert again["features_computed"] == 0 and again["features_reused"] == first["features_computed"]
     assert again["kinds"] == first["kinds"]
     assert any("0 features computed, 420 reused" in line for line in said)
