@@ -218,7 +218,8 @@ class ExpertServer:
         for image in images:
             before_each(image.key)
             pending += self._batcher.submit([image], wait_for_room=True)
-            pending[-1].result.exception()  # waits, and raises nothing
+            if isinstance(error := pending[-1].result.exception(), ServerError):
+                raise error  # before the next image is named: this one ended the server
         return pending
 
     def _quarantine(self, failed: Sequence[tuple[ImageRef, ImageError]]) -> None:

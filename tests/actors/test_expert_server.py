@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from actors.expert_server import ExpertServer, ServerBusy, ServerError
+from actors.expert_server import DeviceLost, ExpertServer, ServerBusy, ServerError
 from mova_core.experts import ExpertCard, Features, VisionExpert, register
 from mova_core.experts.cost import Measured
 from mova_core.features import FeatureStore
@@ -193,6 +193,24 @@ class TestPublishedExperts:
         }
         listed = {row["image"]: (row["sha256"], row["reason"]) for row in picky.store.quarantined()}
         assert listed == {image.path: (image.key, reasons[image.path]) for image in (images[2], images[4])}
+
+    def test_the_image_named_last_is_the_one_that_lost_the_device(self, server, pictures, tmp_path, monkeypatch):
+        FeatureStore(tmp_path / "store", create=True)
+        picky = server(store=str(tmp_path / "store"))
+        shard = shard_of(picky.store.add_expert(picky.description), refs(pictures, *range(4)))
+        begun: list[str] = []
+
+        def lose_device(batch):
+            raise torch.AcceleratorError("the device is gone")
+
+        def begin(key: str) -> None:
+            begun.append(key)
+            if len(begun) == 2:
+                monkeypatch.setattr(picky.expert, "forward", lose_device)
+
+        with pytest.raises(DeviceLost, match="picky lost cpu"):
+            list(picky(shard, None, begin))
+        assert begun == [key.hex() for key in shard["keys"][0].as_py()[:2]]
 
     def test_an_image_that_went_since_it_was_listed_is_tried_by_the_next_run(self, server, pictures, tmp_path):
         FeatureStore(tmp_path / "store", create=True)
