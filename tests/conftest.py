@@ -25,6 +25,13 @@ def pytest_configure():
     os.environ["MOVA_CACHE"] = tempfile.mkdtemp(prefix="mova-cache-")  # of the workers of Ray, too
 
 
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup` a process gets whole files; all that read the demo's folder go to the process that ran it."""
+    for item in items:
+        group = "demo" if "ran" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_unconfigure():
     shutil.rmtree(os.environ["MOVA_CACHE"], ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """The whole path with a real Ray on this machine, at a size that a test can wait for."""
 
+import ctypes
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,29 +247,35 @@ def test_training_goes_on_from_its_last_checkpoint(ran, tmp_path):
     assert not (tmp_path / "out.ray").exists()
 
 
-def test_ctrl_c_leaves_nothing_running_and_the_next_run_resumes(ran, tmp_path):
+@pytest.fixture
+def orphans_are_ours() -> Iterator[None]:
+    """Whatever loses its parent becomes a child of this process, so that nothing a command started gets out of sight."""
+    PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
+    yield
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+def test_ctrl_c_leaves_nothing_running_and_the_next_run_resumes(ran, orphans_are_ours, tmp_path):
     images = Path(ran[0].folder) / "data" / "images"
     arguments = [
         "precompute", str(images), "--store", str(tmp_path / "store"), "--size", "mini", "--shard-mb", "0.1", "--quiet",
         "--json", "--experts", "dinov2,deplot,sam,vary",
     ]  # fmt: skip
+    before = set(psutil.Process().children(recursive=True))
     first = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "store").glob("*/*/receipts/*.parquet")):
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    ours = psutil.Process(first.pid).children(recursive=True)
-    others = {process.pid for process in psutil.process_iter()} - {process.pid for process in ours}
     first.send_signal(signal.SIGINT)
     _, told = first.communicate(timeout=60)
     assert first.returncode == 130 and "resumes from them" in told and told.count("\n") == 1, told
-    psutil.wait_procs(ours, timeout=20)
-    left = [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if p.pid not in others and "ray" in " ".join(p.info["cmdline"] or ())
-    ]
-    assert not left, "neither what it had started nor anything started while it stopped"
+    started = set(psutil.Process().children(recursive=True)) - before
+    _, left = psutil.wait_procs(started, timeout=20)
+    assert not left, "neither what the run had started nor what it started while it stopped"
+    assert not set(psutil.Process().children(recursive=True)) - before
 
     kept = sum(row["features"] for row in FeatureStore(tmp_path / "store").stat()["experts"].values())
     second = CliRunner().invoke(app, arguments)

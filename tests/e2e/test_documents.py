@@ -2,7 +2,8 @@
 
 A fenced block of `sh` or `python` is run, page by page, in the order of the page and in one folder per page. A block behind the comment
 `<!-- not run: reason -->` needs what no test machine has (a GPU, a hub, a cluster, hours): its `mova` commands must still parse, and its
-Python must compile. Other fenced blocks are output (`text`) or files (`json`, `yaml`).
+Python must compile. Other fenced blocks are output (`text`) or files (`json`, `yaml`). A `text` block right after a `python` block is what
+the latter prints.
 """
 
 import json
@@ -27,6 +28,7 @@ LANGUAGES = {"sh", "python", "text", "json", "yaml"}
 FENCE = re.compile(
     r"^(<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S
 )
+PRINTED = re.compile(r"\s*^```text\n(.*?)^```$", re.M | re.S)
 
 
 class Snippet(NamedTuple):
@@ -36,14 +38,17 @@ class Snippet(NamedTuple):
     code: str
     reason: str | None  # why no test can run it
     line: int
+    printed: str | None  # what the page says that a Python snippet prints
 
 
 def snippets(page: Path) -> list[Snippet]:
     text = page.read_text()
-    return [
-        Snippet(match["language"], match["code"], match["reason"], text[: match.start()].count("\n") + 1)
-        for match in FENCE.finditer(text)
-    ]
+    found = []
+    for match in FENCE.finditer(text):
+        printed = PRINTED.match(text, match.end()) if match["language"] == "python" else None
+        line = text[: match.start()].count("\n") + 1
+        found.append(Snippet(match["language"], match["code"], match["reason"], line, printed and printed[1]))
+    return found
 
 
 def runnable(page: Path) -> list[Snippet]:
@@ -116,3 +121,4 @@ def test_snippets_run_as_printed(page, demo_folder, tmp_path):
             timeout=600,
         )
         assert done.returncode == 0, f"{page.name}, line {block.line}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert block.printed is None or done.stdout == block.printed, f"{page.name}, line {block.line}"
