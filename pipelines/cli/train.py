@@ -212,6 +212,8 @@ def show_training(result: dict[str, Any]) -> None:
         "time": f"{number(result['seconds'])} s",
         "output": result["output"],
     }
+    if result.get("cut_off"):
+        rows["answers cut off whole by --max-length"] = result["cut_off"]
     fields(rows.items())
     _show_left_out(result)
 

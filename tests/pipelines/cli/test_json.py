@@ -40,6 +40,9 @@ def test_every_command_has_its_table():
     named = {re.sub(r"^(train|precompute (?=run)).*", lambda found: found[1].strip(), name) for name in commands}
     assert named | {"precompute --dry-run"} == set(re.findall(r"^## `mova (.+)`$", PAGE, re.M))
     assert all(documented(name) for name in named)
+    for table in re.split(r"^##+ ", PAGE, flags=re.M):
+        keys = re.findall(r"^\| `(.+?)` \|", table, re.M)
+        assert len(set(keys)) == len(keys), f"a key stands twice below {table.splitlines()[0]}"
 
 
 @pytest.mark.parametrize(
