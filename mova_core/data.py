@@ -34,7 +34,6 @@ Turn = tuple[str, str]  # role and text
 # conversation would be learnt as words about nothing.
 _UNREAD = {
     "images": "name it `image`",
-    "messages": "name it `conversations`, with `from` and `value`",
     "video": "only pictures can be used",
     "videos": "only pictures can be used",
     "audio": "only pictures can be used",
@@ -194,12 +193,13 @@ def split_usable(
 
 def _sample(record: dict[str, Any], folder: str | Path, position: Position, pool: Sequence[str] | None) -> Sample:
     record, where = dict(record), str(position)
+    conversation = record.pop("conversations", None)
+    if not isinstance(conversation, list) or not conversation:
+        instead = " (`messages` is not read)" if record.get("messages") else ""
+        raise DataError(f"{where}: a record needs `conversations`, a list of {{from, value}} turns{instead}")
     for name, advice in _UNREAD.items():
         if record.get(name):
             raise DataError(f"{where}: `{name}` is not read: {advice}")
-    conversation = record.pop("conversations", None)
-    if not isinstance(conversation, list) or not conversation:
-        raise DataError(f"{where}: a record needs `conversations`, a list of {{from, value}} turns")
     turns: list[Turn] = []
     for turn in conversation:
         role = _ROLES.get(str(turn.get("from", ""))) if isinstance(turn, dict) else None

@@ -26,7 +26,7 @@ from mova_core.routing import label_experts
 from pipelines.data_args import BadRows, DataArgs
 from pipelines.invalid_records import report_failed
 from pipelines.ray_data import map_with_actors
-from pipelines.read_data import ReadData, check_label_data
+from pipelines.read_data import ReadData, check_label_data, check_unchanged
 
 WITHOUT = "none"  # column of the loss without any expert
 
@@ -172,6 +172,7 @@ def label(
 
     def labelled() -> Iterator[dict[str, Any]]:
         """Every valid record, with its label if it has one; the file is read again, so that no record stays in memory."""
+        check_unchanged(args.data, read.version)
         valid = {sample.number for samples in (usable, *read.left_out.values()) for sample in samples}
         for position, record in read_records(args.data, on_invalid=lambda _: None):  # reported above
             if position.number not in valid:

@@ -10,7 +10,8 @@ from typing import Any
 
 from mova_core.data import IMAGE_MARK, DataError, Sample, split_usable
 from mova_core.features import FeatureStore
-from mova_core.io.filesystem import read_file
+from mova_core.io.filesystem import ReadError, read_file
+from mova_core.io.read import file_version
 from mova_core.io.uris import absolute, joined, local_path
 from pipelines.data_args import DataArgs
 from pipelines.invalid_records import read_valid_samples, report_left_out, report_skipped
@@ -26,12 +27,15 @@ class ReadData:
         left_out: reason -> valid samples that cannot be used.
         skipped: the error of each invalid record left out, which names its file, number and line.
         pool: the model's experts in routing order.
+        version: of the data file when it was read, as `file_version` gives it; what is known by a record's number holds for
+            this version alone.
     """
 
     samples: list[Sample]
     left_out: dict[str, list[Sample]]
     skipped: list[str]
     pool: tuple[str, ...] = field(default=())
+    version: str | None = None
 
     def counts(self) -> dict[str, int]:
         """Reason -> number of samples left out."""
@@ -103,9 +107,10 @@ def read_data(args: DataArgs, *, fingerprints: Mapping[str, str] | None = None) 
         if unknown := sorted(set(sample.routing or ()) - set(names)):
             raise DataError(f"{sample.where}: `routing` names {', '.join(unknown)}; the model has {', '.join(names)}")
 
+    version = _version(args.data)
     valid, skipped = read_valid_samples(args.data, args.images, args.bad_rows, check, names)
     samples, left_out = split_usable(valid, store.quarantined())
-    data = ReadData(samples=samples, left_out=left_out, skipped=skipped, pool=names)
+    data = ReadData(samples=samples, left_out=left_out, skipped=skipped, pool=names, version=version)
     missing = missing_files({_path(sample) for sample in samples})
     data.leave_out("picture cannot be read", lambda sample: _path(sample) in missing)
     data.leave_out("empty question", _asks_nothing)
@@ -116,6 +121,23 @@ def read_data(args: DataArgs, *, fingerprints: Mapping[str, str] | None = None) 
         fix = ": check --images, the folder of the pictures" if "picture cannot be read" in data.left_out else ""
         raise DataError(f"{args.data} holds no usable record ({reasons}; the first: {first.where}){fix}")
     return data, store
+
+
+def check_unchanged(path: str, version: str | None) -> None:
+    """Refuses a data file that was written again since it was read, because the records may have other numbers now.
+
+    Raises:
+        DataError: the file has changed, or is gone.
+    """
+    if version != (now := _version(path)):
+        raise DataError(f"{path} has {'changed' if now else 'vanished'} since the command began: start it again")
+
+
+def _version(path: str) -> str | None:
+    try:
+        return file_version(path)
+    except ReadError:  # the reader says what is wrong
+        return None
 
 
 def _path(sample: Sample) -> str:

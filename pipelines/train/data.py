@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from mova_core.data import DataError, Sample, iterate_samples
 from mova_core.features import FeatureStore, MissingFeatures
 from mova_core.io.uris import local_path
-from pipelines.read_data import ReadData, open_store, read_data
+from pipelines.read_data import ReadData, check_unchanged, open_store, read_data
 from pipelines.train.config import LABEL_STAGES, TrainConfig
 
 PROBES = 64  # samples whose features are looked up before any worker starts
@@ -72,12 +72,21 @@ def read_training_data(config: TrainConfig) -> tuple[TrainingData, FeatureStore]
     return TrainingData(**vars(data), config=settled), store
 
 
-def read_chosen(config: TrainConfig, numbers: Collection[int]) -> tuple[list[Sample], FeatureStore]:
+def read_chosen(
+    config: TrainConfig, numbers: Collection[int], version: str | None
+) -> tuple[list[Sample], FeatureStore]:
     """The samples with these numbers and the store, as a worker reads them.
 
     All workers must train on the samples that the driver chose, whatever becomes of a picture meanwhile: ranks that disagree
     would wait for each other for ever.
+
+    Args:
+        version: of the data file that the driver read.
+
+    Raises:
+        DataError: the data file is another one now.
     """
+    check_unchanged(config.data, version)
     store, pool = open_store(config, config.fingerprints)
     chosen = set(numbers)
     samples = iterate_samples(config.data, config.images, lambda _: None, pool)

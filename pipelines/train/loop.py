@@ -27,8 +27,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     """Trains on this rank's share of every batch.
 
     Args:
-        arguments: "config", the fields of a `TrainConfig`; "numbers", those of the records to train on, int64; and
-            "progress", a `ProgressReporter`.
+        arguments: "config", the fields of a `TrainConfig`; "numbers", those of the records to train on, int64; "version" of
+            the data file; and "progress", a `ProgressReporter`.
     """
     config = TrainConfig(**arguments["config"])
     torch.manual_seed(config.seed)
@@ -36,7 +36,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
         model = MoVAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         resumed, moments = read_state(folder)
     choose_parameters(model, config)
-    samples, store = read_chosen(config, arguments["numbers"].tolist())
+    samples, store = read_chosen(config, arguments["numbers"].tolist(), arguments["version"])
     steps, context = total_steps(config, len(samples)), ray.train.get_context()
     rank = context.get_world_rank()
     # Two processors: a thread reads ahead with one while the other is saved, and a fast tokenizer allows no two threads.

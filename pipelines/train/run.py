@@ -70,6 +70,7 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
             train_loop_config={
                 "config": asdict(config),
                 "numbers": np.array([sample.number for sample in data.samples], np.int64),
+                "version": data.version,
                 "progress": reporter,
             },
             scaling_config=ray.train.ScalingConfig(

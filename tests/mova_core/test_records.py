@@ -94,6 +94,7 @@ def test_a_record_is_known_by_its_number(path):
         (lines(record(1, video="a.mp4")), "`video` is not read: only pictures"),
         (lines(record(1, images=["a.png"])), "`images` is not read: name it `image`"),
         (lines(record(1, conversations=3)), "needs `conversations`"),
+        (lines({"id": 1, "messages": [{"role": "user"}]}), "(`messages` is not read)"),
         (lines(record(1, conversations=[None])), "a turn needs"),
         (lines(record(1, routing=["sam", "sam"])), "names an expert twice"),
     ],

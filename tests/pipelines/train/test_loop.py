@@ -14,6 +14,7 @@ from ray.train.torch import TorchTrainer
 
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
+from mova_core.io.read import file_version
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
 from pipelines.train import loop
@@ -113,7 +114,9 @@ def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, tmp_p
     }  # fmt: skip
     progress = SimpleNamespace(report=lambda *told: shown.append(told))
     # `num_workers=0` is Ray Train's local mode: the worker's function in this process, without a cluster.
-    TorchTrainer(loop.train_worker, train_loop_config={"config": config, "numbers": np.arange(1, 1 + len(LABELS)), "progress": progress},
+    arguments = {"config": config, "numbers": np.arange(1, 1 + len(LABELS)), "progress": progress}
+    arguments["version"] = file_version(places["data"])
+    TorchTrainer(loop.train_worker, train_loop_config=arguments,
                  scaling_config=ScalingConfig(num_workers=0)).fit()  # fmt: skip
     wanted, losses, norms = parameters_by_hand(places)
     assert [state.steps for state, _ in reports] == [2, 3], "every second step and the last"
