@@ -13,6 +13,7 @@ TINY: dict[str, Any] = {
     "pretrain_epochs": 0.8,
     "sft_epochs": 0.8,
     "router_epochs": 0.8,
+    "workers": 1,  # two learn as one: tests/pipelines/train/test_parallel.py, and test_training_goes_on_from_its_last_checkpoint
 }
 
 

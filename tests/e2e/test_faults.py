@@ -332,8 +332,13 @@ def test_flipped_bytes(place, tmp_path):
         else:
             assert f"index/{Path(name).stem}.arrow" in shards
 
+    missing = PICTURES - len(stored(str(store)))
+    # With receipt, shard header and index damaged, nothing says which features a shard had: they are not counted.
+    receipts = {Path(name).stem for name in shards if name.startswith("receipts/")}
+    unnamed = sum(row["file"].partition("-")[0] in receipts for row in rows)
+    assert missing - unnamed <= told["withdrawn"] <= missing
     again = Driver(place.folder, str(store)).end()
-    assert again["computed"]["waiting"] == told["withdrawn"] and not again["quarantined"]
+    assert again["computed"]["waiting"] == missing and not again["quarantined"]
     report("100 flipped bytes", files=len({name for name, _ in hit}), damages=len(damaged), redone=place.computed())
     check(place, str(store))
 

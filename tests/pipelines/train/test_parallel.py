@@ -23,6 +23,8 @@ from mova_core.processing import IGNORE
 from pipelines.train.config import Precision, Strategy
 from pipelines.train.parallel import Parallel, parallelize
 
+pytestmark = pytest.mark.slow  # two processes that each import torch
+
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 IMAGE, BATCH, STEPS, WORLD = 2, 4, 3, 2
 # Experts of the samples at even and at odd places of a batch, which go to rank 0 and rank 1; None: a sample without a picture.
@@ -68,7 +70,7 @@ def tiny_model(frozen: bool) -> MoVAForConditionalGeneration:
         vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    model = assemble(llm, bert, image_token_id=IMAGE, size="mini", blocks=2)
+    model = assemble(llm, bert, image_token_id=IMAGE, size="mini", blocks=1)
     for parameter in model.adapter.parameters():
         if not parameter.detach().any():  # the silent branches
             torch.nn.init.normal_(parameter, std=0.05)
