@@ -177,12 +177,11 @@ def label(
         for position, record in read_records(args.data, on_invalid=lambda _: None):  # reported above
             if position.number not in valid:
                 continue
-            if (by_expert := losses.get(position.number)) is not None:
+            if (exact := losses.get(position.number)) is not None:
+                # Rounded before the choice, so that the labels are those of the losses beside them.
+                by_expert = {name: round(loss, 5) for name, loss in exact.items()}
                 chosen = label_experts(by_expert[WITHOUT], {name: by_expert[name] for name in pool}, max_experts)
-                record |= {
-                    "routing": chosen,
-                    "routing_losses": {name: round(loss, 5) for name, loss in by_expert.items()},
-                }
+                record |= {"routing": chosen, "routing_losses": by_expert}
                 for name in chosen:
                     counts[name] += 1
             yield record

@@ -17,6 +17,8 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # clusters of the tests listen on loop
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Ray's workers take it over; threads beyond the cores only wait
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Two test processes that start a cluster at once need more than Ray's 30 s.
+os.environ.update(RAY_raylet_start_wait_time_s="120")
 
 import pytest
 
@@ -25,6 +27,7 @@ def pytest_configure():
     os.environ["MOVA_CACHE"] = tempfile.mkdtemp(prefix="mova-cache-")  # of the workers of Ray, too
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """With `--dist loadgroup` a process gets whole files; all that read the demo's folder go to the process that ran it."""
     for item in items:
