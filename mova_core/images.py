@@ -40,27 +40,10 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Formats that Pillow decodes by itself. Of the others, EPS and WMF start other programs, and TGA accepts any bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
-SUFFIXES = frozenset(  # of these formats, in lower case
-    (
-        *(
-            ".jpg",
-            ".jpeg",
-            ".jpe",
-            ".jfif",
-            ".mpo",
-            ".png",
-            ".apng",
-            ".gif",
-            ".bmp",
-            ".dib",
-            ".ppm",
-            ".pgm",
-            ".pbm",
-            ".pnm",
-        ),
-        *(".webp", ".tif", ".tiff", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ico", ".avif", ".avifs"),
-    )
-)
+SUFFIXES = frozenset((  # of these formats, in lower case
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".webp", ".tif", ".tiff", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ico", ".avif", ".avifs",
+))  # fmt: skip
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_DEPTH_AT = 24  # the byte that holds the bits per channel

@@ -120,11 +120,26 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         OSError: the file cannot be read; FileNotFoundError: no such file.
     """
     if not is_url(path):
-        check_regular(path)
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return file.read()
     filesystem, inner_path = open_filesystem(os.fspath(path))
     return with_retries(lambda: filesystem.cat_file(inner_path))
+
+
+def open_file(path: str | os.PathLike[str], block_size: int | None = None) -> Any:
+    """A local or remote file, opened for reading bytes.
+
+    Args:
+        block_size: bytes fetched at a time of a remote file; default the filesystem's own.
+
+    Raises:
+        OSError: the file cannot be read, or is none: see `check_regular`; FileNotFoundError: no such file.
+    """
+    if not is_url(path):
+        check_regular(path)
+        return open(path, "rb")
+    filesystem, inner_path = open_filesystem(os.fspath(path))
+    return with_retries(lambda: filesystem.open(inner_path, "rb", block_size=block_size))
 
 
 @contextlib.contextmanager
@@ -135,8 +150,7 @@ def open_seekable(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         OSError: the file cannot be read, or is a pipe or a device, which cannot be read twice; FileNotFoundError: no such file.
     """
     if (local := local_path(path)) is not None:
-        check_regular(local)
-        with open(local, "rb") as file:
+        with open_file(local) as file:
             yield file
         return
     with tempfile.TemporaryFile() as copy:

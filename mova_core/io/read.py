@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
+from mova_core.io.cache import private_folder
 from mova_core.io.filesystem import (
     DOWNLOAD_S,
     LEAST_RATE,
@@ -323,7 +324,7 @@ def unpack_column(name: str, file: str, column: str, group: int) -> None:
     cache = NodeCache.of_this_node()
     if os.stat(file).st_size > cache.limit // 4:  # about what the cache takes as one object
         return
-    cache.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_folder(cache.folder)
 
     def unpack() -> bytes:
         parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20)

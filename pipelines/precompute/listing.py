@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mova_core.data import DataError, iterate_samples
 from mova_core.images import SUFFIXES
-from mova_core.io.filesystem import ReadError, as_read_error, open_filesystem, with_retries
+from mova_core.io.filesystem import ReadError, as_read_error, open_file, open_filesystem, with_retries
 from mova_core.io.isolated import ProcessDied, isolated
 from mova_core.io.uris import absolute, is_url
 from pipelines.invalid_records import BadRows, report_skipped
@@ -313,7 +313,7 @@ def _of_files(
 def _members(file: str) -> tuple[list[str], str | None]:
     """Locators of the pictures in a tar, and what is wrong with it."""
     try:
-        with parquet_files.open_file(file, HEADERS) as opened:
+        with open_file(file, HEADERS) as opened:
             return tar_members(file, opened, lambda name: _kind(name) == "picture"), None
     except ReadError as error:
         return [], f"{file}: {error}"

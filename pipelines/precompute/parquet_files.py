@@ -15,21 +15,12 @@ import pyarrow.parquet as pq
 
 from mova_core.data import DataError
 from mova_core.images import SUFFIXES
-from mova_core.io.filesystem import ReadError, check_regular, open_filesystem, with_retries
+from mova_core.io.filesystem import ReadError, open_file
 from mova_core.io.read import decoded_text
 from mova_core.io.uris import Cell, absolute, is_url, joined, parent
 
 LOOKED_AT = 100  # texts that tell whether a column holds names of pictures
 ROWS = 64  # read at once of a column whose rows must be counted or named
-
-
-def open_file(file: str, block_size: int | None = None) -> Any:
-    """A local or remote file, opened for reading bytes."""
-    if not is_url(file):
-        check_regular(file)
-        return open(file, "rb")
-    system, path = open_filesystem(file)
-    return with_retries(lambda: system.open(path, "rb", block_size=block_size))
 
 
 def find_cells(file: str, images: str | None, column: str | None) -> dict[str, Any]:
@@ -151,7 +142,7 @@ def _image_column(file: str, parquet: pq.ParquetFile, column: str | None) -> str
         if column not in schema.names:
             raise DataError(f"{file} has no column {column!r}: choose one of {', '.join(schema.names)}")
         kind = schema.field(column).type
-        if not _is_picture(kind) and not _is_text(kind):
+        if not _can_be_image(kind):
             raise DataError(f"{file}: column {column!r} holds {kind}, not encoded images, nor their paths or URLs")
         return column
     noted = _noted(schema)
