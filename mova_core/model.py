@@ -5,6 +5,7 @@ Legend: B rows, L tokens, M pictures, N base tokens, E experts of the pool, D th
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -45,6 +46,17 @@ class PictureInputs(TypedDict, total=False):
     routing: Tensor  # bool (M, E) in pool order; left out: no expert
     coarse: bool | Sequence[bool] | Tensor  # pictures of a routing pass, shown in `config.routing_tokens` tokens
     unseen: bool  # no row shows the pictures: they take part with weight zero, see `fuse`
+
+
+@dataclass
+class MoVAOutput(CausalLMOutputWithPast):
+    """transformers' output of a causal LM, with the loss of every row.
+
+    Attributes:
+        row_losses: with labels, the summed cross entropy of each row's answers (B,), float32, without a gradient.
+    """
+
+    row_losses: Tensor | None = None
 
 
 class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -187,7 +199,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        loss_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """LM logits (B, L, V), and with `labels` the cross entropy of the positions that predict one.
@@ -201,10 +214,11 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds: (B, L, D) instead of ids and pictures.
             num_items_in_batch: the sum of the losses is divided by this number instead of n, as transformers' models do:
                 labels of all micro-batches and ranks of an optimizer step.
+            loss_weights: (B,) float, what a token of each row counts in the sum; default 1.
             kwargs: `PictureInputs`; all else goes to the LLM's forward.
 
         Returns:
-            `logits` (B, L, V), or (n, V) row by row in training; with `labels` the scalar `loss`, float32.
+            `logits` (B, L, V), or (n, V) row by row in training; with `labels` a `MoVAOutput` with the scalar `loss`, float32.
         """
         inputs_embeds = self._embeds(input_ids, inputs_embeds, kwargs)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
@@ -213,12 +227,18 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         predicting = labels[:, 1:] != IGNORE
         if self.training:
             answers = self._logits_at(predicting, inputs)
-            output = CausalLMOutputWithPast(logits=answers)
+            output = MoVAOutput(logits=answers)
         else:
-            output = self.language_model(**inputs)
-            answers = output.logits[:, :-1][predicting]
-        losses = F.cross_entropy(answers.float(), labels[:, 1:][predicting], reduction="sum")
-        output.loss = losses / (predicting.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
+            kept = ("logits", "past_key_values", "hidden_states", "attentions")
+            of_llm = self.language_model(**inputs)
+            output = MoVAOutput(**{name: of_llm.get(name) for name in kept})
+            answers = of_llm.logits[:, :-1][predicting]
+        losses = F.cross_entropy(answers.float(), labels[:, 1:][predicting], reduction="none")
+        rows = predicting.nonzero()[:, 0]
+        row_losses = losses.new_zeros(len(labels)).index_add(0, rows, losses)
+        total = (row_losses if loss_weights is None else row_losses * loss_weights).sum()
+        output.loss = total / (predicting.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
+        output.row_losses = row_losses.detach()
         return output
 
     def _logits_at(self, places: Tensor, inputs: dict[str, Any]) -> Tensor:

@@ -283,6 +283,12 @@ def test_the_loss_of_the_answers_is_that_of_all_logits(kind):
     with torch.no_grad():
         part = model(**batch, labels=labels, num_items_in_batch=5 * int(predicting.sum())).loss
         torch.testing.assert_close(part, wanted / 5)
+        counts = predicting.sum(1)
+        weighed = model(**batch, labels=labels, loss_weights=1 / counts, num_items_in_batch=len(counts))
+        of_rows = torch.stack([rows.mean() for rows in (-torch.log_softmax(logits.float(), -1)).gather(
+            1, targets[predicting][:, None])[:, 0].split(counts.tolist())])  # fmt: skip
+        torch.testing.assert_close(weighed.loss, of_rows.mean())
+        torch.testing.assert_close(weighed.row_losses, of_rows * counts)
         every = model.eval()(**batch, labels=labels)
     torch.testing.assert_close(every.loss, wanted)
     assert every.logits.shape[:2] == labels.shape
