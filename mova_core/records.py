@@ -49,11 +49,20 @@ class DataError(ValueError):
 
 
 class Position(NamedTuple):
-    """Where a record stands: its file, its number counted from 1, and the line on which it starts."""
+    """Where a record stands.
+
+    Attributes:
+        path: its file.
+        number: in the file, counted from 1 over valid and invalid records.
+        line: on which it starts.
+        offset, size: its bytes in the file, as `record_at` takes them.
+    """
 
     path: str
     number: int
     line: int
+    offset: int
+    size: int
 
     def __str__(self) -> str:
         return f"{self.path}, record {self.number}, line {self.line}"
@@ -90,6 +99,22 @@ def read_records(
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def record_at(file: BinaryIO, position: Position) -> dict[str, Any]:
+    """The record that `read_records` found at a position of this file.
+
+    Raises:
+        DataError: no record begins and ends there: the file is another one now.
+    """
+    file.seek(position.offset)
+    try:
+        value, end = _DECODER.raw_decode(text := file.read(position.size).decode())
+    except ValueError:
+        value, end, text = None, 0, ""
+    if not isinstance(value, dict) or end != len(text):
+        raise DataError(f"{position}: the record is not there any more: the file has changed")
+    return value
+
+
 def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
     """Writes a JSON array, one record per line; a reader sees the whole former file or the whole new one.
 
@@ -124,14 +149,15 @@ def _objects(
             arrays -= 1
             continue
         number += 1
-        where = Position(os.fspath(path), number, text.line)
+        line, offset = text.line, text.byte
         try:
             value, end = text.read_value()
         except DataError as problem:
-            refuse(f"{where}: {problem}")
+            refuse(f"{Position(os.fspath(path), number, line, offset, 0)}: {problem}")
             text.skip_invalid()
             continue
-        text.at = end
+        text.move_to(end)
+        where = Position(os.fspath(path), number, line, offset, text.byte - offset)
         if isinstance(value, dict):
             yield where, value
         else:
@@ -146,9 +172,8 @@ class _Text:
     def __init__(self, file: BinaryIO, path: str | Path):
         self.file, self.path = file, path
         self.size = file.seek(0, os.SEEK_END)
-        self.offset = 0  # of the window's first byte in the file
         self.window, self.at = "", 0
-        self.line, self._counted = 1, 0  # line of window[_counted]
+        self.line, self.byte, self._counted = 1, 0, 0  # line, and place in the file, of window[_counted]
         self.indent: int | None = 0  # characters before `at` on its line, None where another value precedes it
         self.ended = False  # whether the window reaches to the end of the file
         self._load(CHUNK)
@@ -160,7 +185,7 @@ class _Text:
 
     def next_value(self) -> str | None:
         """Moves `at` to the next value and returns its first character; None at the end of the file."""
-        first_on_line = self.offset == 0 and self.at == 0
+        first_on_line = self.byte == 0 and self.at == 0
         indent = 0
         while True:
             blank = _BLANK.match(self.window, self.at)
@@ -172,10 +197,10 @@ class _Text:
             if self.at < len(self.window):
                 break
             if self.ended:
-                self._count_lines()
+                self.move_to(self.at)
                 return None
             self._load(CHUNK)
-        self._count_lines()
+        self.move_to(self.at)
         self.indent = indent if first_on_line else None
         if len(self.window) > 2 * CHUNK:  # after a long record; errors would cost time in proportion to the window
             self._load(CHUNK)
@@ -251,20 +276,23 @@ class _Text:
             return False
         return isinstance(value, dict) and "conversations" in value
 
+    def move_to(self, place: int) -> None:
+        """Makes `place` of the window the place that has been read to, and counts lines and bytes up to it."""
+        self.at = place
+        passed = self.window[self._counted : place]
+        self.line += passed.count("\n")
+        self.byte += len(passed) if passed.isascii() else len(passed.encode("utf-8", "surrogateescape"))
+        self._counted = place
+
     def _load(self, size: int) -> None:
         """Moves the window so that it begins at `at` and holds `size` bytes, fewer at the end of the file."""
-        self._count_lines()
-        self.offset += len(self.window[: self.at].encode("utf-8", "surrogateescape"))
-        self.file.seek(self.offset)
+        self.move_to(self.at)
+        self.file.seek(self.byte)
         content = self.file.read(size)
-        self.ended = self.offset + len(content) >= self.size
+        self.ended = self.byte + len(content) >= self.size
         # Bytes that are no UTF-8 become lone surrogates, so that only their record is invalid.
         self.window, _ = codecs.utf_8_decode(content, "surrogateescape", self.ended)
         self.at = self._counted = 0
-
-    def _count_lines(self) -> None:
-        self.line += self.window.count("\n", self._counted, self.at)
-        self._counted = self.at
 
 
 def _check_text(source: str, value: Any) -> None:
