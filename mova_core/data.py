@@ -22,6 +22,7 @@ __all__ = [
     "iterate_samples",
     "read_records",
     "read_samples",
+    "sample_of",
     "split_usable",
     "usable_samples",
     "write_records",
@@ -144,7 +145,7 @@ def iterate_samples(
     folder = images if images is not None else parent(path)
     for position, record in read_records(path, on_invalid):
         try:
-            yield _sample(record, folder, position, pool)
+            yield sample_of(record, folder, position, pool)
         except DataError as error:
             if on_invalid is None:
                 raise
@@ -163,35 +164,45 @@ def usable_samples(samples: Iterable[Sample], quarantine: Iterable[Mapping[str, 
 def split_usable(
     samples: Iterable[Sample], quarantine: Iterable[Mapping[str, Any]]
 ) -> tuple[list[Sample], dict[str, list[Sample]]]:
-    """`usable_samples`, and the others by the reason why they cannot be used: "no picture" or "picture in quarantine".
-
-    A picture is quarantined while its file holds the bytes that could not be processed: a replaced file is usable again.
-    """
-    quarantined: dict[str, set[str | None]] = {}  # path -> keys; None: it could not be read
-    for row in quarantine:
-        if row["image"]:
-            quarantined.setdefault(absolute(row["image"]), set()).add(row["sha256"])
-
-    def is_quarantined(image: ImageRef) -> bool:
-        path = absolute(image.path or "")
-        try:
-            return path in quarantined and image.key in quarantined[path]
-        except ImageError:  # a quarantined picture that is unreadable now
-            return True
-
+    """`usable_samples`, and the others by the reason why they cannot be used: "no picture" or "picture in quarantine"."""
+    is_quarantined = quarantine_check(quarantine)
     usable: list[Sample] = []
     left_out: dict[str, list[Sample]] = {}
     for sample in samples:
         if not sample.images:
             left_out.setdefault("no picture", []).append(sample)
-        elif any(map(is_quarantined, sample.images)):
+        elif any(is_quarantined(image.path or "") for image in sample.images):
             left_out.setdefault("picture in quarantine", []).append(sample)
         else:
             usable.append(sample)
     return usable, left_out
 
 
-def _sample(record: dict[str, Any], folder: str | Path, position: Position, pool: Sequence[str] | None) -> Sample:
+def quarantine_check(quarantine: Iterable[Mapping[str, Any]]) -> Callable[[str], bool]:
+    """Tells whether the picture at a path or URL is quarantined.
+
+    It is while its file holds the bytes that could not be processed: a replaced file is usable again.
+
+    Args:
+        quarantine: as `usable_samples` takes it.
+    """
+    keys: dict[str, set[str | None]] = {}  # by path; None: it could not be read
+    for row in quarantine:
+        if row["image"]:
+            keys.setdefault(absolute(row["image"]), set()).add(row["sha256"])
+
+    def is_quarantined(path: str) -> bool:
+        path = absolute(path)
+        try:
+            return path in keys and ImageRef(path=path).key in keys[path]
+        except ImageError:  # a quarantined picture that is unreadable now
+            return True
+
+    return is_quarantined
+
+
+def sample_of(record: dict[str, Any], folder: str | Path, position: Position, pool: Sequence[str] | None) -> Sample:
+    """The sample that a record describes; arguments and errors as those of `iterate_samples`."""
     record, where = dict(record), str(position)
     conversation = record.pop("conversations", None)
     if not isinstance(conversation, list) or not conversation:

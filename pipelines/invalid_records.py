@@ -64,11 +64,15 @@ def report_skipped(skipped: Sequence[str]) -> None:
             tqdm.write(f"  and {len(skipped) - SHOWN} more", file=sys.stderr)
 
 
-def report_left_out(left_out: Mapping[str, Sequence[Sample]]) -> None:
-    """Writes to stderr how many valid records cannot be used, by reason: "3 records left out: no picture (first: ...)"."""
-    for reason, samples in left_out.items():
-        count = f"{len(samples)} record{'' if len(samples) == 1 else 's'}"
-        tqdm.write(f"{count} left out: {reason} (the first: {samples[0].where})", file=sys.stderr)
+def report_left_out(left_out: Mapping[str, tuple[int, str]]) -> None:
+    """Writes to stderr how many valid records cannot be used, by reason: "3 records left out: no picture (the first: ...)".
+
+    Args:
+        left_out: reason -> number of records, and where the first one stands.
+    """
+    for reason, (number, first) in left_out.items():
+        count = f"{number} record{'' if number == 1 else 's'}"
+        tqdm.write(f"{count} left out: {reason} (the first: {first})", file=sys.stderr)
 
 
 def report_failed(what: str, reason: str, errors: Sequence[str]) -> None:

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from mova_core.assemble import stack_features
-from mova_core.data import Sample, read_records, write_records
+from mova_core.data import read_records, write_records
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
-from mova_core.io.uris import absolute, local_path
+from mova_core.io.uris import local_path
 from mova_core.isolate import isolate_failures
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
@@ -26,7 +26,7 @@ from mova_core.routing import label_experts
 from pipelines.data_args import BadRows, DataArgs
 from pipelines.invalid_records import report_failed
 from pipelines.ray_data import map_with_actors
-from pipelines.read_data import ReadData, check_label_data, check_unchanged
+from pipelines.read_data import ReadData, check_label_data, check_unchanged, picture_paths
 
 WITHOUT = "none"  # column of the loss without any expert
 
@@ -46,7 +46,7 @@ class ExpertLoss:
 
     @torch.inference_mode()
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """Rows with id, image (path) and turns (JSON) to rows with id, one loss (nats per token) per column, and `error`.
+        """Rows with id, images (paths) and turns (JSON) to rows with id, one loss (nats per token) per column, and `error`.
 
         A sample without a loss has null in the columns of losses and its `error`.
         """
@@ -65,9 +65,10 @@ class ExpertLoss:
 
     def _measure(self, samples: Sequence[dict[str, Any]]) -> list[list[float]]:
         """Losses of each sample: without an expert, then with each of the pool."""
-        images = [ImageRef(path=row["image"]) for row in samples]
+        shown = [[ImageRef(path=path) for path in row["images"]] for row in samples]
+        images = [image for of_sample in shown for image in of_sample]
         turns = [[tuple(turn) for turn in json.loads(row["turns"])] for row in samples]
-        batch = self.processor(turns, images, labels=True, padding_side="right", max_length=self.max_length)
+        batch = self.processor(turns, shown, labels=True, padding_side="right", max_length=self.max_length)
         if (batch["labels"][:, 1:] == IGNORE).all(1).any():  # `isolate_failures` finds which
             raise ValueError(f"its answer lies beyond the {self.max_length} tokens that the model reads")
         batch = batch.to(self.device)
@@ -145,7 +146,9 @@ def label(
     read = read or check_label_data(args, output)
     read.report()
     pool, usable = read.pool, read.samples
-    rows = [{"id": sample.number, "image": _path(sample), "turns": json.dumps(sample.turns)} for sample in usable]
+    rows = [
+        {"id": sample.number, "images": picture_paths(sample), "turns": json.dumps(sample.turns)} for sample in usable
+    ]
     measured = map_with_actors(
         ExpertLoss,
         rows,
@@ -196,8 +199,3 @@ def label(
         skipped=read.skipped,
         left_out=read.counts() | ({"cannot be labelled": len(failed)} if failed else {}),
     )
-
-
-def _path(sample: Sample) -> str:
-    assert sample.image is not None and sample.image.path is not None
-    return absolute(sample.image.path)

@@ -17,6 +17,8 @@ from pipelines.data_args import DataArgs
 from pipelines.invalid_records import read_valid_samples, report_left_out, report_skipped
 from pipelines.pictures import missing_files
 
+EMPTY_QUESTION, NO_ANSWER = "empty question", "no answer"  # reasons to leave a record out
+
 
 @dataclass(kw_only=True)
 class ReadData:
@@ -51,10 +53,19 @@ class ReadData:
                 usable.append(sample)
         self.samples = usable
 
+    def require_samples(self, path: str) -> None:
+        """Raises DataError, which says why each record of the file is left out, where none can be used."""
+        if self.samples:
+            return
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.counts().items())
+        first = next(iter(self.left_out.values()))[0]
+        fix = ": check --images, the folder of the pictures" if "picture cannot be read" in self.left_out else ""
+        raise DataError(f"{path} holds no usable record ({reasons}; the first: {first.where}){fix}")
+
     def report(self) -> None:
         """Writes to stderr what was skipped and left out."""
         report_skipped(self.skipped)
-        report_left_out(self.left_out)
+        report_left_out({reason: (len(samples), samples[0].where) for reason, samples in self.left_out.items()})
 
 
 def read_pool(model: str) -> list[dict[str, Any]]:
@@ -94,7 +105,7 @@ def read_data(args: DataArgs, *, fingerprints: Mapping[str, str] | None = None) 
         fingerprints: as `open_store` takes them.
 
     Returns:
-        The samples with a question, an answer and a picture that can be had; and the store.
+        The samples with a question, an answer and pictures that can be had, at least one; and the store.
 
     Raises:
         DataError: no model, an invalid data file or record, or no sample that can be used.
@@ -103,23 +114,18 @@ def read_data(args: DataArgs, *, fingerprints: Mapping[str, str] | None = None) 
     store, names = open_store(args, fingerprints)
 
     def check(sample: Sample) -> None:
-        _ = sample.image  # raises where a sample has several pictures
         if unknown := sorted(set(sample.routing or ()) - set(names)):
             raise DataError(f"{sample.where}: `routing` names {', '.join(unknown)}; the model has {', '.join(names)}")
 
-    version = _version(args.data)
+    version = version_of(args.data)
     valid, skipped = read_valid_samples(args.data, args.images, args.bad_rows, check, names)
     samples, left_out = split_usable(valid, store.quarantined())
     data = ReadData(samples=samples, left_out=left_out, skipped=skipped, pool=names, version=version)
-    missing = missing_files({_path(sample) for sample in samples})
-    data.leave_out("picture cannot be read", lambda sample: _path(sample) in missing)
-    data.leave_out("empty question", _asks_nothing)
-    data.leave_out("no answer", lambda sample: not sample.exchanges)
-    if not data.samples:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in data.counts().items())
-        first = next(iter(data.left_out.values()))[0]
-        fix = ": check --images, the folder of the pictures" if "picture cannot be read" in data.left_out else ""
-        raise DataError(f"{args.data} holds no usable record ({reasons}; the first: {first.where}){fix}")
+    missing = missing_files({path for sample in samples for path in picture_paths(sample)})
+    data.leave_out("picture cannot be read", lambda sample: not missing.isdisjoint(picture_paths(sample)))
+    data.leave_out(EMPTY_QUESTION, lambda sample: problem_of(sample) == EMPTY_QUESTION)
+    data.leave_out(NO_ANSWER, lambda sample: problem_of(sample) == NO_ANSWER)
+    data.require_samples(args.data)
     return data, store
 
 
@@ -129,24 +135,28 @@ def check_unchanged(path: str, version: str | None) -> None:
     Raises:
         DataError: the file has changed, or is gone.
     """
-    if version != (now := _version(path)):
+    if version != (now := version_of(path)):
         raise DataError(f"{path} has {'changed' if now else 'vanished'} since the command began: start it again")
 
 
-def _version(path: str) -> str | None:
+def version_of(path: str) -> str | None:
+    """What tells this content of a data file from a later one; None where there is no telling, or no such file."""
     try:
         return file_version(path)
     except ReadError:  # the reader says what is wrong
         return None
 
 
-def _path(sample: Sample) -> str:
-    return absolute(sample.image.path or "") if sample.image else ""
+def picture_paths(sample: Sample) -> list[str]:
+    """Absolute paths or URLs of a sample's pictures."""
+    return [absolute(image.path or "") for image in sample.images]
 
 
-def _asks_nothing(sample: Sample) -> bool:
-    """Whether a user turn has no words: neither the router nor the gate could read a question."""
-    return any(role == "user" and not text.replace(IMAGE_MARK, "").strip() for role, text in sample.turns)
+def problem_of(sample: Sample) -> str | None:
+    """Why no command can use a valid sample: a question has no words that router or gate could read, or no answer follows one."""
+    if any(role == "user" and not text.replace(IMAGE_MARK, "").strip() for role, text in sample.turns):
+        return EMPTY_QUESTION
+    return None if sample.exchanges else NO_ANSWER
 
 
 def check_label_data(args: DataArgs, output: str) -> ReadData:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import inspect
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -23,10 +24,31 @@ from pipelines.cli.options import (
     StorePath,
     by_expert,
     name_value,
+    path_or_url,
 )
 from pipelines.cli.output import fields, line, print_result, results_only
 from pipelines.cli.paths import Overwrite, check_output_folder, output_path, read_model_config
-from pipelines.train.config import STAGES, Precision, Stage, Strategy, TrainConfig
+from pipelines.train.config import STAGES, Loss, Precision, Stage, Strategy, TrainConfig, Unlabelled
+
+
+class Weighted(NamedTuple):
+    """A data file, and how often an epoch passes over it."""
+
+    path: str
+    passes: float
+
+
+def weighted_file(text: str) -> Weighted:
+    """Parses FILE=PASSES; the file may have an equals sign in its name."""
+    file, _, passes = text.rpartition("=")
+    try:
+        weighted = Weighted(path_or_url(file), float(passes))
+    except ValueError:
+        weighted = Weighted("", 0.0)
+    if not file or not 0 < weighted.passes < math.inf:
+        raise typer.BadParameter(f"{text!r} is no FILE=PASSES with a number over 0, such as more.json=1")
+    return weighted
+
 
 app = App(help="Train one stage on Ray Train workers that read the feature store.")
 
@@ -39,6 +61,16 @@ OPTIONS: dict[str, Any] = {
         Path,
         typer.Option(
             "--output", metavar="FOLDER", help="Folder that the trained model is written to.", parser=output_path
+        ),
+    ],
+    "mix": Annotated[
+        list[Weighted] | None,
+        typer.Option(
+            "--mix",
+            metavar="FILE=PASSES",
+            help="A further data file, and how often an epoch passes over it (0.5: over a random half); repeatable.",
+            parser=weighted_file,
+            rich_help_panel=DATA,
         ),
     ],
     "images": ImagesPath,
@@ -63,6 +95,12 @@ OPTIONS: dict[str, Any] = {
         float,
         typer.Option(
             help="Passes over the data, fractions allowed; at least one step is made.", min=0, rich_help_panel=TRAINING
+        ),
+    ],
+    "loss": Annotated[
+        Loss,
+        typer.Option(
+            help="token: mean over all answer tokens of a batch; sample: mean over samples.", rich_help_panel=TRAINING
         ),
     ],
     "max_length": Annotated[
@@ -102,7 +140,26 @@ DryRun = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+UNLABELLED = Annotated[
+    Unlabelled,
+    typer.Option(
+        help="Samples without a routing label: refuse them, or fuse random (0 to 3 experts by chance) or none.",
+        rich_help_panel=TRAINING,
+    ),
+]
 STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
+    "pretrain": {"unlabelled": UNLABELLED},
+    "sft": {
+        "unlabelled": UNLABELLED,
+        "routing_samples": Annotated[
+            int,
+            typer.Option(
+                help="Labelled samples that also teach the LLM itself to route; the paper mixes in 2,000.",
+                min=0,
+                rich_help_panel=TRAINING,
+            ),
+        ],
+    },
     "router": {
         "lora_rank": Annotated[
             int, typer.Option(help="Rank of the expert-routing LoRA.", min=1, rich_help_panel=TRAINING)
@@ -114,7 +171,7 @@ STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
                 rich_help_panel=TRAINING,
             ),
         ],
-    }
+    },
 }
 
 
@@ -125,7 +182,12 @@ def option_defaults(stage: Stage) -> dict[str, Any]:
         for field in dataclasses.fields(TrainConfig)
         if field.default is not dataclasses.MISSING
     }
-    own = {"learning_rate": STAGES[stage].learning_rate, "batch_size": STAGES[stage].batch_size, "fingerprints": None}
+    own = {
+        "learning_rate": STAGES[stage].learning_rate,
+        "batch_size": STAGES[stage].batch_size,
+        "fingerprints": None,
+        "mix": None,
+    }
     return plain | own
 
 
@@ -175,11 +237,11 @@ def _counts(data: Any) -> dict[str, Any]:
 
     return {
         "stage": data.config.stage,
-        "samples": len(data.samples),
+        "samples": len(data.rows),
         "skipped": data.skipped,
         "left_out": data.counts(),
         "output": data.config.output,
-        "steps": total_steps(data.config, len(data.samples)),
+        "steps": total_steps(data.config, len(data.rows)),
     }
 
 
@@ -192,7 +254,8 @@ def train_config(stage: Stage, settings: dict[str, Any]) -> TrainConfig:
     experts = [expert["name"] for expert in read_model_config(settings["model"]).get("pool", [])]
     fingerprints = by_expert("--fingerprint", settings["fingerprints"], experts, str)
     paths = {name: str(settings[name]) for name in ("model", "output")}
-    return TrainConfig(stage=stage, **settings | paths | {"fingerprints": fingerprints})
+    mix = {file.path: file.passes for file in settings["mix"] or ()}
+    return TrainConfig(stage=stage, **settings | paths | {"fingerprints": fingerprints, "mix": mix})
 
 
 def show_training(result: dict[str, Any]) -> None:
@@ -212,6 +275,8 @@ def show_training(result: dict[str, Any]) -> None:
         "time": f"{number(result['seconds'])} s",
         "output": result["output"],
     }
+    if result.get("failed"):
+        rows["samples that could not be used"] = len(result["failed"])
     if result.get("cut_off"):
         rows["answers cut off whole by --max-length"] = result["cut_off"]
     fields(rows.items())

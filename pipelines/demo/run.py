@@ -126,6 +126,7 @@ def _train_and_evaluate(config: DemoConfig, root: Path, data: DemoData, stages: 
             workers=config.workers,
             lora_rank=16,
             shuffle_pool=False,  # the small LLM reads letters, not descriptions
+            unlabelled="random",  # the model that labels has seen every expert alone
         )
         stages.run(stage, root / stage, lambda: train(settings, progress))
 

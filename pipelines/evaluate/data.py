@@ -74,6 +74,8 @@ def check_data(args: DataArgs, train: str | None = None) -> TestData:
         DataError, StoreError: as `evaluate`.
     """
     data, _ = read_data(args)
+    data.leave_out("several pictures", lambda sample: len(sample.images) > 1)
+    data.require_samples(args.data)
     guesses = None
     if train is not None:
         training, skipped = read_valid_samples(absolute(train), bad_rows=args.bad_rows, pool=data.pool)

@@ -2,44 +2,78 @@
 
 import random
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mova_core.assemble import stack_features
 from mova_core.data import Sample
-from mova_core.features import FeatureBatches, FeatureStore
-from mova_core.images import ImageRef
-from mova_core.processing import MoVAProcessor
+from mova_core.experts import Features
+from mova_core.features import FeatureBatches, FeatureSource
+from mova_core.images import ImageError, ImageRef
+from mova_core.processing import IGNORE, MoVAProcessor, Turns
 from mova_core.routing.augmentation import REWRITTEN, routing_turns
 from pipelines.train.config import TrainConfig
+from pipelines.train.index import IndexedSamples
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """B samples that a worker computes at once.
+
+    Attributes:
+        inputs: of the stage's learner, tensors on the CPU.
+        answers: tokens that each sample learns to predict (B,) int64; 1 in the stage light-router, which predicts a label.
+        divisor: what each sample adds to the number that a step's summed loss is divided by (B,) float32.
+        positions: of the samples in the run's rows (B,) int64.
+        sources: number of the data file of each sample (B,) int64; routing samples of the stage sft have the number behind
+            the last file.
+        errors: of the samples that cannot be used after all; they stand in the batch and teach nothing.
+    """
+
+    inputs: dict[str, Any]
+    answers: Tensor
+    divisor: Tensor
+    positions: Tensor
+    sources: Tensor
+    errors: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The batch with its inputs on a device; features keep their grid."""
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.inputs.items()}
+        experts: dict[str, Features] = self.inputs.get("experts", {})
+        if experts:
+            moved["experts"] = {name: found._replace(tokens=found.tokens.to(device)) for name, found in experts.items()}
+        return replace(self, inputs=moved)
 
 
 def open_batches(
     config: TrainConfig,
-    samples: list[Sample],
-    store: FeatureStore,
+    samples: IndexedSamples,
+    features: FeatureSource,
     processor: MoVAProcessor,
     pool: list[dict[str, Any]],
     rank: int,
     world: int,
 ) -> FeatureBatches:
-    """This rank's share of every batch, as tensors. The batches are the same for any number of ranks."""
+    """This rank's share of every batch, in micro-batches. The batches are the same for any number of ranks."""
     return FeatureBatches(
-        StageSamples(config, samples, store, processor, pool),
+        StageSamples(config, samples, features, processor, pool),
         config.batch_size,
         seed=config.seed,
-        lengths=[sample.length for sample in samples] if config.group_by_length else None,
+        lengths=samples.rows["length"].tolist() if config.group_by_length else None,
         rank=rank,
         world=world,
         workers=config.loader_processes,
     )
 
 
-class StageSamples(Dataset[list[dict[str, Any]]]):
-    """Positions of samples -> the tensors of each micro-batch (`TrainConfig.micro_batches`), as the stage's model takes them.
+class StageSamples(Dataset[list[MicroBatch]]):
+    """Positions of samples -> their micro-batches (`TrainConfig.micro_batches`), as the stage's learner takes them.
 
     `FeatureReader` is not used, because it needs the key of every image before the first step: all images of the data
     set would be read and hashed once more.
@@ -51,12 +85,12 @@ class StageSamples(Dataset[list[dict[str, Any]]]):
     def __init__(
         self,
         config: TrainConfig,
-        samples: list[Sample],
-        store: FeatureStore,
+        samples: IndexedSamples,
+        features: FeatureSource,
         processor: MoVAProcessor,
         pool: list[dict[str, Any]],
     ):
-        self.config, self.samples, self.store, self.processor, self.pool = config, samples, store, processor, pool
+        self.config, self.samples, self.features, self.processor, self.pool = config, samples, features, processor, pool
         self.names = [expert["name"] for expert in pool]
         self.epoch = 0
 
@@ -67,69 +101,131 @@ class StageSamples(Dataset[list[dict[str, Any]]]):
         """Every epoch has random choices of its own for a sample."""
         self.epoch = epoch
 
-    def __getitem__(self, position: int) -> list[dict[str, Any]]:
+    def __getitem__(self, position: int) -> list[MicroBatch]:
         return self.__getitems__([position])
 
-    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, positions: Sequence[int]) -> list[MicroBatch]:
         parts = min(self.config.micro_batches, len(positions))
-        return [self._batch(positions[part::parts]) for part in range(parts)]
+        return [self._micro_batch(positions[part::parts]) for part in range(parts)]
 
-    def _batch(self, positions: Sequence[int]) -> dict[str, Any]:
-        samples = [self.samples[position] for position in positions]
-        rngs = [random.Random(f"{self.config.seed}/{self.epoch}/{position}") for position in positions]
-        if self.config.stage == "router":
-            return self._routing_batch(samples, rngs)
-        return self._label_batch(samples) if self.config.stage == "light-router" else self._answer_batch(samples, rngs)
+    def _micro_batch(self, positions: Sequence[int]) -> MicroBatch:
+        samples = [self._sample(position) for position in positions]
+        errors: list[str] = []
+        try:
+            inputs = self._inputs(samples)
+        except (ImageError, ValueError):
+            for number, position in enumerate(positions):
+                try:
+                    self._inputs(samples[number : number + 1])
+                except (ImageError, ValueError) as error:
+                    errors.append(f"{self.samples.where(position)}: {error}")
+                    samples[number] = _Prepared()
+            if not errors:
+                raise
+            inputs = self._inputs(samples)
+        if "labels" in inputs:
+            answers = (inputs["labels"][:, 1:] != IGNORE).sum(1)
+        else:
+            answers = torch.tensor([int(sample.usable) for sample in samples])
+        divisor = answers.float()
+        if "labels" in inputs and self.config.loss == "sample":
+            inputs["loss_weights"] = 1 / divisor.clamp_min(1)
+            divisor = (answers > 0).float()
+        rows = self.samples.rows[list(positions)]
+        sources = np.where(rows["routing"], len(self.samples.sources), rows["source"])
+        return MicroBatch(
+            inputs=inputs, answers=answers, divisor=divisor, positions=torch.tensor(positions),
+            sources=torch.from_numpy(sources.astype(np.int64)), errors=errors,
+        )  # fmt: skip
 
-    def _answer_batch(self, samples: list[Sample], rngs: list[random.Random]) -> dict[str, Any]:
-        """Questions with the features of their labelled experts; a sample without a label gets 0 to 3 random experts."""
-        routed = [
-            list(sample.routing) if sample.routing is not None else rng.sample(self.names, rng.randint(0, 3))
-            for sample, rng in zip(samples, rngs, strict=True)
-        ]
-        images = [image.loaded() for image in _images(samples)]  # the key and the pixels need the same bytes
-        batch = self._process([sample.turns for sample in samples], images, False, None)
-        features = self.store.fetch(images, routed)
-        batch["experts"] = stack_features(features, self.names, torch.device("cpu"), torch.float32)
-        batch["routing"] = self._mask(routed)
-        return batch
+    def _sample(self, position: int) -> "_Prepared":
+        """A sample as its stage learns from it.
 
-    def _routing_batch(self, samples: list[Sample], rngs: list[random.Random]) -> dict[str, Any]:
-        """Routing instructions: the pool (by default shuffled and cut at random) and the question in, letters out."""
-        turns = []
-        for sample, rng in zip(samples, rngs, strict=True):
+        Answers: the conversation with the labelled experts. Routing: the pool (by default shuffled and cut at random) and the
+        question in, letters out; the picture is coarse and no expert is fused.
+        """
+        sample: Sample = self.samples[position]
+        rng = random.Random(f"{self.config.seed}/{self.epoch}/{position}")
+        if self.config.stage == "router" or self.samples.rows["routing"][position]:
             augmentation = rng if self.config.shuffle_pool else None
-            turns.append(routing_turns(sample.question, sample.routing or (), self.pool, augmentation, REWRITTEN))
-        questions = [sample.question for sample in samples]
-        return {**self._process(turns, _images(samples), True, questions), "coarse": True}
+            turns: Turns = routing_turns(sample.question, sample.routing or (), self.pool, augmentation, REWRITTEN)
+            return _Prepared(turns=turns, question=sample.question, images=sample.images, routing=True)
+        experts: Sequence[str] = sample.routing or ()
+        if sample.routing is None and self.config.unlabelled == "random":
+            experts = rng.sample(self.names, rng.randint(0, 3))
+        # The key and the pixels of a picture need the same bytes.
+        images = tuple(_loaded(image) for image in sample.images)
+        return _Prepared(turns=sample.turns, question=sample.question, images=images, experts=tuple(experts))
 
-    def _label_batch(self, samples: list[Sample]) -> dict[str, Any]:
-        """What `LightRouting` takes: pictures and questions in, the labelled experts out."""
-        return {
-            "pixel_values": self.processor.base.preprocess(_images(samples))["pixel_values"],
-            **self.processor.gate_text([sample.question for sample in samples]),
-            "routing": self._mask([sample.routing or () for sample in samples]),
-        }
+    def _inputs(self, samples: Sequence["_Prepared"]) -> dict[str, Any]:
+        """What the stage's learner takes.
 
-    def _mask(self, routed: Sequence[Collection[str]]) -> Tensor:
-        """Experts per sample as a mask (B, E), bool, in pool order."""
-        return torch.tensor([[name in experts for name in self.names] for experts in routed])
-
-    def _process(
-        self, turns: Any, images: list[ImageRef], routing: bool, questions: list[str] | None
-    ) -> dict[str, Any]:
-        return dict(
+        Raises:
+            ImageError: a picture cannot be read.
+            ValueError: `max_length` cuts a picture, or too few samples are left for the light router.
+            MissingFeatures: the store lacks features of a routed expert.
+        """
+        if self.config.stage == "light-router":
+            return self._of_labels([sample for sample in samples if sample.usable])
+        inputs: dict[str, Any] = dict(
             self.processor(
-                turns,
-                images,
-                routing=routing,
+                [sample.turns for sample in samples],
+                [sample.images for sample in samples],
+                routing=[sample.routing for sample in samples],
                 labels=True,
                 padding_side="right",
                 max_length=self.config.max_length,
-                questions=questions,
+                questions=[sample.question for sample in samples],
             )
         )
+        inputs["labels"][[not sample.usable for sample in samples]] = IGNORE
+        pictures = [(image, sample) for sample in samples for image in sample.images]
+        if not pictures:  # every part needs a gradient on every rank
+            side = self.processor.base.arch["image_size"]
+            inputs |= {"pixel_values": torch.zeros(1, 3, side, side), **self.processor.gate_text(["."]), "unseen": True}
+        routed = [sample.experts for _, sample in pictures] or [()]
+        inputs["experts"] = self._features([image for image, _ in pictures], routed)
+        inputs["routing"] = self._mask(routed)
+        inputs["coarse"] = [sample.routing for _, sample in pictures] or [False]
+        return inputs
+
+    def _features(self, images: Sequence[ImageRef], routed: Sequence[Collection[str]]) -> dict[str, Features]:
+        """Features per expert of the pictures that are routed to it."""
+        wanted = [number for number, experts in enumerate(routed) if experts]
+        fetched = self.features.fetch([images[n] for n in wanted], [list(routed[n]) for n in wanted]) if wanted else []
+        return stack_features(fetched, self.names, torch.device("cpu"), torch.float32)
+
+    def _of_labels(self, samples: Sequence["_Prepared"]) -> dict[str, Any]:
+        """What `LightRouting` takes: pictures and questions in, the labelled experts out."""
+        return {
+            "pixel_values": self.processor.base.preprocess([sample.images[0] for sample in samples])["pixel_values"],
+            **self.processor.gate_text([sample.question for sample in samples]),
+            "routing": self._mask([sample.experts for sample in samples]),
+        }
+
+    def _mask(self, routed: Sequence[Collection[str]]) -> Tensor:
+        """Experts per picture as a mask (M, E), bool, in pool order."""
+        return torch.tensor([[name in experts for name in self.names] for experts in routed])
 
 
-def _images(samples: list[Sample]) -> list[ImageRef]:
-    return [sample.image for sample in samples if sample.image is not None]
+@dataclass(kw_only=True)
+class _Prepared:
+    """A sample as the processor takes it; without arguments the place of one that cannot be used."""
+
+    turns: Turns = (("user", "."), ("assistant", "."))
+    question: str = ""
+    images: Sequence[ImageRef] = ()
+    experts: tuple[str, ...] = ()
+    routing: bool = False
+
+    @property
+    def usable(self) -> bool:
+        return bool(self.question)
+
+
+def _loaded(image: ImageRef) -> ImageRef:
+    """The picture with its bytes; one that cannot be read fails where its batch is made."""
+    try:
+        return image.loaded()
+    except ImageError:
+        return image

@@ -12,6 +12,8 @@ from pipelines.data_args import DataArgs
 Stage = Literal["pretrain", "sft", "router", "light-router"]
 Strategy = Literal["ddp", "fsdp"]
 Precision = Literal["float32", "bfloat16"]
+Loss = Literal["token", "sample"]
+Unlabelled = Literal["refuse", "random", "none"]
 LABEL_STAGES: tuple[Stage, ...] = ("router", "light-router")  # learn from routing labels and read no expert features
 
 
@@ -63,6 +65,12 @@ class TrainConfig(DataArgs):
     Attributes:
         stage: what learns.
         model, data, store, images, bad_rows: as `DataArgs`; `model` is the model to start from.
+        mix: further data files -> how often an epoch passes over each: 2 twice, 0.5 over the same random half in every epoch.
+        routing_samples: labelled samples with one picture that also teach the LLM itself to route (stage sft), as the paper
+            mixes in 2,000; with the pool as `shuffle_pool` says.
+        unlabelled: what becomes of a sample with a picture and without a routing label, where the stage reads features:
+            "refuse" the data, "random", 0 to 3 experts by chance, or "none", no expert.
+        loss: "token", the mean over all answer tokens of a batch; "sample", the mean over samples of their answers' means.
         output: local folder that the trained model is written to.
         learning_rate: peak of the cosine schedule.
         batch_size: samples per optimizer step, over all workers.
@@ -84,7 +92,7 @@ class TrainConfig(DataArgs):
         gpu: one GPU per worker, else one CPU.
         loader_processes: reading processes per worker; 0 reads ahead in a thread.
         lora_rank: rank of the expert-routing LoRA (stage router).
-        shuffle_pool: model-pool augmentation, section 3.3 of the paper (stage router).
+        shuffle_pool: model-pool augmentation of routing samples, section 3.3 of the paper (stages router, sft).
         fingerprints: expert -> the fingerprint whose features to read, where the store has several.
     """
 
@@ -97,6 +105,10 @@ class TrainConfig(DataArgs):
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     max_length: int = 2048
+    mix: dict[str, float] = field(default_factory=dict)
+    routing_samples: int = 0
+    unlabelled: Unlabelled = "refuse"
+    loss: Loss = "token"
     seed: int = 0
     group_by_length: bool = False
     checkpoint_every: int = 200
@@ -118,6 +130,7 @@ class TrainConfig(DataArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "output", absolute(self.output))
+        object.__setattr__(self, "mix", {absolute(path): weight for path, weight in self.mix.items()})
         for name in ("learning_rate", "batch_size"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(STAGES[self.stage], name))

@@ -5,18 +5,19 @@ from collections import deque
 from itertools import chain, repeat
 from typing import Any
 
+import ray
 import ray.train.torch
 import torch
-from torch import Tensor
 from transformers import get_cosine_schedule_with_warmup
 
 from mova_core.figures import number
 from mova_core.model import MoVAForConditionalGeneration
-from mova_core.processing import IGNORE, MoVAProcessor
+from mova_core.processing import MoVAProcessor
 from pipelines.train.batches import open_batches
 from pipelines.train.checkpoint import RunState, read_state, report, start_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import read_chosen, total_steps
+from pipelines.train.index import DataSource
 from pipelines.train.parallel import parallelize
 from pipelines.train.stages import LightRouting, choose_parameters
 
@@ -27,8 +28,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     """Trains on this rank's share of every batch.
 
     Args:
-        arguments: "config", the fields of a `TrainConfig`; "numbers", those of the records to train on, int64; "version" of
-            the data file; and "progress", a `ProgressReporter`.
+        arguments: "config", the fields of a `TrainConfig`; "rows", the samples (`ROW`), or a reference to them; "sources", the
+            fields of every `DataSource`; and "progress", a `ProgressReporter`.
     """
     config = TrainConfig(**arguments["config"])
     torch.manual_seed(config.seed)
@@ -36,7 +37,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
         model = MoVAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         resumed, moments = read_state(folder)
     choose_parameters(model, config)
-    samples, store = read_chosen(config, arguments["numbers"].tolist(), arguments["version"])
+    rows = arguments["rows"]
+    rows = ray.get(rows) if isinstance(rows, ray.ObjectRef) else rows
+    samples, store = read_chosen(config, rows, [DataSource(**source) for source in arguments["sources"]])
     steps, context = total_steps(config, len(samples)), ray.train.get_context()
     rank = context.get_world_rank()
     # Two processors: a thread reads ahead with one while the other is saved, and a fast tokenizer allows no two threads.
@@ -68,15 +71,17 @@ def train_worker(arguments: dict[str, Any]) -> None:
     resumed_from = resumed.steps or None
     losses: deque[float] = deque(maxlen=LOSS_WINDOW)
     cut_off = 0  # samples of this rank whose whole answer lay beyond `max_length`
+    errors: list[str] = []  # of this rank's samples that could not be used
     rest_of_epochs = chain.from_iterable(repeat(batches))  # each iteration of `batches` gives the rest of its epoch
     # The range comes first: zip then ends without reading a batch that no step uses.
     for step, micro_batches in zip(range(resumed.steps + 1, steps + 1), rest_of_epochs, strict=False):
-        terms = torch.cat([_terms(batch) for batch in micro_batches])
-        items = parallel.sum(terms.sum().to(device))
-        loss = parallel.backward([_to(batch, device) for batch in micro_batches], items.clamp_min(1))
+        items = parallel.sum(torch.cat([batch.divisor for batch in micro_batches]).sum().to(device))
+        loss = parallel.backward([batch.to(device).inputs for batch in micro_batches], items.clamp_min(1))
         parallel.step(config.clip_norm)
         schedule.step()
-        cut_off += int((terms == 0).sum())
+        failed = [error for batch in micro_batches for error in batch.errors]
+        errors += failed
+        cut_off += sum(int((batch.answers == 0).sum()) for batch in micro_batches) - len(failed)
         if items:  # else there was nothing to take a loss of
             losses.append(loss.item())
         mean = sum(losses) / max(1, len(losses))
@@ -88,23 +93,9 @@ def train_worker(arguments: dict[str, Any]) -> None:
                 "loss": mean if losses and math.isfinite(mean) else None,
                 "resumed_from": resumed_from,
                 "cut_off": int(parallel.sum(torch.tensor(cut_off, device=device))),
+                "failed": parallel.gather(errors),
             }
             report(RunState(metrics=metrics, batches=batches.state_dict()), model, saved, parallel)
     if resumed.steps == steps:  # the run was killed between its last step and the copy to its output
         metrics = {**resumed.metrics, "resumed_from": resumed_from}
         report(RunState(metrics=metrics, batches=resumed.batches), model, saved, parallel)
-
-
-def _terms(batch: dict[str, Any]) -> Tensor:
-    """Terms of the loss of each sample (B,): its answer tokens within `max_length`, or 1 without labels."""
-    if "labels" in batch:
-        return (batch["labels"][:, 1:] != IGNORE).sum(1)
-    return torch.ones(len(batch["routing"]), dtype=torch.int64)
-
-
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch on the device; features keep their grid."""
-    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    if "experts" in batch:
-        moved["experts"] = {name: f._replace(tokens=f.tokens.to(device)) for name, f in batch["experts"].items()}
-    return moved

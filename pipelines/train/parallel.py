@@ -80,6 +80,14 @@ class Parallel:
             dist.all_reduce(value)
         return value
 
+    def gather(self, items: Sequence[str]) -> list[str]:
+        """The texts of all ranks, in the order of the ranks. Every rank must call it."""
+        gathered: list[Any] = [list(items)]
+        if dist.is_initialized():
+            gathered = [None] * self.world
+            dist.all_gather_object(gathered, list(items))
+        return [item for of_rank in gathered for item in of_rank]
+
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Of this rank, those that learn."""

@@ -17,13 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
 from mova_core.io.atomic import atomic_path
+from pipelines.invalid_records import report_failed
 from pipelines.progress_actor import ProgressReporter, follow_progress
 from pipelines.train.checkpoint import OPTIMIZER, STATE, steps_of_last_checkpoint
 from pipelines.train.config import TrainConfig
@@ -44,11 +44,12 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
         data: what `check_data(config)` returned, if the caller has checked already.
 
     Returns:
-        {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from", "cut_off"}.
+        {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from", "cut_off", "failed"}.
         `skipped`: the error of each invalid record left out; `left_out`: reason -> number of valid records that the stage
         cannot use; `loss`: mean of the last 50 steps, per answer token of all workers, None where it is no finite number;
         `resumed_from`: step, None for a fresh run; `cut_off`: how often a sample's whole answer lay beyond `max_length`, over
-        all epochs since the start or the last resumption.
+        all epochs since the start or the last resumption; `failed`: the error of each sample whose picture could not be
+        decoded or was cut by `max_length`, since then.
 
     Raises:
         DataError: the data cannot be read or lacks what the stage needs.
@@ -61,7 +62,7 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
     config = data.config
     storage, name = checkpoint_folder(config), f"{config.stage}-{identity(config)}"
     storage.mkdir(parents=True, exist_ok=True)
-    steps = total_steps(config, len(data.samples))
+    steps = total_steps(config, len(data.rows))
     if resumed_from := steps_of_last_checkpoint(storage / name):
         tqdm.write(f"{config.stage}: resumes at step {resumed_from} of {steps}", file=sys.stderr)
     with follow_progress(config.stage, "steps", progress) as reporter, _stop_message(reporter, storage / name):
@@ -69,8 +70,8 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
             train_worker,
             train_loop_config={
                 "config": asdict(config),
-                "numbers": np.array([sample.number for sample in data.samples], np.int64),
-                "version": data.version,
+                "rows": ray.put(data.rows),  # one copy per node, which all its processes read
+                "sources": [asdict(source) for source in data.sources],
                 "progress": reporter,
             },
             scaling_config=ray.train.ScalingConfig(
@@ -94,18 +95,19 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
         tqdm.write(
             f"{cut_off} samples taught nothing: --max-length {config.max_length} cut off their answer", file=sys.stderr
         )
+    report_failed("sample", "cannot be used", metrics.get("failed", ()))
     if metrics.get("loss") is None:
         tqdm.write(
             f"{config.stage}: the last losses were no finite numbers; the model may be of no use", file=sys.stderr
         )
     return {
         "stage": config.stage,
-        "samples": len(data.samples),
+        "samples": len(data.rows),
         "skipped": data.skipped,
         "left_out": data.counts(),
         "seconds": time.perf_counter() - started,
         "output": config.output,
-        **{key: metrics[key] for key in ("steps", "loss", "resumed_from", "cut_off") if key in metrics},
+        **{key: metrics[key] for key in ("steps", "loss", "resumed_from", "cut_off", "failed") if key in metrics},
     }
 
 

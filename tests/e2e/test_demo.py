@@ -221,7 +221,7 @@ def test_training_goes_on_from_its_last_checkpoint(ran, tmp_path):
     arguments = [
         "train", "pretrain", "--model", str(root / "start"), "--data", str(root / "data" / "train.json"),
         "--images", str(root / "data" / "images"), "--store", str(root / "store"), "--output", str(tmp_path / "out"),
-        "--batch-size", "16", "--epochs", "2", "--checkpoint-every", "4", "--json", "--quiet",
+        "--batch-size", "16", "--epochs", "2", "--checkpoint-every", "4", "--unlabelled", "random", "--json", "--quiet",
     ]  # fmt: skip
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     first = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

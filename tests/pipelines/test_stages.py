@@ -129,12 +129,11 @@ def test_a_missing_picture_is_found_before_training(places, tmp_path):
         config = TrainConfig(stage="sft", data=data, output=str(tmp_path / "out"), batch_size=32, seed=seed, **places)
         checked = check_data(config)
         assert checked.counts() == {"picture cannot be read": 1} and len(checked.samples) == 199
-    numbers = [sample.number for sample in checked.samples]
-    samples, _ = read_chosen(checked.config, numbers, checked.version)
+    samples, _ = read_chosen(checked.config, checked.rows, checked.sources)
     assert [sample.number for sample in samples] == [n for n in range(1, 201) if n != 124]
     write(tmp_path / "train.json", records[1:])
     with pytest.raises(DataError, match=r"train\.json has changed since the command began"):
-        read_chosen(checked.config, numbers, checked.version)
+        read_chosen(checked.config, checked.rows, checked.sources)
 
 
 def test_questions_and_the_baseline_count_every_turn():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from math import cos, pi
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,12 @@ from ray.train.torch import TorchTrainer
 
 from mova_core.features import Features, FeatureStore
 from mova_core.images import ImageRef
-from mova_core.io.read import file_version
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
 from pipelines.train import loop
+from pipelines.train.batches import StageSamples
+from pipelines.train.config import TrainConfig
+from pipelines.train.data import check_data
 
 BATCH, STEPS, SEED, RATE, DECAY, CLIP = 2, 3, 5, 1e-3, 0.1, 0.05
 LABELS = [["sam"], [], ["vary", "sam"], ["vary"], [], ["sam"], ["vary"]]  # 7 samples: each epoch leaves one out
@@ -31,9 +34,11 @@ def places(mini_folder, pictures, tmp_path) -> dict[str, str]:
     config["adapter"]["text_encoder"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     words = ["left", "right and left", "none", "what is right", "0 1 2 3", "A", "is in the picture"]
+    # Of one picture each, but for a sample without one and a sample with two.
+    shown = [[pictures[number % 3]] for number in range(5)] + [[], pictures[:2]]
     records = [
         {
-            "image": str(pictures[number % 3]),
+            "image": list(map(str, shown[number])),
             "conversations": [{"from": "human", "value": f"what {number}?"}, {"from": "gpt", "value": words[number]}],
             "routing": routing,
         }
@@ -53,23 +58,28 @@ def places(mini_folder, pictures, tmp_path) -> dict[str, str]:
     return {"model": f"{tmp_path}/model", "data": f"{tmp_path}/data.jsonl", "store": f"{tmp_path}/store"}
 
 
-def loss_row_by_row(model, processor, store, records, positions) -> torch.Tensor:
-    """Mean cross entropy over the answers' tokens of a batch, each sample alone in its forward pass."""
-    total, tokens = torch.zeros(()), 0
+def loss_row_by_row(model, processor, store, records, positions, loss) -> torch.Tensor:
+    """Mean cross entropy over the answers' tokens of a batch, or over its samples, each sample alone in its forward pass."""
+    total, items = torch.zeros(()), 0
     for position in positions:
         record = records[position]
         turns = [("user", record["conversations"][0]["value"]), ("assistant", record["conversations"][1]["value"])]
-        image = ImageRef(path=record["image"])
-        row = processor([turns], [image], labels=True)
-        [features] = store.fetch([image], [record["routing"]])
-        experts = {name: found._replace(tokens=found.tokens[None].float()) for name, found in features.items()}
-        routing = torch.tensor([[name in record["routing"] for name in model.config.experts]])
+        images = [ImageRef(path=path) for path in record["image"]]
+        row = processor([turns], [images], labels=True)
+        if images:
+            features = store.fetch(images, [record["routing"]] * len(images))
+            row["experts"] = {
+                name: found._replace(tokens=torch.stack([one[name].tokens for one in features]).float())
+                for name, found in features[0].items()
+            }
+            row["routing"] = torch.tensor([[name in record["routing"] for name in model.config.experts]] * len(images))
         count = int((row["labels"] != IGNORE).sum())
-        total, tokens = total + count * model(**row, experts=experts, routing=routing).loss, tokens + count
-    return total / tokens
+        weight = count if loss == "token" else 1
+        total, items = total + weight * model(**row).loss, items + weight
+    return total / items
 
 
-def parameters_by_hand(places: dict[str, str]) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+def parameters_by_hand(places: dict[str, str], kind: str) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """Every parameter after `STEPS` steps, and of each step the loss and the norm of its gradient before clipping."""
     model = MoVAForConditionalGeneration.from_pretrained(places["model"], dtype=torch.float32).train()
     processor, store = MoVAProcessor.from_pretrained(places["model"]), FeatureStore(places["store"])
@@ -81,7 +91,7 @@ def parameters_by_hand(places: dict[str, str]) -> tuple[dict[str, torch.Tensor],
     order = np.random.default_rng([SEED, 0]).permutation(len(records)).tolist()
     losses, norms = [], []
     for step in range(STEPS):
-        loss = loss_row_by_row(model, processor, store, records, order[step * BATCH : (step + 1) * BATCH])
+        loss = loss_row_by_row(model, processor, store, records, order[step * BATCH : (step + 1) * BATCH], kind)
         # An expert that no sample of the batch is routed to has the gradient zero: its weights decay.
         found = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
         gradients = dict(zip(trained, found, strict=True))
@@ -100,7 +110,8 @@ def parameters_by_hand(places: dict[str, str]) -> tuple[dict[str, torch.Tensor],
     return {name: parameter.detach() for name, parameter in trained.items()}, losses, norms
 
 
-def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["token", "sample"])
+def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, tmp_path, monkeypatch, kind):
     reports: list[Any] = []
 
     def report(state, model, processor, parallel):
@@ -110,15 +121,16 @@ def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, tmp_p
     shown: list[Any] = []
     config = {
         "stage": "sft", "output": str(tmp_path / "out"), **places, "learning_rate": RATE, "batch_size": BATCH,
-        "warmup": 0.33, "weight_decay": DECAY, "clip_norm": CLIP, "seed": SEED, "workers": 1, "checkpoint_every": 2,
+        "warmup": 0.33, "weight_decay": DECAY, "clip_norm": CLIP, "seed": SEED, "workers": 1, "checkpoint_every": 2, "loss": kind,
     }  # fmt: skip
     progress = SimpleNamespace(report=lambda *told: shown.append(told))
     # `num_workers=0` is Ray Train's local mode: the worker's function in this process, without a cluster.
-    arguments = {"config": config, "numbers": np.arange(1, 1 + len(LABELS)), "progress": progress}
-    arguments["version"] = file_version(places["data"])
+    data = check_data(TrainConfig(**config))
+    arguments = {"config": config, "rows": data.rows, "sources": [asdict(source) for source in data.sources]}
+    arguments["progress"] = progress
     TorchTrainer(loop.train_worker, train_loop_config=arguments,
                  scaling_config=ScalingConfig(num_workers=0)).fit()  # fmt: skip
-    wanted, losses, norms = parameters_by_hand(places)
+    wanted, losses, norms = parameters_by_hand(places, kind)
     assert [state.steps for state, _ in reports] == [2, 3], "every second step and the last"
     _, trained = reports[-1]
     assert wanted.keys() <= trained.keys() and min(norms) > CLIP and max(norms) > 1.1 * min(norms), (
@@ -128,3 +140,36 @@ def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, tmp_p
     metrics = reports[-1][0].metrics
     assert metrics["loss"] == pytest.approx(sum(losses) / STEPS) and metrics["resumed_from"] is None
     assert [told[:2] for told in shown] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_routing_samples_and_broken_pictures_in_a_batch(places, tmp_path, pictures):
+    """A batch of an answer, a routing sample and a picture that cannot be decoded is their own rows put together."""
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with open(places["data"]) as file:
+        records = [json.loads(line) for line in file][:3]
+    records[1]["image"] = str(tmp_path / "broken.png")
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    config = TrainConfig(stage="sft", output=str(tmp_path / "out"), batch_size=3, routing_samples=2, seed=1, **places)
+    data = check_data(config)
+    processor = MoVAProcessor.from_pretrained(places["model"])
+    pool = json.loads((tmp_path / "model" / "config.json").read_text())["pool"]
+    samples = StageSamples(config, data.samples, FeatureStore(places["store"]), processor, pool)
+    routing = next(n for n in range(3, len(data.rows)) if data.rows["number"][n] != 2)
+    [batch] = samples.__getitems__([0, 1, routing])
+    assert batch.errors == [f"{tmp_path}/data.jsonl, record 2, line 2: {batch.errors[0].partition('line 2: ')[2]}"]
+    assert "broken.png" in batch.errors[0] and batch.sources.tolist() == [0, 0, 1]
+    assert batch.answers[1] == 0 and batch.divisor.tolist() == batch.answers.tolist()
+    for row, position in ((0, 0), (2, routing)):
+        [alone] = samples.__getitems__([position])
+        length = alone.inputs["input_ids"].shape[1]
+        for name in ("input_ids", "labels"):
+            assert torch.equal(batch.inputs[name][row][:length], alone.inputs[name][0]), name
+        picture = min(row, 1)  # the broken one is not shown
+        assert torch.equal(batch.inputs["routing"][picture], alone.inputs["routing"][0])
+        assert torch.equal(batch.inputs["pixel_values"][picture], alone.inputs["pixel_values"][0])
+    assert batch.inputs["coarse"] == [False, True] and not batch.inputs["routing"][1].any()
+    said = batch.inputs["labels"][2]
+    letters = processor.decode(said[said != IGNORE])
+    assert letters == "none" or set(letters) <= set("ABCDEFG, ")
+    [nothing] = samples.__getitems__([1])
+    assert nothing.answers.tolist() == [0] and nothing.inputs["unseen"] and nothing.inputs["pixel_values"].shape[0] == 1
