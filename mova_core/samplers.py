@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+Lengths = Sequence[int] | np.ndarray
+
 
 def epoch_order(
     count: int,
@@ -17,7 +19,7 @@ def epoch_order(
     epoch: int,
     *,
     shuffle: bool = True,
-    lengths: Sequence[int] | None = None,
+    lengths: Lengths | None = None,
     batch_size: int = 1,
 ) -> np.ndarray:
     """Positions of all samples in the order of one epoch, (count,) int64; independent of the number of ranks.
@@ -46,10 +48,10 @@ def epoch_order(
     generators = [torch.Generator().manual_seed(int(state)) for state in states]
     # World size 1: a group is the batch of all ranks, so the number of ranks changes no step. The published trainer has
     # the same groups and deals each to its ranks in another way.
-    return np.array(modality_groups(lengths, batch_size, 1, *generators), np.int64)
+    return modality_groups(lengths, batch_size, 1, *generators)
 
 
-def length_groups(lengths: Sequence[int], batch_size: int, world_size: int, generator: Any = None) -> list[int]:
+def length_groups(lengths: Lengths, batch_size: int, world_size: int, generator: Any = None) -> np.ndarray:
     """A random order of samples in which the ranks of a step have similar sums of lengths.
 
     Random groups of world_size * batch_size samples are sorted by descending length and dealt to the ranks so that the
@@ -62,20 +64,21 @@ def length_groups(lengths: Sequence[int], batch_size: int, world_size: int, gene
         generator: a torch.Generator; None takes torch's global one.
 
     Returns:
-        Positions: for each step world_size runs of batch_size, one per rank.
+        Positions, int64: for each step world_size runs of batch_size, one per rank.
     """
     import torch  # not at the top: a data file is checked before torch starts
 
-    group_size = world_size * batch_size
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    dealt: list[int] = []
+    lengths, group_size = np.asarray(lengths), world_size * batch_size
+    order = torch.randperm(len(lengths), generator=generator).numpy()
     for start in range(0, len(order), group_size):
-        group = sorted(order[start : start + group_size], key=lambda position: lengths[position], reverse=True)
-        dealt += [position for batch in even_batches(group, lengths, world_size) for position in batch]
-    return dealt
+        group = order[start : start + group_size]
+        group[:] = group[np.argsort(-lengths[group], kind="stable")]
+        if world_size > 1:
+            group[:] = np.concatenate(even_batches(group.tolist(), lengths, world_size))
+    return order
 
 
-def even_batches(positions: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+def even_batches(positions: Sequence[int], lengths: Lengths, count: int) -> list[list[int]]:
     """Deals positions into `count` batches of equal size, each position to the batch with the smallest sum of lengths.
 
     Where the batches cannot have equal sizes, positions are dealt round-robin.
@@ -94,12 +97,12 @@ def even_batches(positions: Sequence[int], lengths: Sequence[int], count: int) -
 
 
 def modality_groups(
-    lengths: Sequence[int],
+    lengths: Lengths,
     batch_size: int,
     world_size: int,
     generator: Any = None,
     modality_generator: Any = None,
-) -> list[int]:
+) -> np.ndarray:
     """`length_groups` within each modality, then the steps of both in random order.
 
     No step mixes samples with and without images, except the last: it has the samples left over of each modality.
@@ -115,25 +118,18 @@ def modality_groups(
     """
     import torch
 
-    if not all(lengths):
+    lengths, group_size = np.asarray(lengths), world_size * batch_size
+    if not lengths.all():
         raise ValueError("a sample of length 0 belongs to neither modality: leave it out")
-    modalities = [
-        [position for position, length in enumerate(lengths) if (length > 0) == has_pictures]
-        for has_pictures in (True, False)
-    ]
-    if not all(modalities):
-        return length_groups([abs(length) for length in lengths], batch_size, world_size, generator)
-    group_size = world_size * batch_size
-    whole_steps: list[list[int]] = []
-    rest: list[int] = []
+    modalities = [np.flatnonzero(lengths > 0), np.flatnonzero(lengths < 0)]
+    if not all(map(len, modalities)):
+        return length_groups(np.abs(lengths), batch_size, world_size, generator)
+    whole_steps: list[np.ndarray] = []
+    rest: list[np.ndarray] = []
     for members in modalities:
-        member_lengths = [abs(lengths[position]) for position in members]
-        order = length_groups(member_lengths, batch_size, world_size, modality_generator)
-        steps = [
-            [members[index] for index in order[start : start + group_size]]
-            for start in range(0, len(order), group_size)
-        ]
-        whole_steps += steps[:-1]
-        rest += steps[-1]
-    steps = [whole_steps[index] for index in torch.randperm(len(whole_steps), generator=generator).tolist()]
-    return [position for step in [*steps, sorted(rest)] for position in step]
+        order = members[length_groups(np.abs(lengths[members]), batch_size, world_size, modality_generator)]
+        whole = (len(order) - 1) // group_size * group_size  # the last step, full or not, is left over
+        whole_steps.append(order[:whole].reshape(-1, group_size))
+        rest.append(order[whole:])
+    steps = np.concatenate(whole_steps)[torch.randperm(sum(map(len, whole_steps)), generator=generator).numpy()]
+    return np.concatenate([steps.ravel(), np.sort(np.concatenate(rest))])

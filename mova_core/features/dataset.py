@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from mova_core.features.index import binary_keys
 from mova_core.features.store import FeatureStore, MissingFeatures
 from mova_core.images import ImageRef
-from mova_core.samplers import epoch_order
+from mova_core.samplers import Lengths, epoch_order
 
 if TYPE_CHECKING:
     from mova_core.experts import Features
@@ -149,7 +149,7 @@ class FeatureBatches:
         *,
         seed: int = 0,
         shuffle: bool = True,
-        lengths: Sequence[int] | None = None,
+        lengths: Lengths | None = None,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,

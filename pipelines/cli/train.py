@@ -106,6 +106,14 @@ OPTIONS: dict[str, Any] = {
     "max_length": Annotated[
         int, typer.Option(help="Longest sample, tokens; a longer one loses its end.", min=1, rich_help_panel=TRAINING)
     ],
+    "group_by_length": Annotated[
+        bool,
+        typer.Option(
+            "--group-by-length",
+            help="Batches of samples of similar length and of one modality, as the paper's sft has; else plain shuffling.",
+            rich_help_panel=TRAINING,
+        ),
+    ],
     "seed": Annotated[
         int, typer.Option(help="Decides the order of the samples and every random choice.", rich_help_panel=TRAINING)
     ],

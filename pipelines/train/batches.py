@@ -65,7 +65,7 @@ def open_batches(
         StageSamples(config, samples, features, processor, pool),
         config.batch_size,
         seed=config.seed,
-        lengths=samples.rows["length"].tolist() if config.group_by_length else None,
+        lengths=samples.rows["length"] if config.group_by_length else None,
         rank=rank,
         world=world,
         workers=config.loader_processes,

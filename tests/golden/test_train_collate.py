@@ -103,10 +103,10 @@ def test_order_of_batches(golden):
     lengths = facts["lengths"]
     plain = [abs(length) for length in lengths]
     outer = torch.Generator().manual_seed(1)
-    assert length_groups(plain, 2, 2, outer) == facts["length_grouped(batch2,world2)"]
+    assert length_groups(plain, 2, 2, outer).tolist() == facts["length_grouped(batch2,world2)"]
     torch.manual_seed(0)  # the published order within a modality comes from the global generator
     outer = torch.Generator().manual_seed(1)
-    assert modality_groups(lengths, 2, 2, outer) == facts["modality_grouped(batch2,world2)"]
+    assert modality_groups(lengths, 2, 2, outer).tolist() == facts["modality_grouped(batch2,world2)"]
 
 
 def test_sample_lengths(golden, tmp_path):
