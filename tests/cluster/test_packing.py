@@ -91,6 +91,11 @@ def test_an_actor_that_ray_placed_where_no_room_is_known_counts_against_the_clus
     rows = [row("a", CPU=2.0), row("b", CPU=2.0), row("c", CPU=1.0)]
     free = FreeResources.from_live(rows, running=[("a", fractions), ("b", fractions)], starting=[pool("sam=1,cpu=2")])
     assert free.take(whole) is None, "of 5 CPUs 3 are held, 2 promised"
+    rows = [row(name, CPU=2.0) for name in "abcd"]
+    running = [(name, pool("sam=1,cpu=0.8")) for name in "abcd"]
+    free = FreeResources.from_live(rows, running=running, starting=[pool("sam=1,cpu=2")])
+    assert free.take(whole) is not None, "of 8 CPUs 3.2 are held, 2 promised and one stays free"
+    assert free.take(whole) is None
 
 
 def test_larger_shares_of_a_gpu_are_placed_first():

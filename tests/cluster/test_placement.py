@@ -6,7 +6,14 @@ import pytest
 
 from cluster.nodes import GIB, NodeType, PlanError
 from cluster.packing import first_fit
-from cluster.placement import SIMPLICITY_TOLERANCE, duration, placement_options, plan_placement
+from cluster.placement import (
+    SIMPLICITY_TOLERANCE,
+    Placement,
+    PlacementOption,
+    duration,
+    placement_options,
+    plan_placement,
+)
 from cluster.pools import PoolSpec, plan_pools
 from mova_core.experts.cost import Measured, Profile
 
@@ -92,6 +99,65 @@ def test_an_expert_that_cannot_be_placed_is_reported():
         plan_placement({"sam": 0}, [on_cpu], [NodeType(cpus=4, memory=64 * GIB)])
     [note] = plan_placement({"sam": 1}, [a100], [gpus(1), gpus(1, "T4", 15)]).notes
     assert note == "sam is not placed on T4: no profile of it there"
+
+
+def test_an_actor_on_cpus_has_the_batch_and_memory_of_the_slowest_profile():
+    fast = profile("sam", "cpu X", (1, 3.0, 1), (4, 8.0, 3), threads=2)
+    slow = profile("sam", "cpu Y", (1, 1.0, 1), (2, 2.0, 2.5), threads=3)
+    nodes = [NodeType(cpus=1, memory=GIB), NodeType(cpus=8, memory=8 * GIB)]
+    pool = PoolSpec(expert="sam", cpu=3.0, batch=2, memory=int(2.5 * GIB))
+    assert placement_options("sam", [fast, slow], nodes, None, []) == [PlacementOption(pool, 2.0)]
+    [option] = placement_options("sam", [slow, fast], nodes, 1.0, [])
+    # Three cores decode 3 images/s, and compute after that.
+    assert option.pool == pool and option.rate == pytest.approx(1 / (1 / 2 + 1 / 3))
+    unmeasured = replace(slow, batches=[Measured(batch=1, images_per_second=1.0, peak_bytes=None)])
+    assert [option.pool.memory for option in placement_options("sam", [unmeasured], nodes, None, [])] == [0]
+    with pytest.raises(PlanError) as error:
+        placement_options("sam", [slow], [NodeType(cpus=2, memory=GIB), NodeType(cpus=1, memory=2 * GIB)], None, [])
+    assert str(error.value) == (
+        "expert sam fits nowhere: it takes 3 CPUs and 2.5 GiB of memory on one machine, but the largest has 2 and 2.0 GiB"
+    )
+
+
+def test_a_cluster_without_a_cpu_for_reading_is_refused_with_the_smallest_actor():
+    """All machines count, and of the actors that could be placed the one with the fewest CPUs."""
+    profiles = [profile("sam", "A100", (1, 225.0, 3)), profile("sam", "cpu X", (1, 0.5, 3), threads=4)]
+    nodes = [replace(gpus(1, cpus=4), gpu_memory=None), NodeType(count=2, cpus=0.25, memory=GIB)]
+    with pytest.raises(PlanError) as error:
+        plan_placement({"sam": 1000}, profiles, nodes, PIXELS)
+    assert str(error.value) == (
+        "expert sam: one actor holds 3.75 CPUs as profiled and one must stay free for reading tasks, but the "
+        "cluster has 4.5: profile it with a lower --cpu, or add a node"
+    )
+
+
+def test_a_placement_in_words():
+    pools = [PoolSpec(expert="sam", rate=30.0), PoolSpec(expert="vary", rate=20.0), PoolSpec(expert="sam", rate=10.0)]
+    placed = Placement(
+        wanted={"sam": 7200, "vary": 3000},
+        pools=pools,
+        sequential=False,
+        images_per_second=40.0,
+        bound=50.0,
+        shares={"CPU": 0.25, "A100": 0.75},
+        gains={"A100": 12.345, "T4": 0.5},
+        notes=["vary is not placed on T4: no profile of it there"],
+    )
+    first = "40 images/s that have passed all experts, 80% of the best possible rate of this cluster"
+    assert placed.describe() == [
+        f"all experts run concurrently: {first}",
+        "7,200 images in 3 min, without the start of the actors",
+        "bottleneck: A100; last to finish: sam",
+        "one more A100: +12.3 images/s",
+        "one more T4: +0.5 images/s",
+        "note: vary is not placed on T4: no profile of it there",
+    ]
+    one_by_one = replace(placed, sequential=True, wanted={"sam": 7200, "vary": 3700}, gains={}, notes=[])
+    assert one_by_one.describe() == [
+        f"experts run sequentially: {first}",
+        "7,200 images in 3 min, without the start of the actors",
+        "bottleneck: A100; longest: vary",
+    ]
 
 
 def test_experts_run_sequentially_where_they_do_not_fit_together():
