@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from mova_core.figures import number
+from mova_core.figures import number, percent
 from pipelines.cli.help import App
 from pipelines.cli.options import (
     DATA,
@@ -281,10 +281,15 @@ def show_training(result: dict[str, Any]) -> None:
         "steps": steps,
         "loss": f"{number(result.get('loss'))} nats per token over the last steps",
         "time": f"{number(result['seconds'])} s",
+        "speed": f"{number(result['tokens_per_second'])} tokens/s, {percent(result['data_wait'], 1)} of the time waiting for data",
         "output": result["output"],
     }
     if result.get("failed"):
         rows["samples that could not be used"] = len(result["failed"])
+    if result["mfu"] is not None:
+        rows["MFU"] = percent(result["mfu"], 1)
+    if result["skipped_steps"]:
+        rows["steps skipped, as loss or gradient was no finite number"] = result["skipped_steps"]
     if result.get("cut_off"):
         rows["answers cut off whole by --max-length"] = result["cut_off"]
     fields(rows.items())

@@ -26,10 +26,12 @@ class RunState:
     Attributes:
         metrics: reported last; `steps` done, and `loss`.
         batches: `FeatureBatches.state_dict`; empty before the first step.
+        meter: `StepMeter.state_dict`; empty before the first step.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
     batches: dict[str, int] = field(default_factory=dict)
+    meter: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:

@@ -1,7 +1,6 @@
 """The training loop of one Ray Train worker."""
 
-import math
-from collections import deque
+import dataclasses
 from itertools import chain, repeat
 from typing import Any
 
@@ -10,18 +9,17 @@ import ray.train.torch
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from mova_core.figures import number
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
 from pipelines.train.batches import open_batches
 from pipelines.train.checkpoint import RunState, read_state, report, start_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import read_chosen, total_steps
+from pipelines.train.flops import ModelFlops, peak_flops
 from pipelines.train.index import DataSource
+from pipelines.train.metrics import MetricsFile, StepMeter
 from pipelines.train.parallel import parallelize
 from pipelines.train.stages import LightRouting, choose_parameters
-
-LOSS_WINDOW = 50  # steps over which the reported loss is averaged
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -29,7 +27,7 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
     Args:
         arguments: "config", the fields of a `TrainConfig`; "rows", the samples (`ROW`), or a reference to them; "sources", the
-            fields of every `DataSource`; and "progress", a `ProgressReporter`.
+            fields of every `DataSource`; "run_folder", which receives `metrics.jsonl`; and "progress", a `ProgressReporter`.
     """
     config = TrainConfig(**arguments["config"])
     torch.manual_seed(config.seed)
@@ -67,35 +65,50 @@ def train_worker(arguments: dict[str, Any]) -> None:
         schedule.last_epoch = resumed.steps - 1
         schedule.step()
 
+    meter = StepMeter(
+        parallel,
+        model,
+        sources=[*(source.name for source in samples.sources), "routing"],
+        where=samples.where,
+        rank=rank,
+        flops=ModelFlops(model, light=config.stage == "light-router"),
+        peak=peak_flops(device, config.precision),
+    )
+    if resumed.meter:
+        meter.load_state_dict(resumed.meter)
+    log = MetricsFile(arguments["run_folder"], resumed.steps) if rank == 0 else None
+
     parallel.wrapped.train()
     resumed_from = resumed.steps or None
-    losses: deque[float] = deque(maxlen=LOSS_WINDOW)
     cut_off = 0  # samples of this rank whose whole answer lay beyond `max_length`
     errors: list[str] = []  # of this rank's samples that could not be used
     rest_of_epochs = chain.from_iterable(repeat(batches))  # each iteration of `batches` gives the rest of its epoch
     # The range comes first: zip then ends without reading a batch that no step uses.
-    for step, micro_batches in zip(range(resumed.steps + 1, steps + 1), rest_of_epochs, strict=False):
+    for step, micro_batches in zip(range(resumed.steps + 1, steps + 1), meter.timed(rest_of_epochs), strict=False):
+        meter.begin(micro_batches)
         items = parallel.sum(torch.cat([batch.divisor for batch in micro_batches]).sum().to(device))
         loss = parallel.backward([batch.to(device).inputs for batch in micro_batches], items.clamp_min(1))
-        parallel.step(config.clip_norm)
+        norm = parallel.step(config.clip_norm, loss)
+        line = meter.end(step, loss, norm, schedule.get_last_lr()[0])
         schedule.step()
         failed = [error for batch in micro_batches for error in batch.errors]
         errors += failed
         cut_off += sum(int((batch.answers == 0).sum()) for batch in micro_batches) - len(failed)
-        if items:  # else there was nothing to take a loss of
-            losses.append(loss.item())
-        mean = sum(losses) / max(1, len(losses))
-        if rank == 0:
-            arguments["progress"].report(step, steps, f"loss: {number(mean)}")
+        if log is not None:
+            log.write(line)
+            arguments["progress"].report(step, steps, meter.note(line))
+        if meter.stopped:
+            return
         if step % config.checkpoint_every == 0 or step == steps:
             metrics = {
                 "steps": step,
-                "loss": mean if losses and math.isfinite(mean) else None,
+                "loss": meter.loss,
                 "resumed_from": resumed_from,
                 "cut_off": int(parallel.sum(torch.tensor(cut_off, device=device))),
                 "failed": parallel.gather(errors),
             }
-            report(RunState(metrics=metrics, batches=batches.state_dict()), model, saved, parallel)
+            state = RunState(metrics=metrics, batches=batches.state_dict(), meter=meter.state_dict())
+            report(state, model, saved, parallel)
     if resumed.steps == steps:  # the run was killed between its last step and the copy to its output
-        metrics = {**resumed.metrics, "resumed_from": resumed_from}
-        report(RunState(metrics=metrics, batches=resumed.batches), model, saved, parallel)
+        state = dataclasses.replace(resumed, metrics={**resumed.metrics, "resumed_from": resumed_from})
+        report(state, model, saved, parallel)

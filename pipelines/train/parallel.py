@@ -66,11 +66,15 @@ class Parallel:
             total += loss.detach()
         return self.sum(total)
 
-    def step(self, clip_norm: float) -> Tensor:
-        """Clips the gradient to `clip_norm`, updates the parameters and clears the gradients; returns the norm before, scalar."""
+    def step(self, clip_norm: float, loss: Tensor) -> Tensor:
+        """Clips the gradient to `clip_norm`, updates the parameters and clears the gradients; returns the norm before, scalar.
+
+        Where the norm or `loss`, which `backward` returned, is no finite number, parameters and moments stay.
+        """
         norm = nn.utils.clip_grad_norm_(self.parameters, clip_norm)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP2: a DTensor
-        self.optimizer.step()
+        if (norm + loss).isfinite():  # the same numbers on every rank
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
 

@@ -29,6 +29,7 @@ from pipelines.train.checkpoint import OPTIMIZER, STATE, steps_of_last_checkpoin
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import TrainingData, check_data, total_steps
 from pipelines.train.loop import train_worker
+from pipelines.train.metrics import METRICS, check_finite, read_metrics, summary
 
 # Of the machines, not of the training: a batch is the same for any number of workers, so that a run may resume with others.
 MACHINE_SETTINGS = frozenset({"workers", "gpu", "loader_processes", "checkpoint_every", "strategy", "micro_batch"})
@@ -44,7 +45,8 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
         data: what `check_data(config)` returned, if the caller has checked already.
 
     Returns:
-        {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from", "cut_off", "failed"}.
+        {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from", "cut_off", "failed"}
+        and those of `summary`.
         `skipped`: the error of each invalid record left out; `left_out`: reason -> number of valid records that the stage
         cannot use; `loss`: mean of the last 50 steps, per answer token of all workers, None where it is no finite number;
         `resumed_from`: step, None for a fresh run; `cut_off`: how often a sample's whole answer lay beyond `max_length`, over
@@ -54,6 +56,7 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
     Raises:
         DataError: the data cannot be read or lacks what the stage needs.
         StoreError: the store lacks features of this model's experts.
+        TrainingError: several steps in a row had no finite loss or gradient.
         KeyboardInterrupt: Ctrl-C; the message says from which step the same command resumes.
     """
     started = time.perf_counter()
@@ -72,6 +75,7 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
                 "config": asdict(config),
                 "rows": ray.put(data.rows),  # one copy per node, which all its processes read
                 "sources": [asdict(source) for source in data.sources],
+                "run_folder": str(storage / name),
                 "progress": reporter,
             },
             scaling_config=ray.train.ScalingConfig(
@@ -85,10 +89,13 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
             ),
         )
         result = trainer.fit()
+    rows = read_metrics(storage / name)
+    check_finite(rows, config)
     assert result.checkpoint is not None  # every run reports its last step
     # The folder is replaced as a whole: nothing of an older model may stay, its LoRA least of all.
     with result.checkpoint.as_directory() as folder, atomic_path(config.output) as draft:
         shutil.copytree(folder, draft, ignore=shutil.ignore_patterns(OPTIMIZER, STATE))
+        shutil.copyfile(storage / name / METRICS, draft / METRICS)
     shutil.rmtree(storage, ignore_errors=True)
     metrics = result.metrics or {}
     if cut_off := metrics.get("cut_off"):
@@ -107,6 +114,7 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
         "left_out": data.counts(),
         "seconds": time.perf_counter() - started,
         "output": config.output,
+        **summary(rows),
         **{key: metrics[key] for key in ("steps", "loss", "resumed_from", "cut_off", "failed") if key in metrics},
     }
 

@@ -153,6 +153,10 @@ TRAINED = {
     "seconds": 158_209.27,
     "output": FOLDER,
     "resumed_from": 1_000_000,
+    "tokens_per_second": 1_234_567.8,
+    "data_wait": 0.0123,
+    "mfu": 0.4567,
+    "skipped_steps": 12_345,
     "left_out": {"no picture": 40_000},
     "skipped": ["data.json, record 3: no `conversations`"],
 }
@@ -180,7 +184,10 @@ OUTPUTS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "store diff": (lambda: store.show_diff(STORE, DIFFERENCE, ()), [FINGERPRINT, number(PICTURES), "1,234,567"]),
     "convert": (lambda: convert.show_report(REPORT, False), ["123,456,789,012", "123,457", "12,345", "routing_lora"]),
     "label": (lambda: label.show_labels(Labels), ["9,876,543", number(PICTURES), "2.35", "12,345"]),
-    "train": (lambda: train.show_training(TRAINED), [number(PICTURES), "5.62", "158,209", "1,000,000", "40,000"]),
+    "train": (
+        lambda: train.show_training(TRAINED),
+        [number(PICTURES), "5.62", "158,209", "1,000,000", "40,000", "1,234,568", "45.7 %"],
+    ),
     "evaluate": (lambda: evaluate.show_kinds(KINDS), ["document with a table", number(PICTURES), "98.8 %", "12.3 %"]),
     "ask": (lambda: ask.show_answer(ANSWER), ["0.333", "12.3", "our-other-encoder (cost 12,346)"]),
 }

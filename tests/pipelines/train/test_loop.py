@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from math import cos, pi
 from types import SimpleNamespace
 from typing import Any
@@ -19,16 +21,23 @@ from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
 from pipelines.train import loop
 from pipelines.train.batches import StageSamples
+from pipelines.train.checkpoint import RunState
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import check_data
+from pipelines.train.metrics import read_metrics
+from tests.pipelines.cli.json_page import check
 
 BATCH, STEPS, SEED, RATE, DECAY, CLIP = 2, 3, 5, 1e-3, 0.1, 0.05
 LABELS = [["sam"], [], ["vary", "sam"], ["vary"], [], ["sam"], ["vary"]]  # 7 samples: each epoch leaves one out
 
 
 @pytest.fixture
-def places(mini_folder, pictures, tmp_path) -> dict[str, str]:
-    """The arguments that name a model without dropout, data with labels, and a store of arbitrary features."""
+def places(mini_folder, pictures, tmp_path, request) -> dict[str, str]:
+    """The arguments that name a model without dropout, data with labels, and a store of arbitrary features.
+
+    A parameter (expert, picture) plants NaN in that expert's feature of that picture.
+    """
+    planted = getattr(request, "param", None)
     shutil.copytree(mini_folder, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["adapter"]["text_encoder"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -54,6 +63,8 @@ def places(mini_folder, pictures, tmp_path) -> dict[str, str]:
             ImageRef(path=str(path)).key: Features(torch.randn(16, channels, generator=generator), (4, 4))
             for path in pictures
         }
+        if planted and planted[0] == expert["name"]:
+            rows[ImageRef(path=str(pictures[planted[1]])).key].tokens.fill_(float("nan"))
         partition.write(partition.shard_id(rows), rows)
     return {"model": f"{tmp_path}/model", "data": f"{tmp_path}/data.jsonl", "store": f"{tmp_path}/store"}
 
@@ -79,8 +90,14 @@ def loss_row_by_row(model, processor, store, records, positions, loss) -> torch.
     return total / items
 
 
-def parameters_by_hand(places: dict[str, str], kind: str) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
-    """Every parameter after `STEPS` steps, and of each step the loss and the norm of its gradient before clipping."""
+def parameters_by_hand(
+    places: dict[str, str], kind: str, left_out: int | None = None
+) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+    """Every parameter after `STEPS` steps, and of each step the loss and the norm of its gradient before clipping.
+
+    Args:
+        left_out: a step that changes nothing but the learning rate of those after it.
+    """
     model = MoVAForConditionalGeneration.from_pretrained(places["model"], dtype=torch.float32).train()
     processor, store = MoVAProcessor.from_pretrained(places["model"]), FeatureStore(places["store"])
     with open(places["data"]) as file:
@@ -89,8 +106,11 @@ def parameters_by_hand(places: dict[str, str], kind: str) -> tuple[dict[str, tor
     first = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     second = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     order = np.random.default_rng([SEED, 0]).permutation(len(records)).tolist()
-    losses, norms = [], []
+    losses, norms, updates = [], [], 0
     for step in range(STEPS):
+        if step == left_out:
+            continue
+        updates += 1
         loss = loss_row_by_row(model, processor, store, records, order[step * BATCH : (step + 1) * BATCH], kind)
         # An expert that no sample of the batch is routed to has the gradient zero: its weights decay.
         found = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
@@ -101,7 +121,7 @@ def parameters_by_hand(places: dict[str, str], kind: str) -> tuple[dict[str, tor
             gradient = gradients[name] * min(1.0, CLIP / (norm + 1e-6))
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.999 * second[name] + 0.001 * gradient**2
-            mean, variance = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.999 ** (step + 1))
+            mean, variance = first[name] / (1 - 0.9**updates), second[name] / (1 - 0.999**updates)
             decay = DECAY if gradient.ndim > 1 else 0.0  # norms and biases do not decay
             with torch.no_grad():
                 trained[name].mul_(1 - rate * decay).sub_(rate * mean / (variance.sqrt() + 1e-8))
@@ -110,36 +130,90 @@ def parameters_by_hand(places: dict[str, str], kind: str) -> tuple[dict[str, tor
     return {name: parameter.detach() for name, parameter in trained.items()}, losses, norms
 
 
+@dataclass
+class Trained:
+    """What a worker reported: after which steps, its last state and parameters, the lines of its steps, and its progress."""
+
+    steps: list[int]
+    state: RunState
+    parameters: dict[str, torch.Tensor]
+    lines: list[dict[str, Any]]
+    shown: list[Any]
+
+
+@pytest.fixture
+def train(places, tmp_path, monkeypatch) -> Callable[..., Trained]:
+    def run(kind: str = "token") -> Trained:
+        reports: list[Any] = []
+
+        def report(state, model, processor, parallel):
+            weights = parallel.full_weights(model)
+            reports.append((state, {name: value.detach().clone() for name, value in weights.items()}))
+
+        monkeypatch.setattr(loop, "report", report)
+        shown: list[Any] = []
+        config = {
+            "stage": "sft", "output": str(tmp_path / "out"), **places, "learning_rate": RATE, "batch_size": BATCH,
+            "warmup": 0.33, "weight_decay": DECAY, "clip_norm": CLIP, "seed": SEED, "workers": 1, "checkpoint_every": 2,
+            "loss": kind,
+        }  # fmt: skip
+        progress = SimpleNamespace(report=lambda *told: shown.append(told))
+        # `num_workers=0` is Ray Train's local mode: the worker's function in this process, without a cluster.
+        data = check_data(TrainConfig(**config))
+        arguments = {"config": config, "rows": data.rows, "sources": [asdict(source) for source in data.sources]}
+        arguments |= {"progress": progress, "run_folder": str(tmp_path / "run")}
+        TorchTrainer(loop.train_worker, train_loop_config=arguments,
+                     scaling_config=ScalingConfig(num_workers=0)).fit()  # fmt: skip
+        state, parameters = reports[-1]
+        lines = read_metrics(tmp_path / "run")
+        return Trained([state.steps for state, _ in reports], state, parameters, lines, shown)
+
+    return run
+
+
+def distance(parameters: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    return max(float((parameters[name] - value).abs().max()) for name, value in wanted.items())
+
+
 @pytest.mark.parametrize("kind", ["token", "sample"])
-def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, tmp_path, monkeypatch, kind):
-    reports: list[Any] = []
-
-    def report(state, model, processor, parallel):
-        reports.append((state, {name: value.detach().clone() for name, value in parallel.full_weights(model).items()}))
-
-    monkeypatch.setattr(loop, "report", report)
-    shown: list[Any] = []
-    config = {
-        "stage": "sft", "output": str(tmp_path / "out"), **places, "learning_rate": RATE, "batch_size": BATCH,
-        "warmup": 0.33, "weight_decay": DECAY, "clip_norm": CLIP, "seed": SEED, "workers": 1, "checkpoint_every": 2, "loss": kind,
-    }  # fmt: skip
-    progress = SimpleNamespace(report=lambda *told: shown.append(told))
-    # `num_workers=0` is Ray Train's local mode: the worker's function in this process, without a cluster.
-    data = check_data(TrainConfig(**config))
-    arguments = {"config": config, "rows": data.rows, "sources": [asdict(source) for source in data.sources]}
-    arguments["progress"] = progress
-    TorchTrainer(loop.train_worker, train_loop_config=arguments,
-                 scaling_config=ScalingConfig(num_workers=0)).fit()  # fmt: skip
+def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train, kind):
+    trained = train(kind)
     wanted, losses, norms = parameters_by_hand(places, kind)
-    assert [state.steps for state, _ in reports] == [2, 3], "every second step and the last"
-    _, trained = reports[-1]
-    assert wanted.keys() <= trained.keys() and min(norms) > CLIP and max(norms) > 1.1 * min(norms), (
+    assert trained.steps == [2, 3], "every second step and the last"
+    assert wanted.keys() <= trained.parameters.keys() and min(norms) > CLIP and max(norms) > 1.1 * min(norms), (
         "each step is clipped"
     )
-    assert max(float((trained[name] - value).abs().max()) for name, value in wanted.items()) < 1e-6
-    metrics = reports[-1][0].metrics
+    assert distance(trained.parameters, wanted) < 1e-6
+    metrics = trained.state.metrics
     assert metrics["loss"] == pytest.approx(sum(losses) / STEPS) and metrics["resumed_from"] is None
-    assert [told[:2] for told in shown] == [(1, 3), (2, 3), (3, 3)]
+    assert [told[:2] for told in trained.shown] == [(1, 3), (2, 3), (3, 3)]
+    for line, loss, norm in zip(trained.lines, losses, norms, strict=True):
+        assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss), pytest.approx(norm, rel=1e-4))
+        assert list(line["sources"]) == ["data"] and line["samples"] == BATCH and line["mfu"] is None
+        assert (line["sources"]["data"] == pytest.approx(loss)) == (kind == "token"), "a source's is always per token"
+        assert 0 < line["data_wait"] < line["seconds"] and "skipped" not in line
+        check("train", line, "### The lines of `metrics.jsonl`")
+    assert [line["lr"] for line in trained.lines] == [0, RATE, pytest.approx(RATE / 2)]
+    order = np.random.default_rng([SEED, 0]).permutation(len(LABELS)).tolist()[: STEPS * BATCH]
+    pictures = [1, 1, 1, 1, 1, 0, 2]
+    routed = Counter(name for position in order for name in LABELS[position] * pictures[position])
+    counted = sum((Counter(line["experts"]) for line in trained.lines), Counter())
+    assert {name: rows for name, rows in counted.items() if rows} == routed
+
+
+@pytest.mark.parametrize("places", [("vary", 2)], indirect=True)
+def test_a_step_with_nan_features_changes_nothing_and_is_named(places, train):
+    """Sample 2, which is in the second step, alone reads the feature of `vary` for the last picture."""
+    trained = train()
+    wanted, losses, _ = parameters_by_hand(places, "token", left_out=1)
+    assert distance(trained.parameters, wanted) < 1e-6
+    assert trained.state.metrics["loss"] == pytest.approx(sum(losses) / 2)
+    second = trained.lines[1]
+    assert second["skipped"] and second["loss"] is None and second["grad_norm"] is None
+    check("train", second, "### The lines of `metrics.jsonl`")
+    assert second["suspects"] == [f"{places['data']}, record 3, line 3"]
+    assert ["skipped" in line for line in trained.lines] == [False, True, False]
+    assert "1 step skipped" in trained.shown[-1][2]
 
 
 def test_routing_samples_and_broken_pictures_in_a_batch(places, tmp_path, pictures):

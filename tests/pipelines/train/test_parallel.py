@@ -131,7 +131,7 @@ def take_step(
     batches = [tensors(mine[part :: case.micro], model) for part in range(case.micro)]
     answers = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
     loss = parallel.backward(batches, parallel.sum(torch.tensor(answers)))
-    return float(loss), float(parallel.step(clip_norm=1.0))
+    return float(loss), float(parallel.step(1.0, loss))
 
 
 def losses_and_norms(case: Case, rank: int, world: int, steps: int = STEPS) -> dict[str, list[float]]:
