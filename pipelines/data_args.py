@@ -15,7 +15,7 @@ class DataArgs:
     Attributes:
         model: local folder of a MoVA model.
         data: LLaVA JSON or JSONL file, or its URL (docs/data_format.md).
-        store: feature store, a folder or a URL.
+        store: feature store, a folder or a URL; "" where a command may do without one.
         images: folder or URL that the records' `image` is relative to; default the data file's folder.
         bad_rows: "raise" ends at the first invalid record, "skip" leaves invalid records out and lists them.
     """
@@ -28,5 +28,5 @@ class DataArgs:
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "store", "images"):
-            if (path := getattr(self, name)) is not None:
+            if path := getattr(self, name):
                 object.__setattr__(self, name, absolute(path))

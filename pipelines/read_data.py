@@ -82,11 +82,14 @@ def read_pool(model: str) -> list[dict[str, Any]]:
         raise DataError(f"{model} is no MoVA model ({reason}): make one with `mova init` or `mova convert`") from None
 
 
-def open_store(args: DataArgs, fingerprints: Mapping[str, str] | None = None) -> tuple[FeatureStore, tuple[str, ...]]:
+def open_store(
+    args: DataArgs, fingerprints: Mapping[str, str] | None = None, create: bool = False
+) -> tuple[FeatureStore, tuple[str, ...]]:
     """The store, opened for the features that the model was trained on, and the model's experts in routing order.
 
     Args:
         fingerprints: expert -> features to read where the store has several; those of the model come first.
+        create: an empty store where there is none.
 
     Raises:
         DataError: no model.
@@ -94,7 +97,7 @@ def open_store(args: DataArgs, fingerprints: Mapping[str, str] | None = None) ->
     """
     pool = read_pool(args.model)
     trained_on = {expert["name"]: expert["fingerprint"] for expert in pool if expert.get("fingerprint")}
-    store = FeatureStore(args.store, fingerprints={**(fingerprints or {}), **trained_on})
+    store = FeatureStore(args.store, fingerprints={**(fingerprints or {}), **trained_on}, create=create)
     return store, tuple(expert["name"] for expert in pool)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mova_core.features.codec import CODECS, as_stored
@@ -58,15 +58,23 @@ class LazyExperts(LocalExperts):
         Raises:
             ValueError: also an expert whose weights are not the ones expected.
         """
-        with self._lock:
-            for name in dict.fromkeys(name for names in experts for name in names):
-                if name not in self.experts and name in self.names:
-                    self._load(name)
+        self.load(name for names in experts for name in names if name in self.names)
         rows = super().fetch(images, experts)
         return [
             {name: as_stored(features, self._descriptions[name]["dtype"]) for name, features in row.items()}
             for row in rows
         ]
+
+    def load(self, names: Iterable[str]) -> None:
+        """Loads those of the experts that are not loaded yet.
+
+        Raises:
+            ValueError: an expert's weights are not the ones expected.
+        """
+        with self._lock:
+            for name in dict.fromkeys(names):
+                if name not in self.experts:
+                    self._load(name)
 
     def _load(self, name: str) -> None:
         """Loads an expert in the dtype whose fingerprint is the one expected."""

@@ -21,14 +21,15 @@ from pipelines.cli.options import (
     ModelPath,
     NameValue,
     Quiet,
-    StorePath,
+    Weights,
     by_expert,
     name_value,
     path_or_url,
+    weights_location,
 )
 from pipelines.cli.output import fields, line, print_result, results_only
 from pipelines.cli.paths import Overwrite, check_output_folder, output_path, read_model_config
-from pipelines.train.config import STAGES, Loss, Precision, Stage, Strategy, TrainConfig, Unlabelled
+from pipelines.train.config import STAGES, FeaturesFrom, Loss, Precision, Stage, Strategy, TrainConfig, Unlabelled
 
 
 class Weighted(NamedTuple):
@@ -55,7 +56,15 @@ app = App(help="Train one stage on Ray Train workers that read the feature store
 # Option of every stage, by the field of TrainConfig that takes its value.
 OPTIONS: dict[str, Any] = {
     "data": DataPath,
-    "store": StorePath,
+    "store": Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="PATH_OR_URL",
+            help="Feature store: a folder, or a URL (s3://, gs://, ...); none with --features online.",
+            parser=path_or_url,
+        ),
+    ],
     "model": ModelPath,
     "output": Annotated[
         Path,
@@ -155,10 +164,21 @@ UNLABELLED = Annotated[
         rich_help_panel=TRAINING,
     ),
 ]
+FEATURE_OPTIONS: dict[str, Any] = {
+    "unlabelled": UNLABELLED,
+    "features": Annotated[
+        FeaturesFrom,
+        typer.Option(
+            help="store: read them; tiered: compute and store what is missing; online: compute all, without a store.",
+            rich_help_panel=DATA,
+        ),
+    ],
+    "weights": Weights,
+}
 STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
-    "pretrain": {"unlabelled": UNLABELLED},
+    "pretrain": FEATURE_OPTIONS,
     "sft": {
-        "unlabelled": UNLABELLED,
+        **FEATURE_OPTIONS,
         "routing_samples": Annotated[
             int,
             typer.Option(
@@ -195,6 +215,8 @@ def option_defaults(stage: Stage) -> dict[str, Any]:
         "batch_size": STAGES[stage].batch_size,
         "fingerprints": None,
         "mix": None,
+        "store": None,
+        "weights": None,
     }
     return plain | own
 
@@ -218,7 +240,7 @@ def _add_command(stage: Stage) -> None:
     def command(dry_run: bool, overwrite: bool, quiet: bool, as_json: bool, **settings: Any) -> None:
         with results_only(quiet or as_json, resumes=True):
             config = train_config(stage, settings)
-            inputs = (config.model, config.data, config.store, config.images)
+            inputs = (config.model, config.data, config.store or None, config.images)
             check_output_folder("--output", settings["output"], overwrite, inputs)
 
             from pipelines.train.data import check_data
@@ -261,9 +283,10 @@ def train_config(stage: Stage, settings: dict[str, Any]) -> TrainConfig:
     """
     experts = [expert["name"] for expert in read_model_config(settings["model"]).get("pool", [])]
     fingerprints = by_expert("--fingerprint", settings["fingerprints"], experts, str)
-    paths = {name: str(settings[name]) for name in ("model", "output")}
+    paths = {name: str(settings[name] or "") for name in ("model", "output", "store")}
+    weights = by_expert("--weights", settings.get("weights"), experts, weights_location)
     mix = {file.path: file.passes for file in settings["mix"] or ()}
-    return TrainConfig(stage=stage, **settings | paths | {"fingerprints": fingerprints, "mix": mix})
+    return TrainConfig(stage=stage, **settings | paths | {"fingerprints": fingerprints, "weights": weights, "mix": mix})
 
 
 def show_training(result: dict[str, Any]) -> None:

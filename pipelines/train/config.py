@@ -14,6 +14,7 @@ Strategy = Literal["ddp", "fsdp"]
 Precision = Literal["float32", "bfloat16"]
 Loss = Literal["token", "sample"]
 Unlabelled = Literal["refuse", "random", "none"]
+FeaturesFrom = Literal["store", "tiered", "online"]
 LABEL_STAGES: tuple[Stage, ...] = ("router", "light-router")  # learn from routing labels and read no expert features
 
 
@@ -70,6 +71,9 @@ class TrainConfig(DataArgs):
             mixes in 2,000; with the pool as `shuffle_pool` says.
         unlabelled: what becomes of a sample with a picture and without a routing label, where the stage reads features:
             "refuse" the data, "random", 0 to 3 experts by chance, or "none", no expert.
+        features: "store" reads them; "tiered" computes and stores what the store lacks; "online" computes all, in every epoch, and
+            uses no store.
+        weights: expert -> weights where the public ones are not meant; for experts that this run computes with.
         loss: "token", the mean over all answer tokens of a batch; "sample", the mean over samples of their answers' means.
         output: local folder that the trained model is written to.
         learning_rate: peak of the cosine schedule.
@@ -109,6 +113,8 @@ class TrainConfig(DataArgs):
     routing_samples: int = 0
     unlabelled: Unlabelled = "refuse"
     loss: Loss = "token"
+    features: FeaturesFrom = "store"
+    weights: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     group_by_length: bool = False
     checkpoint_every: int = 200

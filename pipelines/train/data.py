@@ -14,7 +14,7 @@ from mova_core.features import FeatureStore, MissingFeatures
 from mova_core.io.uris import absolute, local_path
 from pipelines.invalid_records import report_left_out, report_skipped
 from pipelines.pictures import missing_files
-from pipelines.read_data import check_unchanged, open_store, version_of
+from pipelines.read_data import check_unchanged, open_store, read_pool, version_of
 from pipelines.train.config import LABEL_STAGES, TrainConfig
 from pipelines.train.index import ROW, DataSource, IndexedSamples, SampleIndex
 
@@ -71,18 +71,19 @@ def check_data(config: TrainConfig) -> TrainingData:
     if local_path(config.output) is None:
         raise DataError(f"--output {config.output}: training writes to a local folder; upload the folder afterwards")
     _check_settings(config)
-    store, pool = open_store(config, config.fingerprints)
+    store, pool = open_run_store(config)
     data = TrainingData(
-        config=replace(config, fingerprints=dict(store.fingerprints)),
+        config=replace(config, fingerprints=dict(store.fingerprints)) if store else config,
         rows=np.empty(0, ROW), sources=data_sources(config), pool=pool,
     )  # fmt: skip
-    is_quarantined = quarantine_check(store.quarantined())
+    is_quarantined = quarantine_check(store.quarantined() if store else ())
     usable = [_usable(data, number, is_quarantined) for number in range(len(data.sources))]
     weights = (1.0, *config.mix.values())
     parts = [_passes(found.rows, weight, config.seed) for found, weight in zip(usable, weights, strict=True)]
     data.rows = np.concatenate([*parts, _routing_rows(config, usable)])
     _check_samples(data, usable)
-    check_features(data, store)
+    if store and config.features == "store":
+        check_features(data, store)
     return data
 
 
@@ -101,7 +102,7 @@ def data_sources(config: TrainConfig) -> list[DataSource]:
 
 def read_chosen(
     config: TrainConfig, rows: np.ndarray, sources: Sequence[DataSource]
-) -> tuple[IndexedSamples, FeatureStore]:
+) -> tuple[IndexedSamples, FeatureStore | None]:
     """The samples that the driver chose and the store, as a worker reads them.
 
     All workers must train on the samples that the driver chose, whatever becomes of a picture meanwhile: ranks that disagree
@@ -112,8 +113,20 @@ def read_chosen(
     """
     for source in sources:
         check_unchanged(source.path, source.version)
-    store, pool = open_store(config, config.fingerprints)
+    store, pool = open_run_store(config)
     return IndexedSamples(rows, sources, pool), store
+
+
+def open_run_store(config: TrainConfig) -> tuple[FeatureStore | None, tuple[str, ...]]:
+    """The run's store, None where it uses none, and the model's experts in routing order.
+
+    Raises:
+        DataError: no model.
+        StoreError: no store, or features of other weights than the model's.
+    """
+    if config.features == "online":
+        return None, tuple(expert["name"] for expert in read_pool(config.model))
+    return open_store(config, config.fingerprints, create=config.features == "tiered")
 
 
 def check_features(data: TrainingData, store: FeatureStore) -> None:
@@ -155,6 +168,15 @@ def _check_settings(config: TrainConfig) -> None:
         )
     if config.stage == "light-router" and (config.strategy != "ddp" or config.micro_batch):
         raise DataError("light-router trains with --strategy ddp and without --micro-batch: the light router is small")
+    if bool(config.store) == (config.features == "online"):
+        reason = "computes all features and uses none" if config.store else "reads a store"
+        raise DataError(
+            f"--features {config.features} {reason}: {'leave --store out' if config.store else 'give --store'}"
+        )
+    if config.features != "store" and config.loader_processes:
+        raise DataError(f"--features {config.features} computes in the worker's process: leave --loader-processes at 0")
+    if config.features != "store" and config.stage in LABEL_STAGES:
+        raise DataError(f"--features: the stage {config.stage} reads no features")
     if config.routing_samples and config.stage != "sft":
         raise DataError(f"--routing-samples are mixed into sft; the stage {config.stage} has none")
     if config.routing_samples and Path(config.model, ROUTING_LORA_FOLDER).exists():

@@ -1,6 +1,7 @@
 """The training loop of one Ray Train worker."""
 
 import dataclasses
+from contextlib import ExitStack
 from itertools import chain, repeat
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipelines.train.batches import open_batches
 from pipelines.train.checkpoint import RunState, read_state, report, start_folder
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import read_chosen, total_steps
+from pipelines.train.features import open_features
 from pipelines.train.flops import ModelFlops, peak_flops
 from pipelines.train.index import DataSource
 from pipelines.train.metrics import MetricsFile, StepMeter
@@ -29,6 +31,12 @@ def train_worker(arguments: dict[str, Any]) -> None:
         arguments: "config", the fields of a `TrainConfig`; "rows", the samples (`ROW`), or a reference to them; "sources", the
             fields of every `DataSource`; "run_folder", which receives `metrics.jsonl`; and "progress", a `ProgressReporter`.
     """
+    with ExitStack() as opened:
+        _train(arguments, opened)
+
+
+def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
+    """`train_worker`. Adds to `opened` what must be closed at the end."""
     config = TrainConfig(**arguments["config"])
     torch.manual_seed(config.seed)
     with start_folder(config.model) as folder:
@@ -42,13 +50,11 @@ def train_worker(arguments: dict[str, Any]) -> None:
     rank = context.get_world_rank()
     # Two processors: a thread reads ahead with one while the other is saved, and a fast tokenizer allows no two threads.
     reading, saved = (MoVAProcessor.from_pretrained(config.model) for _ in range(2))
-    batches = open_batches(config, samples, store, reading, model.config.pool, rank, context.get_world_size())
+    device = ray.train.torch.get_device()
+    features = opened.enter_context(open_features(config, store, model.config, device))
+    batches = open_batches(config, samples, features, reading, model.config.pool, rank, context.get_world_size())
     if resumed.batches:
         batches.load_state_dict(resumed.batches)
-    for expert in model.config.pool:
-        partition = store.partition(expert["name"])
-        expert.update(fingerprint=partition.fingerprint, dtype=partition.description["dtype"])
-    device = ray.train.torch.get_device()
     learner = LightRouting(model) if config.stage == "light-router" else model
     parallel = parallelize(
         learner,

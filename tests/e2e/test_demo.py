@@ -204,14 +204,13 @@ def test_bad_rows_of_a_test_set(ran, tmp_path):
     data.write_text("\n".join([*map(json.dumps, records), json.dumps(several).replace("<image>", ""), "[]"]))
     common: dict[str, Any] = {"images": str(root / "data" / "images"), "bad_rows": "skip", "progress": False}
     judged = evaluate(str(root / "router"), str(data), str(root / "store"), train=str(data), **common)
-    assert len(judged["answers"]) == 4 and judged["unanswered"] == 0
-    assert [line.split(":")[0] for line in judged["skipped"]] == [
-        f"{data}, record {n}, line {n}" for n in (5, 6, 6)
-    ]  # in the order of the file, then those of the training file
+    assert len(judged["answers"]) == 4 and judged["left_out"] == {"several pictures": 1} and judged["unanswered"] == 1
+    # In the order of the file, then those of the training file.
+    assert [line.split(":")[0] for line in judged["skipped"]] == [f"{data}, record 6, line 6"] * 2
     done = label(str(root / "sft"), str(data), str(root / "store"), str(tmp_path / "labelled.json"), **common)
-    assert done.samples == 4 and done.unlabelled == 0 and len(done.skipped) == 2
+    assert done.samples == 5 and done.unlabelled == 0 and len(done.skipped) == 1
     labelled = json.loads((tmp_path / "labelled.json").read_text())
-    assert [record["id"] for record in labelled] == [record["id"] for record in records]
+    assert [record["id"] for record in labelled] == [record["id"] for record in [*records, several]]
     assert all("routing" in record for record in labelled)
 
 

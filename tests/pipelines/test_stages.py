@@ -7,9 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 import pipelines.evaluate.run
 import pipelines.label
+from mova_core.config import MoVAConfig
 from mova_core.data import DataError, Sample
 from mova_core.features import FeatureStore, Tiered
 from mova_core.images import ImageRef
@@ -18,7 +20,8 @@ from pipelines.evaluate.data import most_frequent, questions_of
 from pipelines.evaluate.run import evaluate
 from pipelines.label import label
 from pipelines.train.config import TrainConfig
-from pipelines.train.data import check_data, read_chosen
+from pipelines.train.data import check_data, open_run_store, read_chosen
+from pipelines.train.features import open_features
 from tests.mova_core.conftest import local_experts, mini_folder, pictures  # noqa: F401  # fixtures
 
 
@@ -134,6 +137,32 @@ def test_a_missing_picture_is_found_before_training(places, tmp_path):
     write(tmp_path / "train.json", records[1:])
     with pytest.raises(DataError, match=r"train\.json has changed since the command began"):
         read_chosen(checked.config, checked.rows, checked.sources)
+
+
+def test_features_are_the_same_from_store_experts_and_both(places, pictures, tmp_path):  # noqa: F811
+    settings: dict[str, Any] = {"stage": "sft", "data": "d", "output": "o", **places}
+    images, wanted = [ImageRef(path=path) for path in pictures], [["sam"], [], ["vary", "sam"]]
+    found, pinned = {}, {}
+    stores = {"store": places["store"], "tiered": str(tmp_path / "store"), "online": ""}
+    for kind, location in stores.items():
+        model = MoVAConfig.from_pretrained(places["model"])
+        config = TrainConfig(**settings | {"features": kind, "store": location})
+        store, _ = open_run_store(config)
+        assert (store is None) == (kind == "online")
+        with open_features(config, store, model, torch.device("cpu")) as source:
+            found[kind], pinned[kind] = source.fetch(images, wanted), model.pool
+    assert pinned["store"] == pinned["tiered"] == pinned["online"] and all("fingerprint" in e for e in pinned["store"])
+    for row, others in zip(found["store"], zip(found["tiered"], found["online"], strict=True), strict=True):
+        for other in others:
+            assert row.keys() == other.keys()
+            for name in row:  # computed in batches of other sizes
+                torch.testing.assert_close(row[name].tokens, other[name].tokens, atol=1e-4, rtol=1e-4)
+    assert FeatureStore(tmp_path / "store").missing([images[0].key], "sam") == [], "what was computed is stored"
+    for change, problem in (({"features": "online"}, "leave --store out"), ({"store": ""}, "reads a store: give --store"),
+                            ({"features": "tiered", "loader_processes": 1}, "leave --loader-processes at 0"),
+                            ({"features": "tiered", "stage": "router"}, "router reads no features")):  # fmt: skip
+        with pytest.raises(DataError, match=problem):
+            check_data(TrainConfig(**settings | change))
 
 
 def test_questions_and_the_baseline_count_every_turn():

@@ -75,7 +75,6 @@ def test_options_of_training_are_fields_of_its_config():
         options = OPTIONS | STAGE_OPTIONS.get(stage, {})
         assert options.keys() <= names and options.keys() - option_defaults(stage) == {
             "data",
-            "store",
             "model",
             "output",
         }
