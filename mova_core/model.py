@@ -201,11 +201,12 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         loss_weights: Tensor | None = None,
+        answers_only: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """LM logits (B, L, V), and with `labels` the cross entropy of the positions that predict one.
 
-        In training mode, with `labels`, the LLM's head runs at these n positions alone: logits of all positions would be the
+        With `labels` and `answers_only` the LLM's head runs at these n positions alone: logits of all positions would be the
         largest tensors of a training step (4 GB a sample of 2,048 tokens for a vocabulary of 128,000), and in a VQA sample
         0.6 % of the positions predict an answer.
 
@@ -215,17 +216,18 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             num_items_in_batch: the sum of the losses is divided by this number instead of n, as transformers' models do:
                 labels of all micro-batches and ranks of an optimizer step.
             loss_weights: (B,) float, what a token of each row counts in the sum; default 1.
+            answers_only: whether the head runs only where an answer is predicted; default: in training mode.
             kwargs: `PictureInputs`; all else goes to the LLM's forward.
 
         Returns:
-            `logits` (B, L, V), or (n, V) row by row in training; with `labels` a `MoVAOutput` with the scalar `loss`, float32.
+            `logits` (B, L, V), or (n, V) row by row with `answers_only`; with `labels` a `MoVAOutput` with the scalar `loss`, float32.
         """
         inputs_embeds = self._embeds(input_ids, inputs_embeds, kwargs)
         inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
         if labels is None:
             return self.language_model(**inputs)
         predicting = labels[:, 1:] != IGNORE
-        if self.training:
+        if self.training if answers_only is None else answers_only:
             answers = self._logits_at(predicting, inputs)
             output = MoVAOutput(logits=answers)
         else:

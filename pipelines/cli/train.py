@@ -51,6 +51,8 @@ def weighted_file(text: str) -> Weighted:
     return weighted
 
 
+WATCHING = "Watching"  # a group of options in the help
+
 app = App(help="Train one stage on Ray Train workers that read the feature store.")
 
 # Option of every stage, by the field of TrainConfig that takes its value.
@@ -127,6 +129,24 @@ OPTIONS: dict[str, Any] = {
         int, typer.Option(help="Decides the order of the samples and every random choice.", rich_help_panel=TRAINING)
     ],
     "checkpoint_every": Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1, rich_help_panel=RUN)],
+    "eval_data": Annotated[
+        str | None,
+        typer.Option(
+            "--eval-data",
+            metavar="PATH_OR_URL",
+            help="Held-out samples, whose loss is measured while the run trains.",
+            parser=path_or_url,
+            rich_help_panel=WATCHING,
+        ),
+    ],
+    "eval_every": Annotated[
+        int,
+        typer.Option(
+            help="Steps between two evaluations on --eval-data; 0: one, after the last step.",
+            min=0,
+            rich_help_panel=WATCHING,
+        ),
+    ],
     "micro_batch": Annotated[
         int,
         typer.Option(
@@ -240,7 +260,7 @@ def _add_command(stage: Stage) -> None:
     def command(dry_run: bool, overwrite: bool, quiet: bool, as_json: bool, **settings: Any) -> None:
         with results_only(quiet or as_json, resumes=True):
             config = train_config(stage, settings)
-            inputs = (config.model, config.data, config.store or None, config.images)
+            inputs = (config.model, config.data, config.eval_data, config.store or None, config.images)
             check_output_folder("--output", settings["output"], overwrite, inputs)
 
             from pipelines.train.data import check_data
@@ -309,6 +329,8 @@ def show_training(result: dict[str, Any]) -> None:
     }
     if result.get("failed"):
         rows["samples that could not be used"] = len(result["failed"])
+    if result["eval_loss"] is not None:
+        rows["loss of held-out samples"] = f"{number(result['eval_loss'])} nats per token"
     if result["mfu"] is not None:
         rows["MFU"] = percent(result["mfu"], 1)
     if result["skipped_steps"]:

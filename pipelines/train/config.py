@@ -87,6 +87,8 @@ class TrainConfig(DataArgs):
         group_by_length: batches of samples of similar length and of one modality, as the published code trains in
             supervised fine-tuning; else plain shuffling.
         checkpoint_every: steps between two checkpoints.
+        eval_data: a data file of held-out samples, or its URL; their features must be in the store.
+        eval_every: steps between two evaluations on `eval_data`; 0: one, after the last step.
         micro_batch: samples that a worker computes at once; gradients are accumulated over its share of a batch. 0: its
             whole share at once.
         strategy: "ddp", every worker holds the whole model; "fsdp", parameters, gradients and moments are divided among the
@@ -118,6 +120,8 @@ class TrainConfig(DataArgs):
     seed: int = 0
     group_by_length: bool = False
     checkpoint_every: int = 200
+    eval_data: str | None = None
+    eval_every: int = 0
     micro_batch: int = 0
     strategy: Strategy = "ddp"
     precision: Precision = "float32"
@@ -136,6 +140,8 @@ class TrainConfig(DataArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "output", absolute(self.output))
+        if self.eval_data is not None:
+            object.__setattr__(self, "eval_data", absolute(self.eval_data))
         object.__setattr__(self, "mix", {absolute(path): weight for path, weight in self.mix.items()})
         for name in ("learning_rate", "batch_size"):
             if getattr(self, name) is None:

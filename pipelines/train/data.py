@@ -36,6 +36,7 @@ class TrainingData:
         pool: the model's experts in routing order.
         left_out: reason -> number of valid records that the stage cannot use, and where the first one stands.
         skipped: the error of each invalid record left out.
+        held_out: the samples of `config.eval_data`.
     """
 
     config: TrainConfig
@@ -44,6 +45,7 @@ class TrainingData:
     pool: tuple[str, ...]
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    held_out: "TrainingData | None" = None
 
     @property
     def samples(self) -> IndexedSamples:
@@ -57,6 +59,8 @@ class TrainingData:
         """Writes to stderr what was skipped and left out."""
         report_skipped(self.skipped)
         report_left_out(self.left_out)
+        if self.held_out is not None:
+            self.held_out.report()
 
 
 def check_data(config: TrainConfig) -> TrainingData:
@@ -71,6 +75,14 @@ def check_data(config: TrainConfig) -> TrainingData:
     if local_path(config.output) is None:
         raise DataError(f"--output {config.output}: training writes to a local folder; upload the folder afterwards")
     _check_settings(config)
+    data = _read(config)
+    if config.eval_data is not None:
+        data.held_out = _read(held_out_config(config))
+    return data
+
+
+def _read(config: TrainConfig) -> TrainingData:
+    """The samples that a stage can use, and their features looked up."""
     store, pool = open_run_store(config)
     data = TrainingData(
         config=replace(config, fingerprints=dict(store.fingerprints)) if store else config,
@@ -85,6 +97,14 @@ def check_data(config: TrainConfig) -> TrainingData:
     if store and config.features == "store":
         check_features(data, store)
     return data
+
+
+def held_out_config(config: TrainConfig) -> TrainConfig:
+    """The settings by which `config.eval_data` is read: each sample once, for a loss per answer token."""
+    assert config.eval_data is not None
+    return replace(
+        config, data=config.eval_data, mix={}, routing_samples=0, loss="token", batch_size=1, micro_batch=0, eval_data=None
+    )  # fmt: skip
 
 
 def data_sources(config: TrainConfig) -> list[DataSource]:
@@ -156,6 +176,8 @@ def total_steps(config: TrainConfig, samples: int) -> int:
 
 def _check_settings(config: TrainConfig) -> None:
     """Refuses settings that do not go together."""
+    if config.eval_every and config.eval_data is None:
+        raise DataError(f"--eval-every {config.eval_every} needs --eval-data, a file of held-out samples")
     # Batch statistics of the light router need two samples per worker.
     smallest = config.workers * (2 if config.stage == "light-router" else 1)
     if config.batch_size < smallest:

@@ -10,17 +10,19 @@ import ray.train.torch
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
+from mova_core.features import FeatureSource, FeatureStore
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
-from pipelines.train.batches import open_batches
+from pipelines.train.batches import StageSamples, open_batches
 from pipelines.train.checkpoint import RunState, read_state, report, start_folder
 from pipelines.train.config import TrainConfig
-from pipelines.train.data import read_chosen, total_steps
+from pipelines.train.data import held_out_config, read_chosen, total_steps
+from pipelines.train.evaluation import HeldOut
 from pipelines.train.features import open_features
 from pipelines.train.flops import ModelFlops, peak_flops
-from pipelines.train.index import DataSource
+from pipelines.train.index import DataSource, IndexedSamples
 from pipelines.train.metrics import MetricsFile, StepMeter
-from pipelines.train.parallel import parallelize
+from pipelines.train.parallel import Parallel, parallelize
 from pipelines.train.stages import LightRouting, choose_parameters
 
 
@@ -29,7 +31,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
 
     Args:
         arguments: "config", the fields of a `TrainConfig`; "rows", the samples (`ROW`), or a reference to them; "sources", the
-            fields of every `DataSource`; "run_folder", which receives `metrics.jsonl`; and "progress", a `ProgressReporter`.
+            fields of every `DataSource`; "held_out", the two of `config.eval_data` or None; "run_folder", which receives
+            `metrics.jsonl`; and "progress", a `ProgressReporter`.
     """
     with ExitStack() as opened:
         _train(arguments, opened)
@@ -43,9 +46,7 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
         model = MoVAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         resumed, moments = read_state(folder)
     choose_parameters(model, config)
-    rows = arguments["rows"]
-    rows = ray.get(rows) if isinstance(rows, ray.ObjectRef) else rows
-    samples, store = read_chosen(config, rows, [DataSource(**source) for source in arguments["sources"]])
+    samples, store = _chosen(config, arguments["rows"], arguments["sources"])
     steps, context = total_steps(config, len(samples)), ray.train.get_context()
     rank = context.get_world_rank()
     # Two processors: a thread reads ahead with one while the other is saved, and a fast tokenizer allows no two threads.
@@ -83,6 +84,8 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
     if resumed.meter:
         meter.load_state_dict(resumed.meter)
     log = MetricsFile(arguments["run_folder"], resumed.steps) if rank == 0 else None
+    held_out = _held_out(config, arguments["held_out"], features, model, parallel, rank)
+    eval_loss = resumed.metrics.get("eval_loss")
 
     parallel.wrapped.train()
     resumed_from = resumed.steps or None
@@ -100,6 +103,8 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
         failed = [error for batch in micro_batches for error in batch.errors]
         errors += failed
         cut_off += sum(int((batch.answers == 0).sum()) for batch in micro_batches) - len(failed)
+        if held_out is not None and (step == steps or (config.eval_every and step % config.eval_every == 0)):
+            eval_loss = line["eval_loss"] = held_out.loss()
         if log is not None:
             log.write(line)
             arguments["progress"].report(step, steps, meter.note(line))
@@ -112,9 +117,32 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
                 "resumed_from": resumed_from,
                 "cut_off": int(parallel.sum(torch.tensor(cut_off, device=device))),
                 "failed": parallel.gather(errors),
+                **({} if held_out is None else {"eval_loss": eval_loss}),
             }
             state = RunState(metrics=metrics, batches=batches.state_dict(), meter=meter.state_dict())
             report(state, model, saved, parallel)
     if resumed.steps == steps:  # the run was killed between its last step and the copy to its output
         state = dataclasses.replace(resumed, metrics={**resumed.metrics, "resumed_from": resumed_from})
         report(state, model, saved, parallel)
+
+
+def _chosen(
+    config: TrainConfig, rows: Any, sources: list[dict[str, Any]]
+) -> tuple[IndexedSamples, FeatureStore | None]:
+    """`read_chosen` of what the driver sent."""
+    rows = ray.get(rows) if isinstance(rows, ray.ObjectRef) else rows
+    return read_chosen(config, rows, [DataSource(**source) for source in sources])
+
+
+def _held_out(
+    config: TrainConfig, chosen: Any, features: FeatureSource, model: Any, parallel: Parallel, rank: int
+) -> HeldOut | None:
+    """The held-out samples of a run that has some."""
+    if chosen is None:
+        return None
+    size = config.micro_batch or config.batch_size // config.workers
+    config = held_out_config(config)
+    samples, _ = _chosen(config, *chosen)
+    processor = MoVAProcessor.from_pretrained(config.model)  # of its own thread, as a fast tokenizer allows no two
+    reader = StageSamples(config, samples, features, processor, model.config.pool)
+    return HeldOut(reader, parallel, size=size, rank=rank)

@@ -296,8 +296,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What a whole run did, from the lines of its steps.
 
     Returns:
-        {"tokens_per_second", "data_wait", "mfu", "skipped_steps"}: tokens of all workers per second of steps; the share of
-        that time in which a worker waited for data; the MFU, None where unknown; and the number of skipped steps.
+        {"tokens_per_second", "data_wait", "mfu", "skipped_steps", "eval_loss"}: tokens of all workers per second of steps;
+        the share of that time in which a worker waited for data; the MFU, None where unknown; the number of skipped steps; and
+        the loss of the last evaluation, None without one.
     """
     seconds = sum(row["seconds"] for row in rows)
     used = [row["mfu"] * row["seconds"] for row in rows if row["mfu"] is not None]
@@ -306,4 +307,5 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "data_wait": sum(row["data_wait"] for row in rows) / seconds if rows else None,
         "mfu": sum(used) / seconds if used else None,
         "skipped_steps": sum(bool(row.get("skipped")) for row in rows),
+        "eval_loss": next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None),
     }

@@ -60,11 +60,15 @@ class Parallel:
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, 1):
             with self._reduced(last=number == len(micro_batches)):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-                    loss = self.wrapped(**batch, num_items_in_batch=items).loss
+                loss = self.loss(batch, items)
                 (loss * self.world).backward()  # gradients are averaged over the ranks
             total += loss.detach()
         return self.sum(total)
+
+    def loss(self, batch: dict[str, Any], items: Tensor | int) -> Tensor:
+        """The loss of one batch of this rank, summed and divided by `items`: scalar."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            return self.wrapped(**batch, num_items_in_batch=items).loss
 
     def step(self, clip_norm: float, loss: Tensor) -> Tensor:
         """Clips the gradient to `clip_norm`, updates the parameters and clears the gradients; returns the norm before, scalar.

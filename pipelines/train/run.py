@@ -32,7 +32,9 @@ from pipelines.train.loop import train_worker
 from pipelines.train.metrics import METRICS, check_finite, read_metrics, summary
 
 # Of the machines, not of the training: a batch is the same for any number of workers, so that a run may resume with others.
-MACHINE_SETTINGS = frozenset({"workers", "gpu", "loader_processes", "checkpoint_every", "strategy", "micro_batch"})
+MACHINE_SETTINGS = frozenset(
+    {"workers", "gpu", "loader_processes", "checkpoint_every", "strategy", "micro_batch", "eval_data", "eval_every"}
+)
 
 
 def train(config: TrainConfig, progress: bool = True, data: TrainingData | None = None) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
                 "config": asdict(config),
                 "rows": ray.put(data.rows),  # one copy per node, which all its processes read
                 "sources": [asdict(source) for source in data.sources],
+                "held_out": data.held_out and (ray.put(data.held_out.rows), list(map(asdict, data.held_out.sources))),
                 "run_folder": str(storage / name),
                 "progress": reporter,
             },

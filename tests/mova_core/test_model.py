@@ -290,6 +290,9 @@ def test_the_loss_of_the_answers_is_that_of_all_logits(kind):
         torch.testing.assert_close(weighed.loss, of_rows.mean())
         torch.testing.assert_close(weighed.row_losses, of_rows * counts)
         every = model.eval()(**batch, labels=labels)
+        torch.testing.assert_close(
+            model(**batch, labels=labels, answers_only=True).logits, every.logits[:, :-1][predicting]
+        )
     torch.testing.assert_close(every.loss, wanted)
     assert every.logits.shape[:2] == labels.shape
     nothing = model.train()(**batch, labels=torch.full_like(labels, IGNORE)).loss

@@ -157,6 +157,7 @@ TRAINED = {
     "data_wait": 0.0123,
     "mfu": 0.4567,
     "skipped_steps": 12_345,
+    "eval_loss": 5.71234,
     "left_out": {"no picture": 40_000},
     "skipped": ["data.json, record 3: no `conversations`"],
 }
@@ -186,7 +187,7 @@ OUTPUTS: dict[str, tuple[Callable[[], None], list[str]]] = {
     "label": (lambda: label.show_labels(Labels), ["9,876,543", number(PICTURES), "2.35", "12,345"]),
     "train": (
         lambda: train.show_training(TRAINED),
-        [number(PICTURES), "5.62", "158,209", "1,000,000", "40,000", "1,234,568", "45.7 %"],
+        [number(PICTURES), "5.62", "158,209", "1,000,000", "40,000", "1,234,568", "45.7 %", "5.71"],
     ),
     "evaluate": (lambda: evaluate.show_kinds(KINDS), ["document with a table", number(PICTURES), "98.8 %", "12.3 %"]),
     "ask": (lambda: ask.show_answer(ANSWER), ["0.333", "12.3", "our-other-encoder (cost 12,346)"]),

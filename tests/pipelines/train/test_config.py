@@ -35,7 +35,13 @@ def test_a_run_resumes_whatever_machines_it_has(tmp_path):
     places: dict[str, Any] = {name: str(tmp_path / name) for name in ("model", "data", "store", "output")}
     config = TrainConfig(stage="sft", **places)
     settings: dict[str, Any]
-    machines: list[dict[str, Any]] = [{"workers": 7}, {"gpu": True}, {"loader_processes": 3}, {"checkpoint_every": 9}]
+    machines: list[dict[str, Any]] = [
+        {"workers": 7},
+        {"gpu": True},
+        {"loader_processes": 3},
+        {"checkpoint_every": 9},
+        {"eval_every": 3},
+    ]
     for settings in (*machines, {"strategy": "fsdp"}, {"micro_batch": 2}):
         assert identity(replace(config, **settings)) == identity(config)
     for settings in (

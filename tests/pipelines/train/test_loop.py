@@ -143,7 +143,7 @@ class Trained:
 
 @pytest.fixture
 def train(places, tmp_path, monkeypatch) -> Callable[..., Trained]:
-    def run(kind: str = "token") -> Trained:
+    def run(**settings: Any) -> Trained:
         reports: list[Any] = []
 
         def report(state, model, processor, parallel):
@@ -155,13 +155,14 @@ def train(places, tmp_path, monkeypatch) -> Callable[..., Trained]:
         config = {
             "stage": "sft", "output": str(tmp_path / "out"), **places, "learning_rate": RATE, "batch_size": BATCH,
             "warmup": 0.33, "weight_decay": DECAY, "clip_norm": CLIP, "seed": SEED, "workers": 1, "checkpoint_every": 2,
-            "loss": kind,
+            **settings,
         }  # fmt: skip
         progress = SimpleNamespace(report=lambda *told: shown.append(told))
         # `num_workers=0` is Ray Train's local mode: the worker's function in this process, without a cluster.
         data = check_data(TrainConfig(**config))
         arguments = {"config": config, "rows": data.rows, "sources": [asdict(source) for source in data.sources]}
-        arguments |= {"progress": progress, "run_folder": str(tmp_path / "run")}
+        held_out = data.held_out and (data.held_out.rows, [asdict(source) for source in data.held_out.sources])
+        arguments |= {"progress": progress, "run_folder": str(tmp_path / "run"), "held_out": held_out}
         TorchTrainer(loop.train_worker, train_loop_config=arguments,
                      scaling_config=ScalingConfig(num_workers=0)).fit()  # fmt: skip
         state, parameters = reports[-1]
@@ -177,7 +178,8 @@ def distance(parameters: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("kind", ["token", "sample"])
 def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train, kind):
-    trained = train(kind)
+    held_out = {} if kind == "token" else {"eval_data": places["data"], "eval_every": 2}  # which changes nothing
+    trained = train(loss=kind, **held_out)
     wanted, losses, norms = parameters_by_hand(places, kind)
     assert trained.steps == [2, 3], "every second step and the last"
     assert wanted.keys() <= trained.parameters.keys() and min(norms) > CLIP and max(norms) > 1.1 * min(norms), (
@@ -193,6 +195,9 @@ def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train
         assert (line["sources"]["data"] == pytest.approx(loss)) == (kind == "token"), "a source's is always per token"
         assert 0 < line["data_wait"] < line["seconds"] and "skipped" not in line
         check("train", line, "### The lines of `metrics.jsonl`")
+    evaluated = [line.get("eval_loss") for line in trained.lines]
+    assert [loss is not None for loss in evaluated] == ([False] * 3 if kind == "token" else [False, True, True])
+    assert metrics.get("eval_loss") == evaluated[-1]
     assert [line["lr"] for line in trained.lines] == [0, RATE, pytest.approx(RATE / 2)]
     order = np.random.default_rng([SEED, 0]).permutation(len(LABELS)).tolist()[: STEPS * BATCH]
     pictures = [1, 1, 1, 1, 1, 0, 2]

@@ -114,9 +114,9 @@ def test_a_large_norm_is_named_and_three_skipped_steps_end_a_run(parallel):
 
 
 def test_the_summary_of_a_run():
-    rows = [{"tokens": 30, "seconds": 1.0, "data_wait": 0.5, "mfu": 0.4}, {"tokens": 10, "seconds": 3.0, "data_wait": 0.5, "mfu": 0.2, "skipped": True}]  # fmt: skip
-    assert summary(rows) == {"tokens_per_second": 10, "data_wait": 0.25, "mfu": pytest.approx(0.25), "skipped_steps": 1}
-    assert summary([]) == {"tokens_per_second": None, "data_wait": None, "mfu": None, "skipped_steps": 0}
+    rows = [{"tokens": 30, "seconds": 1.0, "data_wait": 0.5, "mfu": 0.4}, {"tokens": 10, "seconds": 3.0, "data_wait": 0.5, "mfu": 0.2, "skipped": True, "eval_loss": 3.5}]  # fmt: skip
+    assert summary(rows) == {"tokens_per_second": 10, "data_wait": 0.25, "mfu": pytest.approx(0.25), "skipped_steps": 1, "eval_loss": 3.5}  # fmt: skip
+    assert summary([]) == {"tokens_per_second": None, "data_wait": None, "mfu": None, "skipped_steps": 0, "eval_loss": None}  # fmt: skip
 
 
 def test_gate_entropy_and_losses_per_source(parallel):
