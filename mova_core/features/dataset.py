@@ -134,6 +134,7 @@ class FeatureBatches:
         rank, world: number of this rank, and how many ranks there are.
         workers: DataLoader processes; 0: one thread reads ahead, which is as fast unless images are decoded as well.
         ahead: batches read ahead, by each worker.
+        pin: put batches, lists of items that have `pin_memory()`, into page-locked memory before the caller gets them.
 
     Attributes:
         epoch, batch: of the next batch.
@@ -154,6 +155,7 @@ class FeatureBatches:
         world: int = 1,
         workers: int = 0,
         ahead: int = 2,
+        pin: bool = False,
     ):
         if not 0 < world <= batch_size <= len(reader):
             raise ValueError(
@@ -162,7 +164,7 @@ class FeatureBatches:
         self.reader = reader
         self.batch_size, self.seed, self.shuffle, self.lengths = batch_size, seed, shuffle, lengths
         self.rank, self.world = rank, world
-        self.workers, self.ahead = workers, ahead
+        self.workers, self.ahead, self.pin = workers, ahead, pin
         self.epoch = self.batch = 0
 
     def __len__(self) -> int:
@@ -200,22 +202,27 @@ class FeatureBatches:
                 num_workers=self.workers,
                 prefetch_factor=self.ahead,
                 collate_fn=_unchanged,
+                pin_memory=self.pin,
             )
         )
 
     def _in_a_thread(self, shares: Iterator[list[int]]) -> Iterator[Any]:
         with ThreadPoolExecutor(1, thread_name_prefix="mova-read-ahead") as thread:
             reading: deque[Future[Any]] = deque(
-                thread.submit(self.reader.__getitems__, share) for share in islice(shares, self.ahead)
+                thread.submit(self._read, share) for share in islice(shares, self.ahead)
             )
             try:
                 while reading:
                     batch = reading.popleft().result()
-                    reading.extend(thread.submit(self.reader.__getitems__, share) for share in islice(shares, 1))
+                    reading.extend(thread.submit(self._read, share) for share in islice(shares, 1))
                     yield batch
             finally:
                 for future in reading:
                     future.cancel()
+
+    def _read(self, share: list[int]) -> Any:
+        batch = self.reader.__getitems__(share)
+        return [item.pin_memory() for item in batch] if self.pin else batch
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last batch that the caller got, as plain numbers for a checkpoint."""
