@@ -64,6 +64,7 @@ def command_of(part: str, device: str, quick: bool) -> list[str]:
             "no:cacheprovider",
             "tests/mova_core",
             "tests/golden",
+            "tests/pipelines/train/test_gpu.py",
         ]
     benchmark, _, name = part.partition(":")
     script = str(ROOT / "benchmarks" / f"{benchmark}.py")

@@ -8,6 +8,7 @@ from tests.pipelines.train.test_parallel import Case, batch_of, tensors, tiny_mo
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this PyTorch sees no GPU")
 @pytest.mark.parametrize("routing", ["apart", "one_unrouted", "one_text_only"])
 def test_a_pinned_batch_gives_the_gradients_of_the_cpu(routing):
     """Experts without a picture run on zero rows, which every attention kernel must take."""
@@ -18,7 +19,7 @@ def test_a_pinned_batch_gives_the_gradients_of_the_cpu(routing):
     batch = MicroBatch(inputs=inputs, answers=count, divisor=count.float(), positions=count, sources=count)
 
     def step(device: str) -> tuple[float, dict[str, torch.Tensor]]:
-        model.to(device).zero_grad()
+        torch.nn.Module.to(model, device).zero_grad()
         loss = model(**(batch.pin_memory() if device == "cuda" else batch).to(torch.device(device)).inputs).loss
         loss.backward()
         return loss.item(), {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
