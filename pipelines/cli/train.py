@@ -163,6 +163,14 @@ OPTIONS: dict[str, Any] = {
     "precision": Annotated[
         Precision, typer.Option(help="Of the computation; parameters stay float32.", rich_help_panel=RUN)
     ],
+    "checkpoint_activations": Annotated[
+        bool | None,
+        typer.Option(
+            "--checkpoint-activations/--no-checkpoint-activations",
+            help="Compute activations twice instead of keeping them; default: with --gpu.",
+            rich_help_panel=RUN,
+        ),
+    ],
     "workers": Annotated[int, typer.Option(help="Ray Train workers.", min=1, rich_help_panel=RUN)],
     "gpu": Annotated[bool, typer.Option("--gpu", help="One GPU per worker, else one CPU.", rich_help_panel=RUN)],
     "loader_processes": Annotated[

@@ -94,6 +94,8 @@ class TrainConfig(DataArgs):
         strategy: "ddp", every worker holds the whole model; "fsdp", parameters, gradients and moments are divided among the
             workers (FSDP2). Both give the same numbers.
         precision: of the computation; parameters and moments are float32.
+        checkpoint_activations: compute the layers of LLM, base encoder and adapter a second time in the backward pass instead
+            of keeping their activations; the same numbers. Default: with `gpu`.
         workers: Ray Train workers.
         gpu: one GPU per worker, else one CPU.
         loader_processes: reading processes per worker; 0 reads ahead in a thread.
@@ -125,6 +127,7 @@ class TrainConfig(DataArgs):
     micro_batch: int = 0
     strategy: Strategy = "ddp"
     precision: Precision = "float32"
+    checkpoint_activations: bool = None  # type: ignore[assignment]  # as learning_rate
     workers: int = 2
     gpu: bool = False
     loader_processes: int = 0
@@ -146,3 +149,5 @@ class TrainConfig(DataArgs):
         for name in ("learning_rate", "batch_size"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(STAGES[self.stage], name))
+        if self.checkpoint_activations is None:
+            object.__setattr__(self, "checkpoint_activations", self.gpu)

@@ -61,6 +61,7 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
         learner,
         strategy=config.strategy,
         precision=config.precision,
+        checkpoint_activations=config.checkpoint_activations,
         device=device,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from pipelines.train.config import Precision, Strategy
 
@@ -149,6 +150,7 @@ def parallelize(
     *,
     strategy: Strategy = "ddp",
     precision: Precision = "float32",
+    checkpoint_activations: bool = False,
     device: torch.device | None = None,
     learning_rate: float,
     weight_decay: float = 0.0,
@@ -158,10 +160,16 @@ def parallelize(
     Args:
         learner: has its weights, the same on every rank, and says which parameters learn.
         precision: of the computation; master weights, moments and the reduction of gradients are float32.
+        checkpoint_activations: keep no activations inside the layers of a transformers model; the backward pass computes them
+            a second time.
         learning_rate, weight_decay: AdamW's; norms and biases do not decay.
     """
     device = device or torch.device("cpu")
     learner.to(device)
+    if checkpoint_activations and isinstance(learner, PreTrainedModel):
+        # transformers 5.23 renamed it. Non-reentrant: in the reentrant form DDP's hooks fire twice.
+        enable = getattr(learner, "activation_checkpointing_enable", learner.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if not dist.is_initialized():
         wrapped = learner
     elif strategy == "ddp":

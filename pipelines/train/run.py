@@ -33,7 +33,18 @@ from pipelines.train.metrics import METRICS, check_finite, read_metrics, summary
 
 # Of the machines, not of the training: a batch is the same for any number of workers, so that a run may resume with others.
 MACHINE_SETTINGS = frozenset(
-    {"workers", "gpu", "loader_processes", "checkpoint_every", "strategy", "micro_batch", "eval_data", "eval_every"}
+    {
+        "workers",
+        "gpu",
+        "loader_processes",
+        "checkpoint_every",
+        "strategy",
+        "shard_size",
+        "micro_batch",
+        "checkpoint_activations",
+        "eval_data",
+        "eval_every",
+    }
 )
 
 

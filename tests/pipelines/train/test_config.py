@@ -19,6 +19,8 @@ def test_defaults_are_those_of_the_stage():
         assert (config.learning_rate, config.batch_size) == (defaults.learning_rate, defaults.batch_size)
     assert (STAGES["pretrain"].learning_rate, STAGES["pretrain"].batch_size) == (2e-4, 1024), "the paper's stage 1"
     assert (STAGES["sft"].learning_rate, STAGES["sft"].batch_size) == (2e-5, 128), "the paper's stage 2"
+    assert not config.checkpoint_activations and TrainConfig(stage=stage, gpu=True, **PLACES).checkpoint_activations
+    assert not TrainConfig(stage=stage, gpu=True, checkpoint_activations=False, **PLACES).checkpoint_activations
     changed = TrainConfig(stage="sft", learning_rate=0.5, batch_size=3, **PLACES)
     assert (changed.learning_rate, changed.batch_size) == (0.5, 3)
 
@@ -41,6 +43,8 @@ def test_a_run_resumes_whatever_machines_it_has(tmp_path):
         {"loader_processes": 3},
         {"checkpoint_every": 9},
         {"eval_every": 3},
+        {"checkpoint_activations": True},
+        {"shard_size": 2},
     ]
     for settings in (*machines, {"strategy": "fsdp"}, {"micro_batch": 2}):
         assert identity(replace(config, **settings)) == identity(config)

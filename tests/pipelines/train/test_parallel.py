@@ -45,15 +45,22 @@ class Case:
     precision: Precision = "float32"
     micro: int = 1  # micro-batches per rank and step
     frozen: bool = False  # the LLM, as in the first stage
+    recompute: bool = False  # activations are checkpointed
 
     def __str__(self) -> str:
-        return "-".join(map(str, (self.strategy, self.routing, self.precision, self.micro, self.frozen)))
+        return "-".join(
+            [self.strategy, self.routing, self.precision, str(self.micro)]
+            + ["frozen"] * self.frozen
+            + ["recompute"] * self.recompute
+        )
 
 
 CASES = [
     *(Case(strategy=strategy, routing=routing) for strategy in STRATEGIES for routing in ROUTINGS),
     *(Case(strategy=strategy, routing="twins", micro=2) for strategy in STRATEGIES),
     *(Case(strategy=strategy, frozen=True) for strategy in STRATEGIES),
+    *(Case(strategy=strategy, routing="one_unrouted", recompute=True) for strategy in STRATEGIES),
+    *(Case(strategy=strategy, frozen=True, recompute=True) for strategy in STRATEGIES),
     *(Case(strategy=strategy, precision="bfloat16") for strategy in STRATEGIES),
 ]
 
@@ -136,7 +143,14 @@ def take_step(
 
 def losses_and_norms(case: Case, rank: int, world: int, steps: int = STEPS) -> dict[str, list[float]]:
     model = tiny_model(case.frozen)
-    parallel = parallelize(model, strategy=case.strategy, precision=case.precision, learning_rate=1e-3)
+    parallel = parallelize(
+        model,
+        strategy=case.strategy,
+        precision=case.precision,
+        checkpoint_activations=case.recompute,
+        learning_rate=1e-3,
+    )
+    assert model.is_gradient_checkpointing == case.recompute
     taken = [take_step(parallel, model, case, step % STEPS, rank, world) for step in range(steps)]
     return {"losses": [loss for loss, _ in taken], "norms": [norm for _, norm in taken]}
 
