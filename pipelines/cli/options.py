@@ -4,6 +4,7 @@
 """
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -82,6 +83,16 @@ def positive_count(text: str) -> int:
     if not text.isdecimal():
         raise ValueError("write NAME=FEATURES, a whole number")
     return int(text)
+
+
+def learning_rate(text: str) -> float:
+    """A learning rate above zero."""
+    try:
+        if 0 < (rate := float(text)) < math.inf:
+            return rate
+    except ValueError:
+        pass
+    raise ValueError("write PART=RATE, a number above 0 such as 2e-6")
 
 
 def cost_number(text: str) -> float:

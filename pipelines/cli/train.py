@@ -23,13 +23,25 @@ from pipelines.cli.options import (
     Quiet,
     Weights,
     by_expert,
+    learning_rate,
     name_value,
     path_or_url,
     weights_location,
 )
 from pipelines.cli.output import fields, line, print_result, results_only
 from pipelines.cli.paths import Overwrite, check_output_folder, output_path, read_model_config
-from pipelines.train.config import STAGES, FeaturesFrom, Loss, Precision, Stage, Strategy, TrainConfig, Unlabelled
+from pipelines.train.config import (
+    FREEZABLE,
+    PARTS,
+    STAGES,
+    FeaturesFrom,
+    Loss,
+    Precision,
+    Stage,
+    Strategy,
+    TrainConfig,
+    Unlabelled,
+)
 
 
 class Weighted(NamedTuple):
@@ -160,6 +172,14 @@ OPTIONS: dict[str, Any] = {
             rich_help_panel=RUN,
         ),
     ],
+    "shard_size": Annotated[
+        int,
+        typer.Option(
+            help="fsdp: workers that share one copy of the model, best those of one node; 0: all.",
+            min=0,
+            rich_help_panel=RUN,
+        ),
+    ],
     "precision": Annotated[
         Precision, typer.Option(help="Of the computation; parameters stay float32.", rich_help_panel=RUN)
     ],
@@ -185,6 +205,26 @@ DryRun = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+PART_OPTIONS: dict[str, Any] = {
+    "freeze": Annotated[
+        str,
+        typer.Option(
+            metavar="PART,...",
+            help=f"Parts that do not learn: {', '.join(FREEZABLE)}.",
+            rich_help_panel=TRAINING,
+        ),
+    ],
+    "part_rates": Annotated[
+        list[NameValue] | None,
+        typer.Option(
+            "--lr-part",
+            metavar="PART=RATE",
+            help=f"A learning rate of its own for one of {', '.join(PARTS)}; repeatable.",
+            parser=name_value,
+            rich_help_panel=TRAINING,
+        ),
+    ],
+}
 UNLABELLED = Annotated[
     Unlabelled,
     typer.Option(
@@ -204,9 +244,10 @@ FEATURE_OPTIONS: dict[str, Any] = {
     "weights": Weights,
 }
 STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
-    "pretrain": FEATURE_OPTIONS,
+    "pretrain": FEATURE_OPTIONS | PART_OPTIONS,
     "sft": {
         **FEATURE_OPTIONS,
+        **PART_OPTIONS,
         "routing_samples": Annotated[
             int,
             typer.Option(
@@ -245,6 +286,8 @@ def option_defaults(stage: Stage) -> dict[str, Any]:
         "mix": None,
         "store": None,
         "weights": None,
+        "freeze": "",
+        "part_rates": None,
     }
     return plain | own
 
@@ -307,14 +350,22 @@ def train_config(stage: Stage, settings: dict[str, Any]) -> TrainConfig:
     """The settings of a run from the values of its options, with absolute paths.
 
     Raises:
-        typer.BadParameter: --fingerprint names no expert of the model.
+        typer.BadParameter: --fingerprint names no expert of the model; --freeze or --lr-part no part of it.
     """
     experts = [expert["name"] for expert in read_model_config(settings["model"]).get("pool", [])]
     fingerprints = by_expert("--fingerprint", settings["fingerprints"], experts, str)
-    paths = {name: str(settings[name] or "") for name in ("model", "output", "store")}
-    weights = by_expert("--weights", settings.get("weights"), experts, weights_location)
-    mix = {file.path: file.passes for file in settings["mix"] or ()}
-    return TrainConfig(stage=stage, **settings | paths | {"fingerprints": fingerprints, "weights": weights, "mix": mix})
+    values: dict[str, Any] = {name: str(settings[name] or "") for name in ("model", "output", "store")}
+    values |= {
+        "fingerprints": fingerprints,
+        "weights": by_expert("--weights", settings.get("weights"), experts, weights_location),
+        "mix": {file.path: file.passes for file in settings["mix"] or ()},
+    }
+    if "freeze" in settings:
+        values["freeze"] = tuple(part.strip() for part in settings["freeze"].split(",") if part.strip())
+        if unknown := [part for part in values["freeze"] if part not in FREEZABLE]:
+            raise typer.BadParameter(f"--freeze {unknown[0]}: the parts are {', '.join(FREEZABLE)}")
+        values["part_rates"] = by_expert("--lr-part", settings["part_rates"], tuple(PARTS), learning_rate)
+    return TrainConfig(stage=stage, **settings | values)
 
 
 def show_training(result: dict[str, Any]) -> None:

@@ -15,6 +15,15 @@ Precision = Literal["float32", "bfloat16"]
 Loss = Literal["token", "sample"]
 Unlabelled = Literal["refuse", "random", "none"]
 FeaturesFrom = Literal["store", "tiered", "online"]
+Part = Literal["base", "text", "adapter", "llm"]
+# Prefixes of the parameters' names; the first that fits decides.
+PARTS: dict[Part, str] = {
+    "base": "base_encoder.",
+    "text": "adapter.text_encoder.",
+    "adapter": "adapter.",
+    "llm": "language_model.",
+}
+FREEZABLE: tuple[Part, ...] = ("base", "text", "llm")
 LABEL_STAGES: tuple[Stage, ...] = ("router", "light-router")  # learn from routing labels and read no expert features
 
 
@@ -77,6 +86,8 @@ class TrainConfig(DataArgs):
         loss: "token", the mean over all answer tokens of a batch; "sample", the mean over samples of their answers' means.
         output: local folder that the trained model is written to.
         learning_rate: peak of the cosine schedule.
+        part_rates: part of the model -> its own peak.
+        freeze: parts (`FREEZABLE`) that do not learn although the stage trains them.
         batch_size: samples per optimizer step, over all workers.
         epochs: passes over the data; fractions allowed, at least one step is made.
         warmup: share of the steps in which the learning rate rises from 0.
@@ -93,6 +104,7 @@ class TrainConfig(DataArgs):
             whole share at once.
         strategy: "ddp", every worker holds the whole model; "fsdp", parameters, gradients and moments are divided among the
             workers (FSDP2). Both give the same numbers.
+        shard_size: with "fsdp": workers that share one copy of the model (HSDP), best those of one node; 0: all.
         precision: of the computation; parameters and moments are float32.
         checkpoint_activations: compute the layers of LLM, base encoder and adapter a second time in the backward pass instead
             of keeping their activations; the same numbers. Default: with `gpu`.
@@ -107,6 +119,8 @@ class TrainConfig(DataArgs):
     stage: Stage
     output: str
     learning_rate: float = None  # type: ignore[assignment]  # never None after __post_init__
+    part_rates: dict[str, float] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
     batch_size: int = None  # type: ignore[assignment]  # as learning_rate
     epochs: float = 1.0
     warmup: float = 0.03
@@ -126,6 +140,7 @@ class TrainConfig(DataArgs):
     eval_every: int = 0
     micro_batch: int = 0
     strategy: Strategy = "ddp"
+    shard_size: int = 0
     precision: Precision = "float32"
     checkpoint_activations: bool = None  # type: ignore[assignment]  # as learning_rate
     workers: int = 2
@@ -151,3 +166,8 @@ class TrainConfig(DataArgs):
                 object.__setattr__(self, name, getattr(STAGES[self.stage], name))
         if self.checkpoint_activations is None:
             object.__setattr__(self, "checkpoint_activations", self.gpu)
+
+
+def part_of(parameter: str) -> str:
+    """The part of the model that a parameter belongs to, by its name; empty for the light router."""
+    return next((part for part, prefix in PARTS.items() if parameter.startswith(prefix)), "")

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import starmap
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +17,10 @@ from pipelines.pictures import missing_files
 from pipelines.read_data import check_unchanged, open_store, read_pool, version_of
 from pipelines.train.config import LABEL_STAGES, TrainConfig
 from pipelines.train.index import ROW, DataSource, IndexedSamples, SampleIndex
+from pipelines.train.settings import check_settings
 
 PROBES = 64  # samples whose features are looked up before any worker starts
 AT_ONCE = 1 << 18  # records whose pictures are looked for together
-ROUTING_LORA_FOLDER = (
-    "expert_routing_lora"  # in a model's folder, as `MoVAForConditionalGeneration.save_pretrained` writes it
-)
 
 
 @dataclass(kw_only=True)
@@ -74,7 +72,7 @@ def check_data(config: TrainConfig) -> TrainingData:
     """
     if local_path(config.output) is None:
         raise DataError(f"--output {config.output}: training writes to a local folder; upload the folder afterwards")
-    _check_settings(config)
+    check_settings(config)
     data = _read(config)
     if config.eval_data is not None:
         data.held_out = _read(held_out_config(config))
@@ -172,43 +170,6 @@ def check_features(data: TrainingData, store: FeatureStore) -> None:
 def total_steps(config: TrainConfig, samples: int) -> int:
     """Optimizer steps of a run; the incomplete batch at the end of an epoch is left out."""
     return max(1, round(samples // config.batch_size * config.epochs))
-
-
-def _check_settings(config: TrainConfig) -> None:
-    """Refuses settings that do not go together."""
-    if config.eval_every and config.eval_data is None:
-        raise DataError(f"--eval-every {config.eval_every} needs --eval-data, a file of held-out samples")
-    # Batch statistics of the light router need two samples per worker.
-    smallest = config.workers * (2 if config.stage == "light-router" else 1)
-    if config.batch_size < smallest:
-        raise DataError(
-            f"--batch-size {config.batch_size} is too small for --workers {config.workers}: give {smallest}"
-        )
-    if config.micro_batch and config.batch_size % (config.workers * config.micro_batch):
-        raise DataError(
-            f"--batch-size {config.batch_size} is no multiple of --workers {config.workers} x --micro-batch {config.micro_batch}"
-        )
-    if config.stage == "light-router" and (config.strategy != "ddp" or config.micro_batch):
-        raise DataError("light-router trains with --strategy ddp and without --micro-batch: the light router is small")
-    if bool(config.store) == (config.features == "online"):
-        reason = "computes all features and uses none" if config.store else "reads a store"
-        raise DataError(
-            f"--features {config.features} {reason}: {'leave --store out' if config.store else 'give --store'}"
-        )
-    if config.features != "store" and config.loader_processes:
-        raise DataError(f"--features {config.features} computes in the worker's process: leave --loader-processes at 0")
-    if config.features != "store" and config.stage in LABEL_STAGES:
-        raise DataError(f"--features: the stage {config.stage} reads no features")
-    if config.routing_samples and config.stage != "sft":
-        raise DataError(f"--routing-samples are mixed into sft; the stage {config.stage} has none")
-    if config.routing_samples and Path(config.model, ROUTING_LORA_FOLDER).exists():
-        raise DataError(
-            f"--routing-samples train the LLM itself to route, but {config.model} routes by its LoRA: start from a model "
-            "without one"
-        )
-    if invalid := {path: weight for path, weight in config.mix.items() if weight <= 0}:
-        path, weight = next(iter(invalid.items()))
-        raise DataError(f"--mix {path}={weight:g}: the weight must be over 0")
 
 
 @dataclass(kw_only=True)

@@ -62,8 +62,10 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
         strategy=config.strategy,
         precision=config.precision,
         checkpoint_activations=config.checkpoint_activations,
+        shard_size=config.shard_size,
         device=device,
         learning_rate=config.learning_rate,
+        part_rates=config.part_rates,
         weight_decay=config.weight_decay,
     )
     if moments:

@@ -5,7 +5,7 @@ train/test_parallel.py), because in training the adapter runs every expert, if n
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from pipelines.train.config import Precision, Strategy
+from pipelines.train.config import Precision, Strategy, part_of
 
 
 @dataclass(kw_only=True)
@@ -36,6 +36,7 @@ class Parallel:
             items divided by that number.
         wrapped: `learner` as the strategy runs it.
         optimizer: over the trained parameters of `learner`.
+        checked: the gradients of the first step were compared, see `check_gradients`.
     """
 
     learner: nn.Module
@@ -43,6 +44,7 @@ class Parallel:
     optimizer: Optimizer
     precision: Precision
     device: torch.device
+    checked: bool = False
 
     @property
     def world(self) -> int:
@@ -57,6 +59,9 @@ class Parallel:
 
         Returns:
             The loss of the step over all ranks, float32 scalar: the same number on every rank.
+
+        Raises:
+            RuntimeError: as `check_gradients`, in the first step.
         """
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, 1):
@@ -64,12 +69,42 @@ class Parallel:
                 loss = self.loss(batch, items)
                 (loss * self.world).backward()  # gradients are averaged over the ranks
             total += loss.detach()
+        if not self.checked:
+            self.check_gradients()
+            self.checked = True
         return self.sum(total)
 
     def loss(self, batch: dict[str, Any], items: Tensor | int) -> Tensor:
         """The loss of one batch of this rank, summed and divided by `items`: scalar."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return self.wrapped(**batch, num_items_in_batch=items).loss
+
+    def check_gradients(self) -> None:
+        """Compares, over all ranks, the parameters that have a gradient with those that shall learn.
+
+        Gradients are reduced by their order, not by name: where two ranks lack those of different parameters of equal size,
+        one would be added to the other without an error (https://github.com/pytorch/pytorch/issues/158719).
+
+        Raises:
+            RuntimeError: the two differ on some rank; raised on every rank.
+        """
+        parameters = dict(self.learner.named_parameters())
+        flags = [[value.requires_grad, self.has_gradient(value)] for value in parameters.values()]
+        least = torch.tensor(flags, dtype=torch.int32, device=self.device).reshape(-1, 2)
+        most = -least
+        if dist.is_initialized():
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            dist.all_reduce(most, dist.ReduceOp.MIN)
+        bounds = torch.cat([least, -most], dim=1).tolist()
+        if wrong := [name for name, row in zip(parameters, bounds, strict=True) if len(set(row)) > 1]:
+            raise RuntimeError(
+                f"{len(wrong)} parameters, {wrong[0]} the first, learn on some workers only or have no gradient: training would "
+                "be wrong without a sign of it; report this as a bug, with the settings of the run"
+            )
+
+    def has_gradient(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter of `learner` has a gradient on this rank after the backward pass."""
+        return parameter.grad is not None
 
     def step(self, clip_norm: float, loss: Tensor) -> Tensor:
         """Clips the gradient to `clip_norm`, updates the parameters and clears the gradients; returns the norm before, scalar.
@@ -108,7 +143,9 @@ class Parallel:
         Every rank must call it; only rank 0 gets tensors, on its CPU.
         """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+        weights = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+        # Frozen ones may be kept in bfloat16; a file has one dtype.
+        return {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in weights.items()}
 
     def full_moments(self) -> dict[str, Tensor]:
         """AdamW's state by "parameter/key", as one process would have it. Every rank must call it; rank 0 gets tensors."""
@@ -151,8 +188,10 @@ def parallelize(
     strategy: Strategy = "ddp",
     precision: Precision = "float32",
     checkpoint_activations: bool = False,
+    shard_size: int = 0,
     device: torch.device | None = None,
     learning_rate: float,
+    part_rates: Mapping[str, float] | None = None,
     weight_decay: float = 0.0,
 ) -> Parallel:
     """Spreads a learner over the ranks of the default process group. Without one, it stays whole.
@@ -162,7 +201,8 @@ def parallelize(
         precision: of the computation; master weights, moments and the reduction of gradients are float32.
         checkpoint_activations: keep no activations inside the layers of a transformers model; the backward pass computes them
             a second time.
-        learning_rate, weight_decay: AdamW's; norms and biases do not decay.
+        shard_size: of "fsdp": ranks that share one copy of the model, a divisor of their number; 0: all.
+        learning_rate, part_rates, weight_decay: as `parameter_groups` takes them.
     """
     device = device or torch.device("cpu")
     learner.to(device)
@@ -175,28 +215,38 @@ def parallelize(
     elif strategy == "ddp":
         wrapped = DistributedDataParallel(learner, device_ids=[device.index] if device.type == "cuda" else None)
     else:
-        wrapped = _sharded(learner, precision, device)
-    optimizer = torch.optim.AdamW(decay_groups(learner, weight_decay), lr=learning_rate, weight_decay=0.0)
+        wrapped = _sharded(learner, precision, device, shard_size)
+    groups = parameter_groups(learner, learning_rate, part_rates or {}, weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
     return Parallel(learner=learner, wrapped=wrapped, optimizer=optimizer, precision=precision, device=device)
 
 
-def decay_groups(learner: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: matrices decay; norms, biases and other vectors do not."""
-    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim > 1]
-    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    learner: nn.Module, learning_rate: float, part_rates: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: a learning rate per part of the model; matrices decay, norms, biases and other vectors do not."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            rate = part_rates.get(part_of(name), learning_rate)
+            groups.setdefault((rate, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    # Those of the run's own rate first: its schedule is the one that is shown.
+    order = sorted(groups, key=lambda key: key[0] != learning_rate)
+    return [{"params": groups[rate, decay], "lr": rate, "weight_decay": decay} for rate, decay in order]
 
 
-def _sharded(learner: nn.Module, precision: Precision, device: torch.device) -> nn.Module:
+def _sharded(learner: nn.Module, precision: Precision, device: torch.device, shard_size: int) -> nn.Module:
     """FSDP2: a group per layer of every part. Never one per expert: ranks would gather experts in different orders."""
     half: dict[str, Any] = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    world = dist.get_world_size()
+    size = shard_size or world
+    shape, names = ((world,), ("shard",)) if size == world else ((world // size, size), ("replicate", "shard"))
     options: dict[str, Any] = {
-        "mesh": mesh,
+        "mesh": init_device_mesh(device.type, shape, mesh_dim_names=names),
         "mp_policy": MixedPrecisionPolicy(**half if precision == "bfloat16" else {}),
     }
+    if precision == "bfloat16":
+        _halve_frozen(learner)
     for layer in layers(learner):
         fully_shard(layer, **options)
     fully_shard(learner, **options)
@@ -204,6 +254,13 @@ def _sharded(learner: nn.Module, precision: Precision, device: torch.device) -> 
         if isinstance(module, FSDPModule) and callable(getattr(module, "generate", None)):
             register_fsdp_forward_method(cast(nn.Module, module), "generate")
     return learner
+
+
+def _halve_frozen(learner: nn.Module) -> None:
+    """Frozen parameters to bfloat16, which the computation uses in any case, where that loses nothing of what is saved later."""
+    for parameter in learner.parameters():
+        if not parameter.requires_grad and torch.equal(parameter.bfloat16().to(parameter), parameter):
+            parameter.data = parameter.bfloat16()
 
 
 def layers(learner: nn.Module) -> list[nn.Module]:

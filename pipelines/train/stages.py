@@ -1,11 +1,13 @@
 """What learns in each stage, and the light router's loss."""
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mova_core.model import MoVAForConditionalGeneration
-from pipelines.train.config import TrainConfig
+from pipelines.train.config import TrainConfig, part_of
 
 
 def choose_parameters(model: MoVAForConditionalGeneration, config: TrainConfig) -> None:
@@ -16,18 +18,17 @@ def choose_parameters(model: MoVAForConditionalGeneration, config: TrainConfig) 
         model.language_model.enable_adapters()
     if config.stage == "light-router" and model.light_router is None:
         model.add_light_router()
+    frozen = {*config.freeze, *(["llm"] if config.stage == "pretrain" else [])}
+    if "text" in frozen:
+        # As in a model whose own config freezes it: no dropout and no graph in the text encoder. What is saved keeps its setting.
+        model.adapter.config = dataclasses.replace(model.adapter.config, freeze_text_encoder=True)
+    elif model.adapter.config.freeze_text_encoder:
+        frozen.add("text")
     for name, parameter in model.named_parameters():
         lora, light = "lora_" in name, name.startswith("light_router.")
-        of_llm = name.startswith("language_model.")
-        frozen = name.startswith("adapter.text_encoder.") and model.adapter.config.freeze_text_encoder
-        parameter.requires_grad_(
-            {
-                "pretrain": not (of_llm or light or frozen),
-                "sft": not (lora or light or frozen),
-                "router": lora,
-                "light-router": light,
-            }[config.stage]
-        )
+        of_answers = not (lora or light or part_of(name) in frozen)
+        learns = {"pretrain": of_answers, "sft": of_answers, "router": lora, "light-router": light}
+        parameter.requires_grad_(learns[config.stage])
 
 
 class LightRouting(nn.Module):

@@ -14,14 +14,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from mova_core.assemble import assemble
 from mova_core.experts import EXPERTS, Features
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE
-from pipelines.train.config import Precision, Strategy
+from pipelines.train.config import Precision, Stage, Strategy, TrainConfig
 from pipelines.train.parallel import Parallel, parallelize
+from pipelines.train.stages import LightRouting, choose_parameters
 
 pytestmark = pytest.mark.slow  # two processes that each import torch
 
@@ -29,13 +31,14 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 IMAGE, BATCH, STEPS, WORLD = 2, 4, 3, 2
 # Experts of the samples at even and at odd places of a batch, which go to rank 0 and rank 1; None: a sample without a picture.
 # Mini dinov2 and pix2struct have equally many channels, so that their gradients could be mixed up without an error.
-ROUTINGS: dict[str, tuple[list[str] | None, list[str] | None]] = {
+ROUTINGS: dict[str, tuple[list[str] | None, ...]] = {
     "alike": (["dinov2", "sam"], ["dinov2", "sam"]),
     "apart": (["dinov2", "sam"], ["deplot"]),
     "twins": (["dinov2"], ["pix2struct"]),
     "one_unrouted": ([], ["dinov2", "deplot"]),
     "one_text_only": (None, ["dinov2", "deplot"]),
 }
+EVERY_EXPERT = {"every_expert": (["dinov2", "codetr", "sam"], ["pix2struct", "deplot"], ["vary", "biomedclip"])}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,14 @@ class Case:
     micro: int = 1  # micro-batches per rank and step
     frozen: bool = False  # the LLM, as in the first stage
     recompute: bool = False  # activations are checkpointed
+    shard_size: int = 0
 
     def __str__(self) -> str:
         return "-".join(
             [self.strategy, self.routing, self.precision, str(self.micro)]
             + ["frozen"] * self.frozen
             + ["recompute"] * self.recompute
+            + [f"shards of {self.shard_size}"] * bool(self.shard_size)
         )
 
 
@@ -61,8 +66,23 @@ CASES = [
     *(Case(strategy=strategy, frozen=True) for strategy in STRATEGIES),
     *(Case(strategy=strategy, routing="one_unrouted", recompute=True) for strategy in STRATEGIES),
     *(Case(strategy=strategy, frozen=True, recompute=True) for strategy in STRATEGIES),
-    *(Case(strategy=strategy, precision="bfloat16") for strategy in STRATEGIES),
+    *(
+        Case(strategy=strategy, precision="bfloat16", frozen=frozen)
+        for strategy in STRATEGIES
+        for frozen in (False, True)
+    ),
+    Case(strategy="fsdp", shard_size=1),  # each rank a copy of its own; gradients are summed over the copies
 ]
+
+
+PLACES: dict[str, Any] = {"model": "m", "data": "d", "store": "s", "output": "o"}
+FROZEN: dict[Stage, tuple[str, ...]] = {"sft": ("base",)}
+CHANGES: list[tuple[Stage, Strategy, Precision]] = [
+    *((stage, strategy, "float32") for strategy in STRATEGIES for stage in ("pretrain", "sft", "router")),
+    *(("pretrain", strategy, "bfloat16") for strategy in STRATEGIES),  # frozen tensors keep every bit
+    ("light-router", "ddp", "float32"),
+]
+ACCUMULATIONS = [(strategy, micro) for strategy in STRATEGIES for micro in (1, 2)]  # two ranks: 2 x 4 and 2 x 2 x 2
 
 
 def tiny_model(frozen: bool) -> MoVAForConditionalGeneration:
@@ -85,17 +105,17 @@ def tiny_model(frozen: bool) -> MoVAForConditionalGeneration:
     return model.train()
 
 
-def batch_of(step: int, case: Case) -> list[dict[str, Any]]:
+def batch_of(step: int, case: Case, size: int = BATCH) -> list[dict[str, Any]]:
     """The samples of a step, with answers of 2 or of 60 tokens."""
-    draw = random.Random(f"{step}/{case.routing}")
+    draw, experts = random.Random(f"{step}/{case.routing}"), {**ROUTINGS, **EVERY_EXPERT}[case.routing]
     return [
         {
             "question": draw.choices(range(3, 512), k=6),
             "answer": draw.choices(range(3, 512), k=(2, 60)[place // 2 % 2 ^ place % 2]),
-            "experts": ROUTINGS[case.routing][(place + step) % 2],
+            "experts": experts[(place + step) % len(experts)],
             "seed": draw.randrange(10**9),
         }
-        for place in range(BATCH)
+        for place in range(size)
     ]
 
 
@@ -148,6 +168,7 @@ def losses_and_norms(case: Case, rank: int, world: int, steps: int = STEPS) -> d
         strategy=case.strategy,
         precision=case.precision,
         checkpoint_activations=case.recompute,
+        shard_size=case.shard_size,
         learning_rate=1e-3,
     )
     assert model.is_gradient_checkpointing == case.recompute
@@ -162,7 +183,7 @@ def of_one_process(routing: str, frozen: bool) -> dict[str, list[float]]:
 
 def resumed(strategy: Strategy, rank: int, folder: Path) -> dict[str, list[float]]:
     """The last step of a run that went on from weights and moments of two steps by the other strategy."""
-    [other] = set(STRATEGIES) - {strategy}
+    other = STRATEGIES[STRATEGIES.index(strategy) - 1]
     case = Case(strategy=other)
     model = tiny_model(case.frozen)
     before = parallelize(model, strategy=other, learning_rate=1e-3)
@@ -182,11 +203,71 @@ def resumed(strategy: Strategy, rank: int, folder: Path) -> dict[str, list[float
     return {"losses": [loss, loss_after], "norms": [norm]}
 
 
+def accumulated(strategy: Strategy, micro: int, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """The gradient of eight samples by parameter, whole."""
+    model = tiny_model(frozen=False)
+    parallel = parallelize(model, strategy=strategy, learning_rate=1e-3)
+    mine = batch_of(0, Case(), 8)[rank::world]
+    batches = [tensors(mine[part::micro], model) for part in range(micro)]
+    answers = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    parallel.backward(batches, parallel.sum(torch.tensor(answers)))
+    return {name: whole_gradient(parameter).clone() for name, parameter in model.named_parameters()}
+
+
+def whole_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
+def changed(stage: Stage, strategy: Strategy, precision: Precision, rank: int) -> list[str]:
+    """The tensors of the weights that two steps of a stage change."""
+    model = tiny_model(frozen=False)
+    choose_parameters(model, TrainConfig(stage=stage, lora_rank=4, freeze=FROZEN.get(stage, ()), **PLACES))
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    learner = LightRouting(model).train() if stage == "light-router" else model
+    parallel = parallelize(learner, strategy=strategy, precision=precision, learning_rate=1e-3, weight_decay=0.1)
+    for step in range(2):
+        batch = tensors(batch_of(step, Case(routing="every_expert"))[rank::WORLD], model)
+        items = int((batch["labels"][:, 1:] != IGNORE).sum())
+        if stage == "light-router":
+            batch = {name: batch[name] for name in ("pixel_values", "text_input_ids", "text_attention_mask", "routing")}
+            items = len(batch["routing"])
+        loss = parallel.backward([batch], parallel.sum(torch.tensor(items)))
+        parallel.step(clip_norm=1.0, loss=loss)
+    after = parallel.full_weights(model)
+    assert rank or after.keys() == before.keys()
+    return [name for name, value in after.items() if not torch.equal(value, before[name])]
+
+
+def declared(stage: Stage) -> list[str]:
+    """The tensors that a stage shall change."""
+    model = tiny_model(frozen=False)
+    choose_parameters(model, TrainConfig(stage=stage, lora_rank=4, **PLACES))
+    parts = {
+        "pretrain": ("adapter.", "base_encoder."),
+        "sft": ("adapter.", "language_model."),  # and the base encoder stays, as `FROZEN` says
+        "router": ("language_model.",),
+        "light-router": ("light_router.",),
+    }[stage]
+    buffers = dict(model.named_buffers())
+    return [
+        name
+        for name in model.state_dict()
+        if name.startswith(parts) and ("lora_" in name) == (stage == "router")
+        if name not in buffers or (stage == "light-router")  # batch statistics
+    ]
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
-    results = {str(case): losses_and_norms(case, rank, WORLD) for case in CASES}
+    results: dict[str, Any] = {str(case): losses_and_norms(case, rank, WORLD) for case in CASES}
     results |= {f"resumed-{strategy}": resumed(strategy, rank, Path(folder)) for strategy in STRATEGIES}
+    results |= {f"changed-{'-'.join(case)}": changed(*case, rank) for case in CHANGES}
+    for strategy, micro in ACCUMULATIONS:
+        gradient = accumulated(strategy, micro, rank, WORLD)
+        if rank == 0:
+            save_file(gradient, Path(folder, f"{strategy}-{micro}.gradient"))
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
     dist.barrier()
@@ -197,7 +278,7 @@ def run_rank(rank: int, folder: str) -> None:
 def results(tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.start_processes(run_rank, (str(folder),), nprocs=WORLD, start_method="spawn")
-    return json.loads((folder / "results.json").read_text())
+    return json.loads((folder / "results.json").read_text()) | {"folder": folder}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -206,6 +287,19 @@ def test_two_ranks_learn_as_one_process(results, case):
     exact = case.precision == "float32"
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5 if exact else 1e-3)
     assert two["norms"] == pytest.approx(one["norms"], rel=1e-4 if exact else 1e-2)
+
+
+@pytest.mark.parametrize(("strategy", "micro"), ACCUMULATIONS)
+def test_a_gradient_is_the_same_however_its_batch_is_divided(results, strategy, micro):
+    whole, divided = accumulated("ddp", 1, 0, 1), load_file(results["folder"] / f"{strategy}-{micro}.gradient")
+    assert divided.keys() == whole.keys()
+    far = sum(float((divided[name] - value).square().sum()) for name, value in whole.items())
+    assert (far / sum(float(value.square().sum()) for value in whole.values())) ** 0.5 < 1e-6
+
+
+@pytest.mark.parametrize(("stage", "strategy", "precision"), CHANGES)
+def test_a_stage_changes_what_it_trains_and_nothing_else(results, stage, strategy, precision):
+    assert results[f"changed-{stage}-{strategy}-{precision}"] == declared(stage)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

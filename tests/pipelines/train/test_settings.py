@@ -1,0 +1,47 @@
+"""Settings that contradict each other or need a package are refused in one line, without torch and Ray."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from mova_core.data import DataError
+from pipelines.train import settings
+from pipelines.train.config import TrainConfig
+
+PLACES: dict[str, Any] = {"model": "model", "data": "data.json", "store": "store", "output": "out"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shard_size": 2}, "--shard-size 2 needs --strategy fsdp"),
+        ({"shard_size": 2, "strategy": "fsdp", "workers": 3}, "--workers 3 is no multiple of --shard-size 2"),
+        ({"freeze": ("adapter",)}, "--freeze adapter: the parts are base, text, llm"),
+        ({"part_rates": {"clip": 1e-6}}, "--lr-part clip: the parts are base, text, adapter, llm"),
+        (
+            {"stage": "router", "freeze": ("base",)},
+            "router trains a router alone: --freeze and --lr-part are of pretrain",
+        ),
+        ({"stage": "light-router", "part_rates": {"llm": 1.0}}, "light-router trains a router alone"),
+        ({"stage": "pretrain", "part_rates": {"llm": 1e-6}}, "--lr-part llm=1e-06: llm does not learn in this run"),
+        ({"freeze": ("text",), "part_rates": {"text": 0.5}}, "--lr-part text=0.5: text does not learn in this run"),
+    ],
+)
+def test_what_no_worker_could_train_with_is_refused(given, message):
+    with pytest.raises(DataError, match=f"^{message}"):
+        settings.check_settings(TrainConfig(**{"stage": "sft", **PLACES, **given}))
+
+
+def test_settings_that_go_together_pass():
+    for given in (
+        {"shard_size": 2, "strategy": "fsdp", "workers": 4},
+        {"freeze": ("base", "text"), "part_rates": {"llm": 1.0}},
+    ):
+        settings.check_settings(TrainConfig(stage="sft", **PLACES, **given))
+
+
+def test_settings_are_checked_without_torch_and_ray():
+    script = "import sys, pipelines.train.settings; assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
