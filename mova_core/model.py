@@ -40,6 +40,7 @@ class PictureInputs(TypedDict, total=False):
     """What `forward` and `generate` take for the M pictures of a batch, in reading order; `MoVAProcessor` makes the first three."""
 
     pixel_values: Tensor  # (M, 3, S, S) float
+    base: Tensor  # (M, N, C) in the model's dtype: what the base encoder makes of the pixels, in their place
     text_input_ids: Tensor  # (M, T) int64, the gate's text; needed where a picture is routed to an expert
     text_attention_mask: Tensor  # (M, T) int64
     experts: Mapping[str, Features]  # by name, as `MoVAdapter` takes them
@@ -173,14 +174,19 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         A batch of rows without pictures may hold one `unseen` picture. It changes no embedding, and gives every parameter
         of the base encoder and the adapter a gradient of zeros, which distributed training needs on every rank.
         """
-        if (pixels := pictures.get("pixel_values")) is None:
+        pixels, base = pictures.get("pixel_values"), pictures.get("base")
+        if pixels is not None:
+            if base is not None:
+                raise ValueError("pixel_values and base show the same pictures: give one of them")
+            base = self.encode_base(pixels)
+        if base is None:
             return self.embed(input_ids)
         text = None
         if (ids := pictures.get("text_input_ids")) is not None:
             text = {"input_ids": ids}
             if (mask := pictures.get("text_attention_mask")) is not None:
                 text["attention_mask"] = mask
-        visual, _ = self.encode_image(self.encode_base(pixels), text, pictures.get("experts"), pictures.get("routing"))
+        visual, _ = self.encode_image(base, text, pictures.get("experts"), pictures.get("routing"))
         if pictures.get("unseen", False):
             embeds = self.embed(input_ids)
             return embeds + 0 * visual.sum().to(embeds)

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from mova_core.assemble import stack_features
 from mova_core.data import Sample
 from mova_core.experts import Features
-from mova_core.features import FeatureBatches, FeatureSource
+from mova_core.features import FeatureBatches, FeaturePartition, FeatureSource
 from mova_core.images import ImageError, ImageRef
 from mova_core.processing import IGNORE, MoVAProcessor, Turns
 from mova_core.routing.augmentation import REWRITTEN, routing_turns
@@ -67,10 +67,11 @@ def open_batches(
     pool: list[dict[str, Any]],
     rank: int,
     world: int,
+    base: FeaturePartition | None = None,
 ) -> FeatureBatches:
     """This rank's share of every batch, in micro-batches. The batches are the same for any number of ranks."""
     return FeatureBatches(
-        StageSamples(config, samples, features, processor, pool),
+        StageSamples(config, samples, features, processor, pool, base),
         config.batch_size,
         seed=config.seed,
         lengths=samples.rows["length"] if config.group_by_length else None,
@@ -89,6 +90,7 @@ class StageSamples(Dataset[list[MicroBatch]]):
 
     Args:
         pool: `MoVAConfig.pool` of the model.
+        base: features of the base encoder, where it is frozen and the store has them: a picture found there is not decoded.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class StageSamples(Dataset[list[MicroBatch]]):
         features: FeatureSource,
         processor: MoVAProcessor,
         pool: list[dict[str, Any]],
+        base: FeaturePartition | None = None,
     ):
+        self.base = base
         self.config, self.samples, self.features, self.processor, self.pool = config, samples, features, processor, pool
         self.names = [expert["name"] for expert in pool]
         # The computation would narrow them first: half the bytes to pin and to copy.
@@ -186,25 +190,34 @@ class StageSamples(Dataset[list[MicroBatch]]):
                 labels=True,
                 padding_side="right",
                 max_length=self.config.max_length,
-                questions=[sample.question for sample in samples],
+                pixels=False,
             )
         )
         inputs["labels"][[not sample.usable for sample in samples]] = IGNORE
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         pictures = [(image, sample) for sample in samples for image in sample.images]
-        if not pictures:  # every part needs a gradient on every rank
-            side = self.processor.base.arch["image_size"]
-            inputs |= {
-                "pixel_values": torch.zeros(1, 3, side, side, dtype=self.dtype),
-                **self.processor.gate_text(["."]),
-                "unseen": True,
-            }
         routed = [sample.experts for _, sample in pictures] or [()]
+        inputs |= self._pictures([image for image, _ in pictures], [sample.question for _, sample in pictures])
         inputs["experts"] = self._features([image for image, _ in pictures], routed)
         inputs["routing"] = self._mask(routed)
         inputs["coarse"] = [sample.routing for _, sample in pictures] or [False]
         return inputs
+
+    def _pictures(self, images: Sequence[ImageRef], questions: Sequence[str]) -> dict[str, Any]:
+        """What the base encoder and the gate read: pictures, or their stored features, and the question on each.
+
+        Without a picture a blank one that no row shows: every part needs a gradient on every rank.
+        """
+        if not images:
+            side = self.processor.base.arch["image_size"]
+            blank = torch.zeros(1, 3, side, side, dtype=self.dtype)
+            return {"pixel_values": blank, **self.processor.gate_text(["."]), "unseen": True}
+        text = self.processor.gate_text(questions)
+        keys = list(dict.fromkeys(image.key for image in images)) if self.base is not None else []
+        if self.base is None or self.base.missing(keys):
+            pixels = self.processor.base.preprocess(list(images))["pixel_values"]
+            return {"pixel_values": pixels.to(self.dtype), **text}
+        found = dict(zip(keys, self.base.read(keys), strict=True))
+        return {"base": torch.stack([found[image.key].tokens for image in images]).to(self.dtype), **text}
 
     def _features(self, images: Sequence[ImageRef], routed: Sequence[Collection[str]]) -> dict[str, Features]:
         """Features per expert of the pictures that are routed to it."""
@@ -214,11 +227,8 @@ class StageSamples(Dataset[list[MicroBatch]]):
 
     def _of_labels(self, samples: Sequence["_Prepared"]) -> dict[str, Any]:
         """What `LightRouting` takes: pictures and questions in, the labelled experts out."""
-        return {
-            "pixel_values": self.processor.base.preprocess([sample.images[0] for sample in samples])["pixel_values"],
-            **self.processor.gate_text([sample.question for sample in samples]),
-            "routing": self._mask([sample.experts for sample in samples]),
-        }
+        shown = self._pictures([sample.images[0] for sample in samples], [sample.question for sample in samples])
+        return {**shown, "routing": self._mask([sample.experts for sample in samples])}
 
     def _mask(self, routed: Sequence[Collection[str]]) -> Tensor:
         """Experts per picture as a mask (M, E), bool, in pool order."""

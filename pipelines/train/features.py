@@ -1,13 +1,35 @@
 """Where a run's features come from: the store, the store with experts behind it for what it lacks, or experts alone."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from mova_core.features import FeatureSource, FeatureStore, LazyExperts, ReadThroughStore
+from mova_core.experts import BASE
+from mova_core.experts import fingerprint as fingerprint_of
+from mova_core.features import FeaturePartition, FeatureSource, FeatureStore, LazyExperts, ReadThroughStore
+from mova_core.model import MoVAForConditionalGeneration
 from pipelines.train.config import TrainConfig
+
+
+def stored_base(store: FeatureStore | None, model: MoVAForConditionalGeneration) -> FeaturePartition | None:
+    """Where the store holds what a frozen base encoder would compute again in every epoch.
+
+    Returns:
+        None where the base encoder learns, or the store has no features of exactly its weights.
+    """
+    if store is None or any(parameter.requires_grad for parameter in model.base_encoder.parameters()):
+        return None
+    for fingerprint in store.experts().get(BASE, ()):
+        partition = store.partition(BASE, fingerprint)
+        # The dtype that the features were computed in is part of their weights' hash; a store may narrow it again.
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            described = copy.deepcopy(model.base_encoder).to(dtype).describe()
+            if fingerprint_of(described | {"dtype": partition.description["dtype"]}) == fingerprint:
+                return partition
+    return None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from pipelines.train.checkpoint import RunState, read_state, report, start_folde
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import held_out_config, read_chosen, total_steps
 from pipelines.train.evaluation import HeldOut
-from pipelines.train.features import open_features
+from pipelines.train.features import open_features, stored_base
 from pipelines.train.flops import ModelFlops, peak_flops
 from pipelines.train.index import DataSource, IndexedSamples
 from pipelines.train.metrics import MetricsFile, StepMeter
@@ -53,7 +53,8 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
     reading, saved = (MoVAProcessor.from_pretrained(config.model) for _ in range(2))
     device = ray.train.torch.get_device()
     features = opened.enter_context(open_features(config, store, model.config, device))
-    batches = open_batches(config, samples, features, reading, model.config.pool, rank, context.get_world_size())
+    base = stored_base(store, model)
+    batches = open_batches(config, samples, features, reading, model.config.pool, rank, context.get_world_size(), base)
     if resumed.batches:
         batches.load_state_dict(resumed.batches)
     learner = LightRouting(model) if config.stage == "light-router" else model

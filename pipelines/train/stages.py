@@ -47,19 +47,23 @@ class LightRouting(nn.Module):
 
     def forward(
         self,
-        pixel_values: Tensor,
         text_input_ids: Tensor,
         text_attention_mask: Tensor,
         routing: Tensor,
+        pixel_values: Tensor | None = None,
+        base: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> SequenceClassifierOutput:
-        """Loss of pictures (B, 3, S, S) with questions (B, T) int64 against labels, bool (B, E) in pool order.
+        """Loss of pictures (B, 3, S, S), or the base encoder's tokens of them (B, N, C), with questions (B, T) int64.
+
+        The labels are `routing`, bool (B, E) in pool order.
 
         Args:
             num_items_in_batch: samples of all ranks that the summed loss is divided by; default B.
         """
         with torch.no_grad():
-            seen = self.base_encoder({"pixel_values": pixel_values}).tokens.mean(1)
+            tokens = self.base_encoder({"pixel_values": pixel_values}).tokens if base is None else base
+            seen = tokens.mean(1)
             text = self.adapter.encode_text(text_input_ids, text_attention_mask)
         loss = self.light_router.loss(text, seen, routing)
         share = 1 if num_items_in_batch is None else len(routing) / num_items_in_batch

@@ -13,15 +13,20 @@ import pipelines.evaluate.run
 import pipelines.label
 from mova_core.config import MoVAConfig
 from mova_core.data import DataError, Sample
-from mova_core.features import FeatureStore, Tiered
+from mova_core.experts import BASE
+from mova_core.features import FeatureStore, LocalExperts, Tiered
 from mova_core.images import ImageRef
 from mova_core.isolate import isolate_failures
+from mova_core.model import MoVAForConditionalGeneration
+from mova_core.processing import MoVAProcessor
 from pipelines.evaluate.data import most_frequent, questions_of
 from pipelines.evaluate.run import evaluate
 from pipelines.label import label
+from pipelines.train.batches import StageSamples
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import check_data, open_run_store, read_chosen
-from pipelines.train.features import open_features
+from pipelines.train.features import open_features, stored_base
+from pipelines.train.stages import LightRouting, choose_parameters
 from tests.mova_core.conftest import local_experts, mini_folder, pictures  # noqa: F401  # fixtures
 
 
@@ -163,6 +168,39 @@ def test_features_are_the_same_from_store_experts_and_both(places, pictures, tmp
                             ({"features": "tiered", "stage": "router"}, "router reads no features")):  # fmt: skip
         with pytest.raises(DataError, match=problem):
             check_data(TrainConfig(**settings | change))
+
+
+@pytest.mark.parametrize("stage", ["router", "light-router"])
+def test_a_frozen_base_encoder_is_read_from_the_store(places, pictures, tmp_path, stage):  # noqa: F811
+    data = write(
+        tmp_path / "train.json",
+        [record(f"{n % 3}.png", f"<image>\nWhat is {n}?", "x", routing=["sam"]) for n in range(4)],
+    )
+    config = TrainConfig(stage=stage, data=data, output=str(tmp_path / "out"), batch_size=4, workers=1, **places)
+    samples = check_data(config).samples
+    model = MoVAForConditionalGeneration.from_pretrained(places["model"], dtype=torch.float32)
+    choose_parameters(model, config)
+    if model.light_router is not None:
+        torch.nn.init.normal_(model.light_router.out.weight, std=0.1)  # a fresh one says the same of every picture
+    learner = (LightRouting(model) if stage == "light-router" else model).train(False)
+    store = FeatureStore(tmp_path / "store", create=True)
+    assert stored_base(store, model) is None, "the store has none"
+    with Tiered(store, LocalExperts({BASE: model.base_encoder}), dtypes={BASE: "bfloat16"}) as source:
+        source.fetch([ImageRef(path=path) for path in pictures], [[BASE]] * len(pictures))
+    base = stored_base(store, model)
+    assert base is not None and base.description["dtype"] == "bfloat16"
+    losses = []
+    for stored in (None, base):
+        processor = MoVAProcessor.from_pretrained(places["model"])
+        batch = StageSamples(config, samples, store, processor, model.config.pool, stored).__getitems__([0, 1, 2, 3])[0]
+        assert ("base" in batch.inputs) == (stored is not None) and ("pixel_values" in batch.inputs) == (stored is None)
+        losses.append(learner(**batch.inputs).loss.item())
+    assert losses[1] == pytest.approx(losses[0], abs=5e-3) and losses[0] != losses[1], "rounded to bfloat16"
+    model.base_encoder.requires_grad_(True)
+    assert stored_base(store, model) is None, "it learns"
+    model.base_encoder.requires_grad_(False)
+    next(model.base_encoder.parameters()).mul_(2)
+    assert stored_base(store, model) is None, "the features are of other weights"
 
 
 def test_questions_and_the_baseline_count_every_turn():
