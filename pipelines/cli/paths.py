@@ -176,6 +176,21 @@ def check_output_file(
     file.parent.mkdir(parents=True, exist_ok=True)
 
 
+def drawn_by(software: str) -> Callable[[Path], bool]:
+    """Says whether a command drew a PNG, as that file's metadata name the command: it may be replaced without --overwrite."""
+
+    def is_picture(file: Path) -> bool:
+        from PIL import Image
+
+        try:
+            with Image.open(file) as picture:
+                return picture.info.get("Software") == software
+        except OSError:
+            return False
+
+    return is_picture
+
+
 def _check_parent(where: str, path: Path) -> None:
     """Refuses a path whose nearest existing folder cannot be written."""
     parent = next(folder for folder in path.parents if os.path.lexists(folder))

@@ -33,7 +33,7 @@ from pipelines.cli.options import (
     weights_location,
 )
 from pipelines.cli.output import line, print_result, results_only, table
-from pipelines.cli.paths import Overwrite, check_output_file, input_file, output_path, path_or_url
+from pipelines.cli.paths import Overwrite, check_output_file, drawn_by, input_file, output_path, path_or_url
 
 
 class _RunByDefault(Group):
@@ -200,6 +200,7 @@ def run(
         from cluster.session import ray_session
         from mova_core.experts.cost import read_profiles
         from pipelines.precompute.listing import find_images
+        from pipelines.precompute.plot import SOFTWARE
         from pipelines.precompute.run import precompute, preview
 
         import_modules(imports)
@@ -215,7 +216,7 @@ def run(
         }
         if not dry_run:
             check_output_file("--summary", summary, overwrite, _is_summary)
-            check_output_file("--picture", picture, overwrite, _is_picture)
+            check_output_file("--picture", picture, overwrite, drawn_by(SOFTWARE))
         try:
             specs = [*(pool or ()), *(read_pools(pools) if pools else ())]
             plan_pools(chosen.names, specs)  # refuse a malformed pool before anything starts
@@ -253,19 +254,6 @@ def _is_summary(file: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(summary, dict) and {"job", "experts", "events"} <= summary.keys()
-
-
-def _is_picture(file: Path) -> bool:
-    """Whether an earlier run drew the file."""
-    from PIL import Image
-
-    from pipelines.precompute.plot import SOFTWARE
-
-    try:
-        with Image.open(file) as picture:
-            return picture.info.get("Software") == SOFTWARE
-    except OSError:
-        return False
 
 
 def show_preview(counts: dict[str, dict[str, Any]], pictures: int) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from mova_core.figures import number, percent
+from pipelines.cli.curves import curves
 from pipelines.cli.help import App
 from pipelines.cli.options import (
     DATA,
@@ -29,7 +30,14 @@ from pipelines.cli.options import (
     weights_location,
 )
 from pipelines.cli.output import fields, line, print_result, results_only
-from pipelines.cli.paths import Overwrite, check_output_folder, output_path, read_model_config
+from pipelines.cli.paths import (
+    Overwrite,
+    check_output_file,
+    check_output_folder,
+    drawn_by,
+    output_path,
+    read_model_config,
+)
 from pipelines.train.config import (
     FREEZABLE,
     PARTS,
@@ -197,6 +205,16 @@ OPTIONS: dict[str, Any] = {
         int, typer.Option(help="Reading processes per worker; 0: a thread reads ahead.", min=0, rich_help_panel=RUN)
     ],
 }
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--picture",
+        metavar="FILE",
+        help="PNG file for loss, gradient norm, learning rate and data wait over the steps; that of an earlier run is replaced.",
+        parser=output_path,
+        rich_help_panel=WATCHING,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -293,11 +311,17 @@ def option_defaults(stage: Stage) -> dict[str, Any]:
 
 
 def _parameters(stage: Stage) -> list[inspect.Parameter]:
-    defaults = option_defaults(stage) | {"dry_run": False, "overwrite": False, "quiet": False, "as_json": False}
+    defaults = option_defaults(stage) | {
+        "picture": None,
+        "dry_run": False,
+        "overwrite": False,
+        "quiet": False,
+        "as_json": False,
+    }
     options = (
         OPTIONS
         | STAGE_OPTIONS.get(stage, {})
-        | {"dry_run": DryRun, "overwrite": Overwrite, "quiet": Quiet, "as_json": Json}
+        | {"picture": Picture, "dry_run": DryRun, "overwrite": Overwrite, "quiet": Quiet, "as_json": Json}
     )
     return [
         inspect.Parameter(
@@ -308,14 +332,19 @@ def _parameters(stage: Stage) -> list[inspect.Parameter]:
 
 
 def _add_command(stage: Stage) -> None:
-    def command(dry_run: bool, overwrite: bool, quiet: bool, as_json: bool, **settings: Any) -> None:
+    def command(
+        picture: Path | None, dry_run: bool, overwrite: bool, quiet: bool, as_json: bool, **settings: Any
+    ) -> None:
         with results_only(quiet or as_json, resumes=True):
             config = train_config(stage, settings)
             inputs = (config.model, config.data, config.eval_data, config.store or None, config.images)
             check_output_folder("--output", settings["output"], overwrite, inputs)
 
+            from pipelines.train.curves import SOFTWARE
             from pipelines.train.data import check_data
 
+            if not dry_run:
+                check_output_file("--picture", picture, overwrite, drawn_by(SOFTWARE))
             data = check_data(config)  # before torch and Ray, which take 10 to 30 s to start
             if dry_run:
                 result = _counts(data)
@@ -324,7 +353,7 @@ def _add_command(stage: Stage) -> None:
                 from pipelines.train.run import train
 
                 with ray_session():
-                    result = train(config, progress=not (quiet or as_json), data=data)
+                    result = train(config, progress=not (quiet or as_json), data=data, picture=picture)
         print_result(result, as_json, lambda: show_training(result))
 
     command.__signature__ = inspect.Signature(_parameters(stage))  # type: ignore[attr-defined]  # what typer reads
@@ -408,3 +437,4 @@ def _show_left_out(result: dict[str, Any]) -> None:
 
 for _stage in STAGES:
     _add_command(_stage)
+app.command()(curves)

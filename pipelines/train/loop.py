@@ -21,7 +21,8 @@ from pipelines.train.evaluation import HeldOut
 from pipelines.train.features import open_features, stored_base
 from pipelines.train.flops import ModelFlops, peak_flops
 from pipelines.train.index import DataSource, IndexedSamples
-from pipelines.train.metrics import MetricsFile, StepMeter
+from pipelines.train.meter import StepMeter
+from pipelines.train.metrics import MetricsFile
 from pipelines.train.parallel import Parallel, parallelize
 from pipelines.train.stages import LightRouting, choose_parameters
 

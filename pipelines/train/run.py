@@ -27,6 +27,7 @@ from pipelines.invalid_records import report_failed
 from pipelines.progress_actor import ProgressReporter, follow_progress
 from pipelines.train.checkpoint import OPTIMIZER, STATE, steps_of_last_checkpoint
 from pipelines.train.config import TrainConfig
+from pipelines.train.curves import draw_curves
 from pipelines.train.data import TrainingData, check_data, total_steps
 from pipelines.train.loop import train_worker
 from pipelines.train.metrics import METRICS, check_finite, read_metrics, summary
@@ -48,7 +49,9 @@ MACHINE_SETTINGS = frozenset(
 )
 
 
-def train(config: TrainConfig, progress: bool = True, data: TrainingData | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, progress: bool = True, data: TrainingData | None = None, picture: str | Path | None = None
+) -> dict[str, Any]:
     """Runs one stage to its end, from the last checkpoint if an earlier run of the same config was cut off.
 
     Needs an open Ray session. A folder at `config.output` is replaced once the training has finished.
@@ -56,6 +59,7 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
     Args:
         progress: show a progress bar.
         data: what `check_data(config)` returned, if the caller has checked already.
+        picture: PNG file for the run's curves, drawn also where the run fails or is stopped.
 
     Returns:
         {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from", "cut_off", "failed"}
@@ -102,8 +106,12 @@ def train(config: TrainConfig, progress: bool = True, data: TrainingData | None 
                 failure_config=ray.train.FailureConfig(max_failures=1),
             ),
         )
-        result = trainer.fit()
-    rows = read_metrics(storage / name)
+        try:
+            result = trainer.fit()
+        finally:
+            rows = read_metrics(storage / name)
+            if picture is not None and rows:
+                draw_curves({Path(config.output).name: rows}, picture)
     check_finite(rows, config)
     assert result.checkpoint is not None  # every run reports its last step
     # The folder is replaced as a whole: nothing of an older model may stay, its LoRA least of all.

@@ -14,6 +14,7 @@ from mova_core.features import FeatureStore
 from pipelines.cli.main import app
 from pipelines.precompute.progress import ExpertLog, Sample
 from pipelines.precompute.run import Summary
+from pipelines.train.config import STAGES
 from tests.mova_core.features.test_store import KEYS, describe, fill
 from tests.pipelines.cli.json_page import PAGE, check, documented
 from tests.pipelines.cli.test_help import COMMANDS
@@ -37,7 +38,7 @@ def store(tmp_path_factory):
 def test_every_command_has_its_table():
     """A stage of training has that of `mova train`; `mova precompute run` that of `mova precompute`."""
     commands = {" ".join(path) for path, command in COMMANDS.items() if not hasattr(command, "commands")}
-    named = {re.sub(r"^(train|precompute (?=run)).*", lambda found: found[1].strip(), name) for name in commands}
+    named = {re.sub(rf"^(train|precompute) ({'|'.join(STAGES)}|run)$", r"\1", name) for name in commands}
     assert named | {"precompute --dry-run"} == set(re.findall(r"^## `mova (.+)`$", PAGE, re.M))
     assert all(documented(name) for name in named)
     for table in re.split(r"^##+ ", PAGE, flags=re.M):

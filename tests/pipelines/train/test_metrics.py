@@ -13,7 +13,8 @@ from mova_core.processing import IGNORE
 from pipelines.train.batches import MicroBatch
 from pipelines.train.config import TrainConfig
 from pipelines.train.flops import ModelFlops, peak_flops
-from pipelines.train.metrics import METRICS, MetricsFile, StepMeter, TrainingError, check_finite, read_metrics, summary
+from pipelines.train.meter import StepMeter
+from pipelines.train.metrics import METRICS, MetricsFile, TrainingError, check_finite, read_metrics, summary
 from pipelines.train.parallel import parallelize
 from tests.pipelines.train.test_parallel import Case, batch_of, tensors, tiny_model
 
