@@ -350,8 +350,10 @@ def _add_command(stage: Stage) -> None:
                 result = _counts(data)
             else:
                 from cluster.session import ray_session
+                from pipelines.train.answers import check_answers
                 from pipelines.train.run import train
 
+                check_answers(data)
                 with ray_session():
                     result = train(config, progress=not (quiet or as_json), data=data, picture=picture)
         print_result(result, as_json, lambda: show_training(result))

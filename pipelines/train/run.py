@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mova_core.io.atomic import atomic_path
 from pipelines.invalid_records import report_failed
 from pipelines.progress_actor import ProgressReporter, follow_progress
+from pipelines.train.answers import check_answers
 from pipelines.train.checkpoint import OPTIMIZER, STATE, steps_of_last_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.curves import draw_curves
@@ -58,7 +59,7 @@ def train(
 
     Args:
         progress: show a progress bar.
-        data: what `check_data(config)` returned, if the caller has checked already.
+        data: what `check_data(config)` returned, if the caller has checked it and its answers (`check_answers`) already.
         picture: PNG file for the run's curves, drawn also where the run fails or is stopped.
 
     Returns:
@@ -77,7 +78,9 @@ def train(
         KeyboardInterrupt: Ctrl-C; the message says from which step the same command resumes.
     """
     started = time.perf_counter()
-    data = data or check_data(config)
+    if data is None:
+        data = check_data(config)
+        check_answers(data)
     data.report()
     config = data.config
     storage, name = checkpoint_folder(config), f"{config.stage}-{identity(config)}"
