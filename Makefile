@@ -6,6 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO ?= .demo
 
 .DEFAULT_GOAL := help
+unexport PYTHONDONTWRITEBYTECODE  # set in many images: each of a hundred processes of the tests would compile the project again
 .PHONY: help setup demo check test lint docs bench gpu mutate clean
 
 help:  ## list the targets
