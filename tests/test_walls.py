@@ -43,14 +43,23 @@ def run(code: str) -> str:
     ).stdout.strip()
 
 
-def test_core_works_without_ray_installed():
+def test_core_works_without_ray_installed_and_lists_its_experts_without_their_networks():
     """Every module of the core is imported with `ray` made unimportable, as on a machine that does not have it."""
     modules = sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in (ROOT / "mova_core").rglob("*.py")
     )
-    code = f"import sys; sys.modules['ray'] = None\nimport importlib\nfor m in {modules!r}: importlib.import_module(m)\nprint('ok')"
-    assert run(code) == "ok"
+    code = f"""
+import importlib, sys
+sys.modules["ray"] = None
+from mova_core.experts import EXPERTS, expert_card
+cards = [expert_card(name) for name in EXPERTS]
+print([name for name in sys.modules if name == "timm" or name.startswith("transformers.models")])
+for module in {modules!r}:
+    importlib.import_module(module)
+print("ok")
+"""
+    assert run(code).splitlines() == ["[]", "ok"]
 
 
 def test_command_line_starts_without_torch():

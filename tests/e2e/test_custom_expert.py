@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import ray
@@ -17,13 +18,15 @@ import torch
 import typer
 from PIL import Image
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from actors.expert_pool import ExpertDeploymentConfig, ExpertPool
 from mova_core.adapter import AdapterConfig, MoVAdapter
-from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, load_expert
+from mova_core.experts import BASE, EXPERTS, WeightsError, expert_card, expert_class, load_expert, registry
 from mova_core.experts.base import Features
 from mova_core.features import FeatureStore
 from mova_core.images import ImageRef
+from pipelines.cli.main import app
 from pipelines.cli.options import import_modules
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +151,7 @@ def test_a_class_of_the_running_script_cannot_be_sent(ray_cluster, place, monkey
         pool.fetch([ImageRef(data=b"")], [["siglip"]])
 
 
-def test_the_expert_is_listed_with_its_weights(place, tmp_path):
+def test_the_expert_is_listed_with_its_weights(place, tmp_path, monkeypatch):
     """Weights are found where the hub's client keeps them, and nowhere is asked."""
     for repository, weights in (
         ("timm/vit_base_patch16_siglip_512.webli", "model.safetensors"),
@@ -161,8 +164,11 @@ def test_the_expert_is_listed_with_its_weights(place, tmp_path):
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text(snapshot.name)
     command = "experts --json --size mini --import siglip_expert"
-    done = mova(place, *command.split(), HF_HUB_CACHE=str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    known = {name: expert_class(name) for name in (BASE, *EXPERTS, "siglip")}  # without those of other tests
+    monkeypatch.setattr(registry, "_REGISTRY", known)
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)
     assert [row["expert"] for row in rows] == [BASE, *EXPERTS, "siglip"]
     assert [row["expert"] for row in rows if row["weights_here"]] == ["siglip"], "of sam there are no weights"

@@ -231,14 +231,6 @@ class TestRegistry:
         with pytest.raises(WeightsError, match="masked: its card names no public weights"):
             load_expert("masked")
 
-    def test_listing_the_pool_imports_no_network(self):
-        code = (
-            "import sys; from mova_core.experts import EXPERTS, expert_card; [expert_card(name) for name in EXPERTS];"
-            "print([name for name in sys.modules if name == 'timm' or name.startswith('transformers.models')])"
-        )
-        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert out.stdout.strip() == "[]"
-
     def test_unknown_size_and_arch_word(self):
         with pytest.raises(ValueError, match="unknown size 'huge'"):
             load_expert("clip", size="huge")
