@@ -12,8 +12,8 @@ import torch
 import pipelines.evaluate.run
 import pipelines.label
 from mova_core.config import MoVAConfig
-from mova_core.data import DataError, Sample
-from mova_core.experts import BASE
+from mova_core.data import DataError, Sample, read_samples
+from mova_core.experts import BASE, EXPERTS
 from mova_core.features import FeatureStore, LocalExperts, Tiered
 from mova_core.images import ImageRef
 from mova_core.isolate import isolate_failures
@@ -91,6 +91,38 @@ def test_labels_of_one_line_are_those_of_many_lines(places, in_this_process, tmp
     lines = capsys.readouterr().err.splitlines()
     assert f"1 record left out: picture cannot be read (the first: {tmp_path}/many.json, record 2, line 16)" in lines
     assert any("cannot be labelled (the first:" in line and "many.json, record 6" in line for line in lines)
+
+
+def test_labels_are_the_experts_whose_loss_the_model_itself_finds_lower(places, in_this_process, tmp_path):
+    """Each question and expert by itself through the model's own loss; labels and counts follow from these numbers."""
+    talks = [
+        record("0.png"),
+        record("1.png", "<image>\nWhat is in the picture?", "0123456789", "And left?", "none, D"),
+        record("2.png", "<image>\nright or left?", "B, C"),
+    ]
+    data, output = write(tmp_path / "talks.json", talks), str(tmp_path / "labelled.json")
+    done = label(data=data, output=output, batch_size=2, max_experts=2, progress=False, **places)
+    model = MoVAForConditionalGeneration.from_pretrained(places["model"]).eval()
+    processor, store = MoVAProcessor.from_pretrained(places["model"]), FeatureStore(places["store"])
+    counts = dict.fromkeys(EXPERTS, 0)
+    for sample in read_samples(output, places["images"]):
+        [stored] = store.fetch(sample.images, [list(EXPERTS)])
+        losses = {}
+        for expert in ("none", *EXPERTS):
+            batch = processor([list(sample.turns)], [list(sample.images)], labels=True)
+            features = {} if expert == "none" else {expert: stored[expert]._replace(tokens=stored[expert].tokens[None])}
+            routing = torch.tensor([[name == expert for name in EXPERTS]])
+            with torch.no_grad():
+                losses[expert] = model(**batch, experts=features, routing=routing).loss.item()
+        assert sample.extra["routing_losses"] == pytest.approx(losses, abs=2e-5)
+        written = sample.extra["routing_losses"]
+        useful = sorted((written[name], name) for name in EXPERTS if written[name] < written["none"])
+        assert sample.routing == tuple(name for _, name in useful[:2])
+        for name in sample.routing:
+            counts[name] += 1
+    assert done.experts == counts and sum(counts.values()) > 0
+    assert done.per_sample == pytest.approx(sum(counts.values()) / 3)
+    assert (done.samples, done.unlabelled, done.output, done.left_out, done.skipped) == (3, 0, output, {}, [])
 
 
 def test_a_question_that_cannot_be_answered_costs_no_other(places, in_this_process, tmp_path):
