@@ -1,7 +1,8 @@
 """Records of a data file: JSON objects, read one at a time whatever the size of the file (docs/data_format.md).
 
-A file holds JSON arrays of records, or records one after the other (JSONL), in UTF-8. A record is known by its number in the
-file, counted from 1 over valid and invalid ones, because one line may hold many. Imports no torch.
+A file holds JSON arrays of records, or records one after the other (JSONL), in UTF-8; or it is a Parquet file or a webdataset tar
+(`mova_core.packed_records`). A record is known by its number in the file, counted from 1 over valid and invalid ones, because
+one line may hold many. Imports no torch.
 """
 
 import codecs
@@ -10,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,7 +36,7 @@ _OTHER_FORMATS = (
     (b"BZh", "is compressed (bzip2): unpack it"),
     (b"\xfd7zXZ", "is compressed (xz): unpack it"),
     (b"PK\x03\x04", "is a zip archive: unpack it"),
-    (b"PAR1", "is a Parquet file, not JSON: training, labelling and evaluation read JSON records"),
+    (b"PAR1", "is a Parquet file without the suffix .parquet: rename it"),
     (b"\xff\xfe", "is UTF-16 text: save it as UTF-8"),
     (b"\xfe\xff", "is UTF-16 text: save it as UTF-8"),
     (b"[\0", "is UTF-16 text: save it as UTF-8"),
@@ -55,7 +57,7 @@ class Position(NamedTuple):
         path: its file.
         number: in the file, counted from 1 over valid and invalid records.
         line: on which it starts.
-        offset, size: its bytes in the file, as `record_at` takes them.
+        offset, size: its bytes in a file of text or a tar; row group and row in a Parquet file.
     """
 
     path: str
@@ -91,6 +93,9 @@ def read_records(
         on_invalid(DataError(problem))
 
     try:
+        if (packed := _packed(path)) is not None:
+            yield from _of_packed(packed, path, refuse)
+            return
         with open_seekable(path) as file:
             yield from _objects(_Text(file, path), path, refuse)
     except FileNotFoundError:
@@ -99,20 +104,44 @@ def read_records(
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def record_at(file: BinaryIO, position: Position) -> dict[str, Any]:
-    """The record that `read_records` found at a position of this file.
+class RecordFile:
+    """A data file of which single records are read, by one thread.
+
+    Args:
+        path: the file, or its URL.
 
     Raises:
-        DataError: no record begins and ends there: the file is another one now.
+        DataError, OSError: it cannot be read.
     """
-    file.seek(position.offset)
-    try:
-        value, end = _DECODER.raw_decode(text := file.read(position.size).decode())
-    except ValueError:
-        value, end, text = None, 0, ""
-    if not isinstance(value, dict) or end != len(text):
-        raise DataError(f"{position}: the record is not there any more: the file has changed")
-    return value
+
+    def __init__(self, path: str):
+        self._packed = _packed(path)
+        self._opened = ExitStack()
+        self._file = None if self._packed is not None else self._opened.enter_context(open_seekable(path))
+
+    def at(self, position: Position) -> dict[str, Any]:
+        """The record that `read_records` found at a position of this file.
+
+        Raises:
+            DataError: no record begins and ends there: the file is another one now.
+        """
+        value: Any = None
+        try:
+            if self._file is None:
+                value = self._packed.at((position.offset, position.size))
+            else:
+                self._file.seek(position.offset)
+                text = self._file.read(position.size).decode()
+                value, end = _DECODER.raw_decode(text)
+                value = value if end == len(text) else None
+        except (ValueError, LookupError, OSError):
+            value = None
+        if not isinstance(value, dict):
+            raise DataError(f"{position}: the record is not there any more: the file has changed")
+        return value
+
+    def close(self) -> None:
+        self._opened.close()
 
 
 def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
@@ -133,6 +162,51 @@ def write_records(path: str | Path, records: Iterable[dict[str, Any]]) -> int:
             count += 1
         file.write("\n]\n" if count else "[\n\n]\n")
     return count
+
+
+def _packed(path: str | Path) -> Any:
+    """The reader of a Parquet file or tar; None for text.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if suffix not in (".parquet", ".tar"):
+        return None
+    from mova_core import packed_records  # imports Arrow's Parquet reader, which text files need not wait for
+
+    try:
+        reader = packed_records.ParquetRecords if suffix == ".parquet" else packed_records.TarRecords
+        return reader(os.fspath(path))
+    except packed_records.BrokenFile as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _of_packed(
+    packed: Any, path: str | Path, refuse: Callable[[str], None]
+) -> Iterator[tuple[Position, dict[str, Any]]]:
+    """What a reader of `mova_core.packed_records` finds; number and line of a record are the same there."""
+    number = 0
+    rows = iter(packed)
+    while True:
+        try:
+            (offset, size), record = next(rows)
+        except StopIteration:
+            return
+        except (ValueError, OSError) as error:  # the rest cannot be read; Arrow's errors are of these kinds
+            refuse(f"{path}, behind record {number}: {' '.join(str(error).split())}")
+            return
+        number += 1
+        where = Position(os.fspath(path), number, number, offset, size)
+        if isinstance(record, ValueError):
+            refuse(f"{where}: {record}")
+            continue
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            refuse(f"{where}: half a character (a lone surrogate): write the whole character")
+            continue
+        yield where, record
 
 
 def _objects(

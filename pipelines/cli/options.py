@@ -185,7 +185,7 @@ DataPath = Annotated[
     typer.Option(
         "--data",
         metavar="PATH_OR_URL",
-        help="Records: a LLaVA JSON array, or JSONL with one record a line.",
+        help="Records: a LLaVA JSON array, JSONL with one record a line, a Parquet file or a webdataset tar.",
         parser=path_or_url,
     ),
 ]

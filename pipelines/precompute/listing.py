@@ -22,16 +22,16 @@ from mova_core.data import DataError, iterate_samples
 from mova_core.images import SUFFIXES
 from mova_core.io.filesystem import ReadError, as_read_error, open_file, open_filesystem, with_retries
 from mova_core.io.isolated import ProcessDied, isolated
+from mova_core.io.parquet import check_footer
+from mova_core.io.tar_files import HEADERS, TrailingData, tar_members
 from mova_core.io.uris import absolute, is_url
 from pipelines.invalid_records import BadRows, report_skipped
 from pipelines.precompute import parquet_files
-from pipelines.precompute.tar_files import TrailingData, tar_members
 from pipelines.progress_bar import progress_bar
 
 IMAGES = pa.schema([("image", pa.string()), ("experts", pa.list_(pa.string()))])
 CHUNK = 65_536  # strings that are Python objects at once
 FILES = 16  # remote files read at once
-HEADERS = 128 * 1024  # bytes fetched at a time of a remote tar, whose headers alone are wanted
 
 _PACKED = (".tgz", ".tar.gz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _NOT_UTF8 = re.compile("[\ud800-\udfff]")  # how Python shows bytes of a file name that are none
@@ -328,7 +328,7 @@ def _cells(file: str, images: str | Path | None, column: str | None) -> tuple[li
     images = None if images is None else os.fspath(images)
     try:
         if is_url(file):
-            isolated(f"{parquet_files.__name__}:read_footer")(data=parquet_files.footer_of(file))
+            check_footer(file)
             answer = parquet_files.find_cells(file, images, column)
         else:
             answer = isolated(f"{parquet_files.__name__}:find_cells")(file, images, column)

@@ -4,7 +4,6 @@
 Of a remote file the child reads the footer alone, because filesystems and their connections belong to the parent.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from mova_core.data import DataError
 from mova_core.images import SUFFIXES
 from mova_core.io.filesystem import ReadError, open_file
+from mova_core.io.parquet import is_list, null_count, shortest_leaf
 from mova_core.io.read import decoded_text
 from mova_core.io.uris import Cell, absolute, is_url, joined, parent
 
@@ -36,27 +36,6 @@ def find_cells(file: str, images: str | None, column: str | None) -> dict[str, A
         return {"problem": f"{file}: broken .parquet file ({' '.join(str(error).split())}): download it again"}
 
 
-def footer_of(file: str) -> bytes:
-    """The footer of a file with what makes a Parquet file of it."""
-    with open_file(file) as opened:
-        size = opened.seek(0, os.SEEK_END)
-        opened.seek(max(0, size - 8))
-        tail = opened.read(8)
-        length = int.from_bytes(tail[:4], "little")
-        opened.seek(max(0, size - 8 - length))
-        return b"PAR1" + bytes(opened.read(length)) + tail
-
-
-def read_footer(data: bytes) -> None:
-    """Reads all that `find_cells` reads of a footer; errors that Python can catch are told when the file is read."""
-    with contextlib.suppress(OSError, ValueError, pa.ArrowException):
-        parquet = pq.ParquetFile(pa.BufferReader(data))
-        _ = parquet.schema_arrow
-        for group in range(parquet.num_row_groups):
-            for column in range(parquet.metadata.num_columns):
-                _ = parquet.metadata.row_group(group).column(column).statistics
-
-
 def _cells(file: str, parquet: pq.ParquetFile, images: str | None, column: str | None) -> Iterator[str]:
     name = _image_column(file, parquet, column)
     kind = parquet.schema_arrow.field(name).type
@@ -65,8 +44,8 @@ def _cells(file: str, parquet: pq.ParquetFile, images: str | None, column: str |
         for value in _values(parquet, name):
             if value:
                 yield absolute(joined(base, value))
-    elif _is_list(kind):
-        for group, row, value in _numbered(parquet, _shortest_leaf(parquet, name), name):
+    elif is_list(kind):
+        for group, row, value in _numbered(parquet, shortest_leaf(parquet, name), name):
             for item in range(len(value or ())):
                 yield str(Cell(file, name, group, row, item))
     elif _has_path(kind):
@@ -84,7 +63,7 @@ def _of_struct(file: str, parquet: pq.ParquetFile, name: str, base: str, based: 
     """
     for group in range(parquet.num_row_groups):
         rows = parquet.metadata.row_group(group).num_rows
-        nulls = _null_count(parquet, group, f"{name}.bytes")
+        nulls = null_count(parquet, group, f"{name}.bytes")
         if nulls == 0 or (nulls is None and not based):  # a reader looks for the path beside the Parquet file
             yield from (str(Cell(file, name, group, row)) for row in range(rows))
             continue
@@ -101,24 +80,6 @@ def _of_struct(file: str, parquet: pq.ParquetFile, name: str, base: str, based: 
                 elif nulls != rows:
                     yield str(Cell(file, name, group, row))  # an empty cell is told when it is read
                 row += 1
-
-
-def _null_count(parquet: pq.ParquetFile, group: int, path: str) -> int | None:
-    """As the footer says; None where it says nothing."""
-    rows = parquet.metadata.row_group(group)
-    for number in range(rows.num_columns):
-        part = rows.column(number)
-        if part.path_in_schema == path:
-            statistics = part.statistics
-            return None if statistics is None or not statistics.has_null_count else int(statistics.null_count)
-    return None
-
-
-def _shortest_leaf(parquet: pq.ParquetFile, column: str) -> str:
-    """Of a list of {bytes, path} the paths, which also tell how long each list is; else the whole column."""
-    leaves = [parquet.schema.column(number).path for number in range(len(parquet.schema))]
-    paths = [leaf for leaf in leaves if leaf.startswith(f"{column}.") and leaf.endswith(".path")]
-    return paths[0] if len(paths) == 1 else column
 
 
 def _values(parquet: pq.ParquetFile, column: str) -> Iterator[Any]:
@@ -187,13 +148,9 @@ def _can_be_image(kind: pa.DataType) -> bool:
 def _is_picture(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return "bytes" in kind.names and _is_picture(kind.field("bytes").type)
-    if _is_list(kind):
-        return not _is_list(kind.value_type) and _is_picture(kind.value_type)
+    if is_list(kind):
+        return not is_list(kind.value_type) and _is_picture(kind.value_type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def _has_path(kind: pa.DataType) -> bool:

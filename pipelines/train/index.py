@@ -10,7 +10,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,8 @@ import pyarrow.parquet as pq
 from mova_core.data import DataError, Sample, sample_of
 from mova_core.io.atomic import atomic_path
 from mova_core.io.cache import cache_folder, private_folder
-from mova_core.io.filesystem import open_seekable
 from mova_core.io.uris import parent
-from mova_core.records import Position, read_records, record_at
+from mova_core.records import Position, RecordFile, read_records
 from pipelines.read_data import problem_of
 
 VERSION = 1  # of the columns below and of what decides them
@@ -126,8 +124,7 @@ class IndexedSamples(Sequence[Sample]):
 
     def __init__(self, rows: np.ndarray, sources: Sequence[DataSource], pool: Sequence[str]):
         self.rows, self.sources, self.pool = rows, sources, pool
-        self._files: dict[int, Any] = {}
-        self._open = ExitStack()
+        self._files: dict[int, RecordFile] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,9 +139,9 @@ class IndexedSamples(Sequence[Sample]):
         number = int(row["source"])
         source = self.sources[number]
         if number not in self._files:
-            self._files[number] = self._open.enter_context(open_seekable(source.path))
+            self._files[number] = RecordFile(source.path)
         where = Position(source.path, int(row["number"]), int(row["line"]), int(row["offset"]), int(row["size"]))
-        return sample_of(record_at(self._files[number], where), source.images or parent(source.path), where, self.pool)
+        return sample_of(self._files[number].at(where), source.images or parent(source.path), where, self.pool)
 
     def where(self, position: int) -> str:
         """File, number and line of a sample's record."""

@@ -18,7 +18,7 @@ import pytest
 
 from mova_core import records
 from mova_core.data import DataError, Sample, read_samples
-from mova_core.records import read_records, record_at, write_records
+from mova_core.records import RecordFile, read_records, write_records
 from pipelines.precompute.listing import find_images
 
 CASES = 100
@@ -164,8 +164,9 @@ def check_damage(seed: int, path: Path) -> None:
     assert all(a.number < b.number for a, b in itertools.pairwise(samples))
     placed = list(read_records(path, on_invalid=lambda _: None))
     values = [value for _, value in placed]
-    with open(path, "rb") as file:
-        assert [record_at(file, position) for position, _ in placed] == values
+    file = RecordFile(str(path))
+    assert [file.at(position) for position, _ in placed] == values
+    file.close()
     write_records(path.with_suffix(".out"), values)
     assert [value for _, value in read_records(path.with_suffix(".out"))] == values
     found = find_images(path, None, "skip")["image"].to_pylist()
