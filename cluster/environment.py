@@ -17,6 +17,8 @@ WORKERS: Mapping[str, str] = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # one bar per worker that loads a model fills the terminal
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray Data logs an "error" for each actor pool (ray#53727)
     "RAY_DATA_LOG_LEVEL": "CRITICAL",  # errors of Ray Data reach the caller as exceptions
+    # Else Ray prints the traceback of each call that failed and whose result was not read before the run ended.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
 }
 # For a cluster that `ray_session` starts: no node of it is preempted, and the watcher is one more process per training.
 OWN_CLUSTER: Mapping[str, str] = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

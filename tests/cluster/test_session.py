@@ -11,15 +11,15 @@ ROOT = Path(__file__).parents[2]
 OWN_PREFIXES = ("PYTHONBREAKPOINT", "RAY_", "HF_", "MALLOC_", "MOVA_", "OMP_", "TOKENIZERS_")
 
 
-def run(script: str, home: Path) -> str:
-    """Runs a script as a new user would, and returns what it prints."""
+def run(script: str, home: Path) -> tuple[str, str]:
+    """Runs a script as a new user would, and returns its output and its errors."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(OWN_PREFIXES)}
     environment = inherited | {"PYTHONPATH": str(ROOT), "HOME": str(home)}
     process = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    return process.stdout
+    return process.stdout, process.stderr
 
 
 IMPORT_EVERYTHING = """
@@ -43,7 +43,7 @@ print({name: level for name, level in before[2].items() if after[2][name] != lev
 
 @pytest.mark.ray
 def test_importing_the_rooms_sets_nothing(tmp_path):
-    assert run(IMPORT_EVERYTHING, tmp_path).splitlines() == ["{}", "[]", "{}"]
+    assert run(IMPORT_EVERYTHING, tmp_path)[0].splitlines() == ["{}", "[]", "{}"]
 
 
 WITH_RAY_FIRST = """
@@ -54,6 +54,10 @@ before = dict(os.environ)
 with ray_session() as resources:
     assert resources["CPU"] >= 4
     variable = ray.get(ray.remote(lambda: os.environ["MALLOC_TRIM_THRESHOLD_"]).remote())
+    unread = ray.remote(lambda: 1 / 0).remote()  # as a run leaves the results of actors that failed
+    ray.wait([unread])
+    del unread
+    ray.get(ray.remote(lambda: None).remote())
 print(variable, sorted(name for name in {*os.environ, *before} if os.environ.get(name) != before.get(name)))
 """
 
@@ -61,6 +65,6 @@ print(variable, sorted(name for name in {*os.environ, *before} if os.environ.get
 @pytest.mark.ray
 def test_a_session_opens_after_ray_was_imported_and_leaves_the_environment_as_it_was(tmp_path):
     # What stays is set by ray.init; RAY_AUTH_MODE=token says that the cluster it started takes no other connections.
-    assert run(WITH_RAY_FIRST, tmp_path) == (
-        f"{256 * 2**20} ['PYTHONBREAKPOINT', 'RAY_AUTH_MODE', 'RAY_USAGE_STATS_ENABLED']\n"
-    )
+    output, errors = run(WITH_RAY_FIRST, tmp_path)
+    assert output == f"{256 * 2**20} ['PYTHONBREAKPOINT', 'RAY_AUTH_MODE', 'RAY_USAGE_STATS_ENABLED']\n"
+    assert "ZeroDivisionError" not in errors, "an error that nobody read is no news for the terminal"
