@@ -1,4 +1,4 @@
-"""An expert that takes 80 ms per picture and cannot prepare one of 13 pixels' width."""
+"""An expert that takes 160 ms per picture and cannot prepare one of 13 pixels' width."""
 
 import dataclasses
 import time
@@ -9,7 +9,7 @@ from torch import Tensor
 from mova_core.experts import Features, expert_class, register
 from mova_core.images import ImageSource, PreprocessingMode, load_image
 
-SECONDS = 0.08
+SECONDS = 0.16
 BiomedClip = expert_class("biomedclip")
 
 

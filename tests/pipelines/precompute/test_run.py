@@ -15,9 +15,15 @@ from mova_core.features import FeatureStore, StoreError
 from mova_core.images import ImageRef
 from pipelines.cli.main import main
 from pipelines.precompute.listing import find_images, image_table
-from pipelines.precompute.run import PrecomputeError, precompute
+from pipelines.precompute.run import PrecomputeError, Summary, precompute
 
-TWO = ("biomedclip", "sam")
+RUN: dict[str, Any] = {
+    "experts": ("biomedclip", "sam"),
+    "pools": ["sam=1..2,cpu=0.5,batch=4"],
+    "size": "mini",
+    "shard_mb": 0.02,
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +41,16 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def finished(ray_cluster, folder, tmp_path_factory) -> tuple[Path, Summary]:
+    """The store of a run over these pictures, and what the run returned."""
+    store = tmp_path_factory.mktemp("finished") / "store"
+    return store, precompute(find_images(folder), store, **RUN)
+
+
 @pytest.mark.ray
-def test_every_good_picture_is_stored_once(ray_cluster, folder, tmp_path):
-    store = tmp_path / "store"
-    run: dict[str, Any] = {
-        "experts": TWO,
-        "pools": ["sam=1..2,cpu=0.5,batch=4"],
-        "size": "mini",
-        "shard_mb": 0.02,
-        "progress": False,
-    }
-    first = precompute(find_images(folder), store, **run)
+def test_every_good_picture_is_stored_once(finished, folder):
+    store, first = finished
     assert first.computed == {"biomedclip": 8, "sam": 8}
     assert first.reused == {"biomedclip": 0, "sam": 0}
     reasons = {Path(row["path"]).name: row["reason"] for row in first.quarantined}
@@ -55,35 +60,44 @@ def test_every_good_picture_is_stored_once(ray_cluster, folder, tmp_path):
     assert len(opened.quarantined()) == 3
 
     image = ImageRef(path=str(folder / "5.png"))
-    [stored] = opened.fetch([image], [list(TWO)])
-    for name in TWO:
+    [stored] = opened.fetch([image], [list(RUN["experts"])])
+    for name in RUN["experts"]:
         expert = load_expert(name, size="mini")
         tokens, grid = expert(expert.preprocess([image]))
         assert stored[name].grid == grid
         assert (stored[name].tokens - tokens[0]).abs().max() < 1e-5
 
-    second = precompute(find_images(folder), store, **run)
+    second = precompute(find_images(folder), store, **RUN)
     assert second.computed == {"biomedclip": 0, "sam": 0} and second.reused == {"biomedclip": 8, "sam": 8}
     assert len(second.quarantined) == 3 and len(FeatureStore(store).quarantined()) == 3, "told again, not stored again"
 
 
 @pytest.mark.ray
-def test_new_weights_never_read_old_features(ray_cluster, folder, tmp_path):
-    """Other weights make another folder; a reader that wants one of them is never given the other."""
-    images = [folder / f"{index}.png" for index in range(3)]
+def test_new_weights_never_read_old_features_and_a_retry_that_succeeds_leaves_no_quarantine(
+    ray_cluster, folder, tmp_path
+):
+    """Other weights make another folder; a reader that wants one of them is never given the other.
+
+    A picture in quarantine is dropped from training, so its record must go once its feature is stored.
+    """
+    images = [str(folder / f"{index}.png") for index in range(3)]
+    store = FeatureStore(tmp_path / "store", create=True)
+    record = {"image": images[2], "sha256": ImageRef(path=images[2]).key, "reason": "no memory", "expert": "biomedclip"}
+    store.quarantine([record])
     other = load_expert("biomedclip", size="mini")
     save_file({name: value + 0.01 for name, value in other.state_dict().items()}, tmp_path / "other.safetensors")
     run: dict[str, Any] = {"experts": ("biomedclip",), "size": "mini", "progress": False}
-    precompute(image_table(images), tmp_path / "store", **run)
-    changed = precompute(
-        image_table(images), tmp_path / "store", weights={"biomedclip": str(tmp_path / "other.safetensors")}, **run
-    )
-    assert changed.computed == {"biomedclip": 3} and changed.reused == {"biomedclip": 0}
+    first = precompute(image_table(images), tmp_path / "store", **run)
+    assert first.computed == {"biomedclip": 2} and "no memory" in first.quarantined[0]["reason"]
+    weights = {"biomedclip": str(tmp_path / "other.safetensors")}
+    changed = precompute(image_table(images), tmp_path / "store", weights=weights, retry_quarantined=True, **run)
+    assert changed.computed == {"biomedclip": 3} and changed.reused == {"biomedclip": 0} and not changed.quarantined
+    assert FeatureStore(tmp_path / "store").quarantined() == []
     prints = FeatureStore(tmp_path / "store").experts()["biomedclip"]
     assert len(prints) == 2
     rows = [
         FeatureStore(tmp_path / "store", fingerprints={"biomedclip": one}).fetch(
-            [ImageRef(path=str(images[0]))], [["biomedclip"]]
+            [ImageRef(path=images[0])], [["biomedclip"]]
         )
         for one in prints
     ]
@@ -114,10 +128,10 @@ def test_a_pool_the_cluster_cannot_hold_is_refused_before_it_hangs(ray_cluster, 
 
 
 @pytest.mark.ray
-def test_a_full_disk_is_reported_before_the_run_and_loses_nothing(ray_cluster, folder, small_disk):
+def test_a_full_disk_is_reported_before_the_run_and_loses_nothing(finished, folder, small_disk):
     """The features of one expert fit, those of the next do not."""
     path = small_disk("300k") / "store"
-    precompute(find_images(folder), path, experts=("biomedclip",), size="mini", progress=False)
+    shutil.copytree(finished[0], path, ignore=shutil.ignore_patterns("sam"))
     with pytest.raises(PrecomputeError, match=r"need .* MiB but the disk of .*store has .* MiB free"):
         precompute(find_images(folder), path, experts=("dinov2",), size="mini", progress=False)
     store = FeatureStore(path)
@@ -151,18 +165,3 @@ def test_command_names_what_is_wrong(tmp_path, monkeypatch, capsys):
     assert mova("precompute")[0] == 2
     code, said = mova("store", "stat", str(tmp_path / "a"))
     assert code == 1 and "store" in said and said.count("\n") == 0
-
-
-@pytest.mark.ray
-def test_a_retry_that_succeeds_leaves_no_quarantine(ray_cluster, folder, tmp_path):
-    """A picture in quarantine is dropped from training, so its record must go once its feature is stored."""
-    image = str(folder / "2.png")
-    store = FeatureStore(tmp_path / "store", create=True)
-    record = {"image": image, "sha256": ImageRef(path=image).key, "reason": "out of memory", "expert": "biomedclip"}
-    store.quarantine([record])
-    run: dict[str, Any] = {"experts": ("biomedclip",), "size": "mini", "progress": False}
-    left_out = precompute(image_table([image]), tmp_path / "store", **run)
-    assert left_out.computed == {"biomedclip": 0} and "out of memory" in left_out.quarantined[0]["reason"]
-    retried = precompute(image_table([image]), tmp_path / "store", retry_quarantined=True, **run)
-    assert retried.computed == {"biomedclip": 1} and not retried.quarantined
-    assert FeatureStore(tmp_path / "store").quarantined() == []

@@ -157,10 +157,14 @@ def slow(ray_cluster):
 
 
 @pytest.mark.ray
-def test_pools_grow_into_free_room_and_are_resized_from_outside(slow, tmp_path):
-    """Of three CPUs for actors `slow` takes two parts of 1.5 when biomedclip has ended, and gives one back when it is told to."""
-    both = [["slow", "biomedclip"]] * 32
-    images = image_table(pictures(tmp_path / "pictures", 300), [*both, *[["slow"]] * (300 - len(both))])
+def test_pools_grow_are_resized_from_outside_and_outlive_another_run_of_the_process(slow, tmp_path):
+    """Of three CPUs for actors `slow` takes two parts of 1.5 when biomedclip has ended, and gives one back when it is told to.
+
+    Into the room that it gave back fits a short run of the same process. Its end stops nothing, and leaves Ray Data as it was.
+    """
+    before = ray.data.DataContext.get_current().copy()
+    paths, both = pictures(tmp_path / "pictures", 300), [["slow", "biomedclip"]] * 32
+    images = image_table(paths, [*both, *[["slow"]] * (len(paths) - len(both))])
     done: list[Any] = []
     files: dict[str, Any] = {"summary": tmp_path / "summary.json", "picture": tmp_path / "run.png"}
     run = threading.Thread(
@@ -196,10 +200,19 @@ def test_pools_grow_into_free_room_and_are_resized_from_outside(slow, tmp_path):
             status_actor.resize("grown", ["sam=1"])
         assert status_actor.resize("grown", ["slow=1"]) == {"slow": ["slow=1,cpu=1.5,batch=4"]}
         assert wait_for_actors(1)["pools"] == ["slow=1,cpu=1.5,batch=4"]
+        short = precompute(
+            image_table(paths[:4]),
+            tmp_path / "short",
+            experts=["slow"],
+            pools=["slow=1,cpu=1,batch=4"],
+            size="mini",
+            progress=False,
+        )
+        assert short.computed == {"slow": 4} and run.is_alive()
     finally:
         run.join()
     [summary] = done
-    assert summary.computed == {"slow": 300, "biomedclip": 32}
+    assert summary.computed == {"slow": len(paths), "biomedclip": len(both)}
     told = summary.experts["slow"]
     sizes = [count for _, count in told["actors"]]
     assert max(sizes) == 2 and 1 in sizes[: sizes.index(2)] and 1 in sizes[sizes.index(2) :]
@@ -207,6 +220,9 @@ def test_pools_grow_into_free_room_and_are_resized_from_outside(slow, tmp_path):
     assert json.loads(files["summary"].read_text())["experts"]["slow"] == told
     assert Image.open(files["picture"]).width > 800
     assert status_actor.running() == [] and not list(FeatureStore(tmp_path / "store").verify())
+    after = ray.data.DataContext.get_current()
+    assert after.enable_progress_bars == before.enable_progress_bars
+    assert after.raise_original_map_exception == before.raise_original_map_exception
 
 
 @pytest.mark.ray
@@ -250,28 +266,3 @@ def test_each_expert_gets_the_pictures_named_for_it_and_stores_them_its_way(slow
     retried = precompute(images, tmp_path / "store", retry_quarantined=True, **run)
     assert retried.computed["slow"] == 0 and retried.experts["slow"]["quarantined"] == 2
     assert "earlier run" not in retried.quarantined[0]["reason"]
-
-
-@pytest.mark.ray
-def test_the_end_of_one_run_leaves_another_run_of_the_process_and_its_datasets_alone(slow, tmp_path):
-    before = ray.data.DataContext.get_current().copy()
-    images = pictures(tmp_path / "pictures", 300)
-    run: dict[str, Any] = {"experts": ["slow"], "size": "mini", "shard_mb": 0.02, "progress": False}
-    done: list[Any] = []
-    long = threading.Thread(
-        target=lambda: done.append(
-            precompute(image_table(images), tmp_path / "long", pools=["slow=1,cpu=1,batch=4"], name="long", **run)
-        )
-    )
-    long.start()
-    while not any(row["done"] for status in status_actor.status() for row in status["experts"].values()):
-        assert long.is_alive()
-        time.sleep(0.1)
-    short = precompute(image_table(images[:4]), tmp_path / "short", pools=["slow=1,cpu=1,batch=4"], **run)
-    assert short.computed == {"slow": 4} and long.is_alive()
-    long.join()
-    [summary] = done
-    assert summary.computed == {"slow": 300} and summary.experts["slow"]["restarts"] == 0
-    after = ray.data.DataContext.get_current()
-    assert after.enable_progress_bars == before.enable_progress_bars
-    assert after.raise_original_map_exception == before.raise_original_map_exception
