@@ -23,6 +23,7 @@ from mova_core.features import FeatureStore, LocalExperts, Tiered
 from mova_core.images import ImageError, ImageRef
 from tests.actors import controlled_expert
 
+PAUSE = 0.1  # seconds between two fetches of a caller, so that servers that start get their share of the cores
 ROUTING = [["controlled"], ["controlled", "deplot"], [], ["deplot"], ["controlled"]]
 # A queue of one image makes `controlled` refuse what comes while it is busy.
 EXPERTS = {
@@ -121,13 +122,14 @@ def wait_until(done, seconds=150.0):
 
 @contextmanager
 def asking(pool, check, images):
-    """Two threads that fetch all the time; yields a list that grows by one with each fetch, which must all succeed."""
+    """Two threads that fetch one time after another; yields a list that grows by one with each fetch, which must all succeed."""
     stop, answered = threading.Event(), []
 
     def ask():
         while not stop.is_set():
             check(pool.fetch(images, ROUTING))
             answered.append(time.monotonic())
+            stop.wait(PAUSE)
 
     with ThreadPoolExecutor(2) as threads:
         callers = [threads.submit(ask) for _ in range(2)]
@@ -248,6 +250,7 @@ class TestServers:
                 while not upgraded.done():
                     old.fetch(images, wanted)
                     statuses.append(new.replicas().get("controlled"))
+                    time.sleep(PAUSE)
                 assert {row["controlled"].tokens.dtype for row in upgraded.result()} == {torch.float16}
             assert statuses[0] in (None, 0), "the old servers answered before the new ones ran"
             with pytest.raises(ServerError, match="open a new pool"):
