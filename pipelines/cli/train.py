@@ -71,6 +71,14 @@ def weighted_file(text: str) -> Weighted:
     return weighted
 
 
+def step_range(text: str) -> tuple[int, int]:
+    """Parses FIRST:LAST."""
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+        raise typer.BadParameter(f"{text!r} is no FIRST:LAST, two steps counted from 1, such as 20:24")
+    return int(first), int(last)
+
+
 WATCHING = "Watching"  # a group of options in the help
 
 app = App(help="Train one stage on Ray Train workers that read the feature store.")
@@ -164,6 +172,23 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             help="Steps between two evaluations on --eval-data; 0: one, after the last step.",
             min=0,
+            rich_help_panel=WATCHING,
+        ),
+    ],
+    "log": Annotated[
+        str,
+        typer.Option(
+            metavar="TRACKER,...",
+            help="Send the lines of metrics.jsonl to tensorboard, wandb or mlflow, too; each needs its package.",
+            rich_help_panel=WATCHING,
+        ),
+    ],
+    "profile_steps": Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIRST:LAST",
+            help="Steps to trace with torch.profiler; the traces go to OUTPUT.logs.",
+            parser=step_range,
             rich_help_panel=WATCHING,
         ),
     ],
@@ -304,6 +329,7 @@ def option_defaults(stage: Stage) -> dict[str, Any]:
         "mix": None,
         "store": None,
         "weights": None,
+        "log": "",
         "freeze": "",
         "part_rates": None,
     }
@@ -390,6 +416,7 @@ def train_config(stage: Stage, settings: dict[str, Any]) -> TrainConfig:
         "fingerprints": fingerprints,
         "weights": by_expert("--weights", settings.get("weights"), experts, weights_location),
         "mix": {file.path: file.passes for file in settings["mix"] or ()},
+        "log": tuple(name.strip() for name in settings["log"].split(",") if name.strip()),
     }
     if "freeze" in settings:
         values["freeze"] = tuple(part.strip() for part in settings["freeze"].split(",") if part.strip())

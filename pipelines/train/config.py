@@ -100,6 +100,8 @@ class TrainConfig(DataArgs):
         checkpoint_every: steps between two checkpoints.
         eval_data: a data file of held-out samples, or its URL; their features must be in the store.
         eval_every: steps between two evaluations on `eval_data`; 0: one, after the last step.
+        log: trackers that receive the lines of `metrics.jsonl`: "tensorboard", "wandb", "mlflow".
+        profile_steps: first and last step that torch.profiler traces.
         micro_batch: samples that a worker computes at once; gradients are accumulated over its share of a batch. 0: its
             whole share at once.
         strategy: "ddp", every worker holds the whole model; "fsdp", parameters, gradients and moments are divided among the
@@ -138,6 +140,8 @@ class TrainConfig(DataArgs):
     checkpoint_every: int = 200
     eval_data: str | None = None
     eval_every: int = 0
+    log: tuple[str, ...] = ()
+    profile_steps: tuple[int, int] | None = None
     micro_batch: int = 0
     strategy: Strategy = "ddp"
     shard_size: int = 0

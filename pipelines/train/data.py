@@ -74,6 +74,11 @@ def check_data(config: TrainConfig) -> TrainingData:
         raise DataError(f"--output {config.output}: training writes to a local folder; upload the folder afterwards")
     check_settings(config)
     data = _read(config)
+    steps = total_steps(config, len(data.rows))
+    if config.profile_steps is not None and config.profile_steps[1] > steps:
+        raise DataError(
+            f"--profile-steps ends at {config.profile_steps[1]}, the run at step {steps}: name earlier steps"
+        )
     if config.eval_data is not None:
         data.held_out = _read(held_out_config(config))
     return data

@@ -3,6 +3,7 @@
 import dataclasses
 from contextlib import ExitStack
 from itertools import chain, repeat
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,9 +23,10 @@ from pipelines.train.features import open_features, stored_base
 from pipelines.train.flops import ModelFlops, peak_flops
 from pipelines.train.index import DataSource, IndexedSamples
 from pipelines.train.meter import StepMeter
-from pipelines.train.metrics import MetricsFile
 from pipelines.train.parallel import Parallel, parallelize
+from pipelines.train.profiler import step_profiler
 from pipelines.train.stages import LightRouting, choose_parameters
+from pipelines.train.trackers import logs_folder, open_log
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -88,7 +90,9 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
     )
     if resumed.meter:
         meter.load_state_dict(resumed.meter)
-    log = MetricsFile(arguments["run_folder"], resumed.steps) if rank == 0 else None
+    log = opened.enter_context(open_log(config, arguments["run_folder"], resumed.steps)) if rank == 0 else None
+    profiles = logs_folder(config) / "profile" / Path(arguments["run_folder"]).name
+    profiler = opened.enter_context(step_profiler(config.profile_steps, resumed.steps, profiles, rank))
     held_out = _held_out(config, arguments["held_out"], features, model, parallel, rank)
     eval_loss = resumed.metrics.get("eval_loss")
 
@@ -105,13 +109,15 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
         norm = parallel.step(config.clip_norm, loss)
         line = meter.end(step, loss, norm, schedule.get_last_lr()[0])
         schedule.step()
+        if profiler is not None:
+            profiler.step()
         failed = [error for batch in micro_batches for error in batch.errors]
         errors += failed
         cut_off += sum(int((batch.answers == 0).sum()) for batch in micro_batches) - len(failed)
         if held_out is not None and (step == steps or (config.eval_every and step % config.eval_every == 0)):
             eval_loss = line["eval_loss"] = held_out.loss()
         if log is not None:
-            log.write(line)
+            log(line)
             arguments["progress"].report(step, steps, meter.note(line))
         if meter.stopped:
             return

@@ -46,6 +46,8 @@ MACHINE_SETTINGS = frozenset(
         "checkpoint_activations",
         "eval_data",
         "eval_every",
+        "log",
+        "profile_steps",
     }
 )
 

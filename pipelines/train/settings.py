@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mova_core.data import DataError
 from pipelines.train.config import FREEZABLE, LABEL_STAGES, PARTS, TrainConfig
+from pipelines.train.trackers import check_trackers
 
 # In a model's folder, as `MoVAForConditionalGeneration.save_pretrained` writes it.
 ROUTING_LORA_FOLDER = "expert_routing_lora"
@@ -19,6 +20,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_batch(config)
     _check_strategy(config)
     _check_parts(config)
+    check_trackers(config.log)
     if config.eval_every and config.eval_data is None:
         raise DataError(f"--eval-every {config.eval_every} needs --eval-data, a file of held-out samples")
     if bool(config.store) == (config.features == "online"):
