@@ -237,6 +237,17 @@ def is_transient(error: BaseException) -> bool:
     return _package(error) in _NETWORK_PACKAGES
 
 
+@contextlib.contextmanager
+def read_errors() -> Iterator[None]:
+    """An error of the operating system within it becomes a `ReadError`, which says in our words what is wrong."""
+    try:
+        yield
+    except ReadError:
+        raise
+    except OSError as error:
+        raise as_read_error(error) from error
+
+
 def as_read_error(error: BaseException) -> ReadError:
     """A filesystem's error as one of ours; transient errors are taken to have failed at every attempt."""
     cause = _real_cause(error)

@@ -23,10 +23,10 @@ from mova_core.io.filesystem import (
     DOWNLOAD_S,
     LEAST_RATE,
     ReadError,
-    as_read_error,
     check_regular,
     message,
     open_filesystem,
+    read_errors,
     with_retries,
     within,
 )
@@ -72,7 +72,7 @@ def read_bytes(locator: str, newer_than: float = 0.0) -> bytes:
     if path is None:
         cache = NodeCache.of_this_node()
         return cache.get(locator, lambda: with_retries(lambda: _fetch(source)), newer_than).to_pybytes()
-    try:
+    with read_errors():
         status = check_regular(path)
         with open(path, "rb") as opened:
             if isinstance(source, Member):
@@ -82,10 +82,6 @@ def read_bytes(locator: str, newer_than: float = 0.0) -> bytes:
             content = opened.read(MAX_BYTES + 1)  # it may grow, and files of /proc have no size
             _check_size(len(content))
             return content
-    except ReadError:
-        raise
-    except OSError as error:
-        raise as_read_error(error) from error
 
 
 def file_version(locator: str) -> str | None:
@@ -101,12 +97,8 @@ def file_version(locator: str) -> str | None:
     file = source if isinstance(source, str) else source.file
     path = local_path(file)
     if path is not None:
-        try:
+        with read_errors():
             status = check_regular(path)
-        except ReadError:
-            raise
-        except OSError as error:
-            raise as_read_error(error) from error
         return f"{status.st_size} {status.st_mtime_ns}"
 
     def info() -> dict[str, Any]:
@@ -156,12 +148,8 @@ def _read_cell(cell: Cell, newer_than: float) -> bytes:
     with _lock_of(cell):
         changed_ns = 0
         if path is not None:
-            try:
+            with read_errors():
                 changed_ns = check_regular(path).st_mtime_ns
-            except ReadError:
-                raise
-            except OSError as error:
-                raise as_read_error(error) from error
         values = _open_column(path or cell.file, cell.column, cell.group, changed_ns, newer_than)
         try:
             value = values.row(cell.row).as_py()
@@ -268,12 +256,8 @@ def _open_column(
         changed_ns, newer_than: part of the cache's key, so that a replaced file is read again.
     """
     if not is_url(file):
-        try:
+        with read_errors():
             values = _of_open_file(file, column, group)
-        except ReadError:
-            raise
-        except OSError as error:
-            raise as_read_error(error) from error
         if isinstance(values, _WholeColumn):
             return values
         return _unpacked(file, column, group, changed_ns) or values
