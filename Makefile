@@ -27,7 +27,7 @@ check: $(STAMP)  ## the tests that need no Ray, on two processes (under two minu
 	$(BIN)/python -m pytest -m "not ray and not slow and not gpu" --numprocesses 2
 
 test: check  ## all tests but those that need a GPU
-	$(BIN)/python -m pytest -m "(ray or slow) and not gpu" --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "(ray or slow) and not gpu" --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)  ## ruff and mypy on the whole tree, and the documents build
 	$(BIN)/ruff check .

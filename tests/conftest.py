@@ -22,17 +22,30 @@ os.environ.update(RAY_raylet_start_wait_time_s="120")
 
 import pytest
 
+DEMO_FILES = ("tests/e2e/test_demo.py", "tests/e2e/test_documents.py")  # their tests use the fixture `ran`
+
 
 def pytest_configure():
     os.environ["MOVA_CACHE"] = tempfile.mkdtemp(prefix="mova-cache-")  # of the workers of Ray, too
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """With `--dist loadgroup` a process gets whole files; all that read the demo's folder go to the process that ran it."""
-    for item in items:
-        group = "demo" if "ran" in item.fixturenames else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)  # unknown without xdist
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadfile` a process gets whole files, and both files that read the demo's folder.
+
+    `--dist loadgroup`, meant for this, groups nothing: xdist 3.8 writes the group into `Item._nodeid`, which pytest 9.2 does
+    not read.
+    """
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WholeFiles(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "demo" if path in DEMO_FILES else path
+
+    return WholeFiles(config, log)
 
 
 def pytest_unconfigure():
