@@ -44,7 +44,7 @@ def draw_curves(runs: Mapping[str, Lines], path: str | Path) -> None:
                     line["step"], color="red" if line.get("skipped") else "orange", linewidth=0.8, linestyle=":"
                 )
     norms.set_yscale("log")
-    labels = ("loss, nats per answer token", "gradient norm", "learning rate", "data wait, % of a step")
+    labels = ("loss, nats per answer token", "gradient norm", "learning rate", "data wait, %")
     for axes, label in zip(panels, labels, strict=True):
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)
@@ -52,6 +52,7 @@ def draw_curves(runs: Mapping[str, Lines], path: str | Path) -> None:
     waits.set_ylim(bottom=0)
     waits.set_xlabel("step")
     waits.xaxis.get_major_locator().set_params(integer=True)
+    figure.align_ylabels(panels)
     losses.legend(frameon=False)
     losses.set_title(_title(runs), loc="left")
     figure.savefig(path, format="png", dpi=120, metadata={"Software": SOFTWARE})
