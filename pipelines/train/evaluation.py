@@ -1,12 +1,21 @@
 """The loss of held-out samples while a run trains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 
-from pipelines.train.batches import MicroBatch, StageSamples
+from pipelines.train.batches import MicroBatch
 from pipelines.train.parallel import Parallel
+
+
+class Samples(Protocol):
+    """As `StageSamples` gives them: all positions asked for in one micro-batch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, positions: Sequence[int]) -> list[MicroBatch]: ...
 
 
 class HeldOut:
@@ -21,7 +30,7 @@ class HeldOut:
         rank: of this process.
     """
 
-    def __init__(self, samples: StageSamples, parallel: Parallel, *, size: int, rank: int):
+    def __init__(self, samples: Samples, parallel: Parallel, *, size: int, rank: int):
         self.samples, self.parallel, self.size, self.rank = samples, parallel, size, rank
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ One pair of processes runs all cases, because each process needs seconds to impo
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,10 @@ from mova_core.assemble import assemble
 from mova_core.experts import EXPERTS, Features
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE
+from pipelines.train.batches import MicroBatch
 from pipelines.train.config import Precision, Stage, Strategy, TrainConfig
+from pipelines.train.evaluation import HeldOut
+from pipelines.train.meter import StepMeter
 from pipelines.train.parallel import Parallel, parallelize
 from pipelines.train.stages import LightRouting, choose_parameters
 
@@ -258,11 +262,48 @@ def declared(stage: Stage) -> list[str]:
     ]
 
 
+def micro_batch(model: MoVAForConditionalGeneration, step: int, places: list[int]) -> MicroBatch:
+    """Samples of a step by their places in its batch; the first two are of the source "left"."""
+    samples = batch_of(step, Case())
+    inputs = tensors([samples[place] for place in places], model)
+    answers, positions = (inputs["labels"][:, 1:] != IGNORE).sum(1), torch.tensor(places)
+    return MicroBatch(
+        inputs=inputs, answers=answers, divisor=answers.float(), positions=positions, sources=positions // 2
+    )  # fmt: skip
+
+
+class OneByOne(list[list[MicroBatch]]):
+    """Micro-batches of one sample each, read as `StageSamples` reads."""
+
+    def __getitems__(self, positions: Sequence[int]) -> list[MicroBatch]:
+        [position] = positions
+        return self[position]
+
+
+def watched(strategy: Strategy, rank: int, world: int) -> list[dict[str, Any]]:
+    """The lines of three steps. In the second, one sample of the last rank has a feature of NaN; three samples are held out."""
+    model = tiny_model(frozen=False)
+    parallel = parallelize(model, strategy=strategy, learning_rate=1e-3)
+    meter = StepMeter(parallel, model, sources=["left", "right"], where=str, rank=rank)
+    held_out = [[micro_batch(model, STEPS, [place])] for place in range(3)]  # two rounds for two ranks
+    evaluation = HeldOut(OneByOne(held_out), parallel, size=1, rank=rank)
+    lines = []
+    for step in range(STEPS):
+        [batch] = meter.timed([micro_batch(model, step, list(range(rank, BATCH, world)))])
+        if step == 1 and rank == world - 1:
+            batch.inputs["experts"]["sam"].tokens[-1] = float("nan")
+        meter.begin([batch])
+        loss = parallel.backward([batch.inputs], parallel.sum(batch.divisor.sum()))
+        lines.append(meter.end(step, loss, parallel.step(1.0, loss), 1e-3) | {"eval_loss": evaluation.loss()})
+    return lines
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
     results: dict[str, Any] = {str(case): losses_and_norms(case, rank, WORLD) for case in CASES}
     results |= {f"resumed-{strategy}": resumed(strategy, rank, Path(folder)) for strategy in STRATEGIES}
+    results |= {f"watched-{strategy}": watched(strategy, rank, WORLD) for strategy in STRATEGIES}
     results |= {f"changed-{'-'.join(case)}": changed(*case, rank) for case in CHANGES}
     for strategy, micro in ACCUMULATIONS:
         gradient = accumulated(strategy, micro, rank, WORLD)
@@ -308,3 +349,19 @@ def test_a_run_resumes_with_another_strategy(results, strategy):
     after = results[f"resumed-{strategy}"]
     assert after["losses"] == pytest.approx(whole["losses"][-2:], abs=1e-5)
     assert after["norms"] == pytest.approx(whole["norms"][-2:-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_lines_of_two_ranks_are_those_of_one_process(results, strategy):
+    lines, of_one = results[f"watched-{strategy}"], watched("ddp", 0, 1)
+    timed = {"seconds", "data_wait", "tokens_per_second"}
+    for step, (line, wanted) in enumerate(zip(lines, of_one, strict=True)):
+        assert line.keys() == wanted.keys() and timed < line.keys()
+        if step == 1:  # its loss and norm are no numbers
+            assert line["skipped"] and line["suspects"] == wanted["suspects"] == ["3"]
+            assert line["eval_loss"] == lines[0]["eval_loss"], "no parameter changed"
+            continue
+        for name in line.keys() - timed:
+            assert line[name] == (wanted[name] and pytest.approx(wanted[name], rel=1e-4)), name  # the MFU is None
+        assert line["sources"].keys() == {"left", "right"} and line["samples"] == BATCH
+    assert lines[2]["loss"] != lines[0]["loss"] and lines[2]["eval_loss"] != lines[0]["eval_loss"]
