@@ -328,6 +328,14 @@ class FeatureStore:
             for expert, digest in sorted(addresses)
         ]
 
+    def require_experts(self, names: Iterable[str]) -> None:
+        """Raises StoreError where the store has no features of one of the experts."""
+        held = self.experts()
+        if unknown := [name for name in names if name not in held]:
+            raise StoreError(
+                f"store {self.location} has no features of {', '.join(unknown)} (it has {', '.join(held)})"
+            )
+
     def export(
         self,
         to: FeatureStore,
@@ -350,11 +358,7 @@ class FeatureStore:
         Raises:
             StoreError: a feature is damaged, or a store cannot be read or written.
         """
-        held = self.experts()
-        if unknown := [name for name in experts if name not in held]:
-            raise StoreError(
-                f"store {self.location} has no features of {', '.join(unknown)} (it has {', '.join(held)})"
-            )
+        self.require_experts(experts)
         chosen = None if keys is None else binary_keys(list(keys))
         copied: dict[str, int] = {}
         for partition in self._all_partitions():

@@ -246,6 +246,7 @@ def export(
 
             chosen = [ImageRef(path=path).key for path in find_images(data, images)["image"].to_pylist()]
         names = names_list(experts) or list(source.experts())
+        source.require_experts(names)  # before the other store is created
         with progress_bar(None, "export", "features", not silent) as bar:
             copied = source.export(
                 FeatureStore(to, create=True), names, chosen, shard_bytes=int(shard_mb * 2**20), progress=bar.update

@@ -89,5 +89,7 @@ def test_diff_and_export(store, tmp_path):
     assert mova("export", store.location, "memory://exported/store", "--experts", "sam") == {"sam": 8}
     assert FeatureStore("memory://exported/store").experts() == {"sam": [store.partition("sam").fingerprint]}
     assert list(FeatureStore("memory://exported/store").verify()) == []
-    refused = CliRunner().invoke(app, ["store", "export", store.location, str(other), "--experts", "dinov2"])
-    assert "no features of dinov2 (it has clip, sam)" in str(refused.exception)
+    refused = CliRunner().invoke(
+        app, ["store", "export", store.location, str(tmp_path / "none"), "--experts", "dinov2"]
+    )
+    assert "no features of dinov2 (it has clip, sam)" in str(refused.exception) and not (tmp_path / "none").exists()
