@@ -38,6 +38,18 @@ from pipelines.cli.paths import (
     output_path,
     read_model_config,
 )
+from pipelines.cli.recipe import (
+    AUTO,
+    GpusOption,
+    MicroBatch,
+    RecipeOption,
+    apply_recipe,
+    given_options,
+    plan_training,
+    recipes,
+    refuse_too_large,
+    show_plan,
+)
 from pipelines.train.config import (
     FREEZABLE,
     PARTS,
@@ -50,6 +62,7 @@ from pipelines.train.config import (
     TrainConfig,
     Unlabelled,
 )
+from pipelines.train.gpus import Gpus
 
 
 class Weighted(NamedTuple):
@@ -192,12 +205,7 @@ OPTIONS: dict[str, Any] = {
             rich_help_panel=WATCHING,
         ),
     ],
-    "micro_batch": Annotated[
-        int,
-        typer.Option(
-            help="Samples that a worker computes at once; 0: its whole share of a batch.", min=0, rich_help_panel=RUN
-        ),
-    ],
+    "micro_batch": MicroBatch,
     "strategy": Annotated[
         Strategy,
         typer.Option(
@@ -244,7 +252,8 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Only check the settings, the data and the store, and count samples and steps; needs neither Ray nor weights.",
+        help="Only check the settings, the data and the store, count samples and steps, and with --gpus or --gpu plan the memory; "
+        "needs neither Ray nor weights.",
         rich_help_panel=RUN,
     ),
 ]
@@ -339,6 +348,8 @@ def option_defaults(stage: Stage) -> dict[str, Any]:
 def _parameters(stage: Stage) -> list[inspect.Parameter]:
     defaults = option_defaults(stage) | {
         "picture": None,
+        "recipe": None,
+        "gpus": None,
         "dry_run": False,
         "overwrite": False,
         "quiet": False,
@@ -347,22 +358,40 @@ def _parameters(stage: Stage) -> list[inspect.Parameter]:
     options = (
         OPTIONS
         | STAGE_OPTIONS.get(stage, {})
-        | {"picture": Picture, "dry_run": DryRun, "overwrite": Overwrite, "quiet": Quiet, "as_json": Json}
+        | {"picture": Picture, "recipe": RecipeOption, "gpus": GpusOption, "dry_run": DryRun}
+        | {"overwrite": Overwrite, "quiet": Quiet, "as_json": Json}
     )
     return [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, annotation=option, default=defaults.get(name, inspect.Parameter.empty)
-        )
-        for name, option in options.items()
+        inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        *(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                annotation=option,
+                default=defaults.get(name, inspect.Parameter.empty),
+            )
+            for name, option in options.items()
+        ),
     ]
 
 
 def _add_command(stage: Stage) -> None:
     def command(
-        picture: Path | None, dry_run: bool, overwrite: bool, quiet: bool, as_json: bool, **settings: Any
+        context: typer.Context,
+        picture: Path | None,
+        recipe: str | None,
+        gpus: Gpus | None,
+        dry_run: bool,
+        overwrite: bool,
+        quiet: bool,
+        as_json: bool,
+        **settings: Any,
     ) -> None:
         with results_only(quiet or as_json, resumes=True):
-            config = train_config(stage, settings)
+            given = given_options(context)
+            auto = settings["micro_batch"] == AUTO or (recipe is not None and "micro_batch" not in given)
+            settings["micro_batch"] = max(settings["micro_batch"], 0)
+            config = apply_recipe(train_config(stage, settings), recipe, gpus, given)
             inputs = (config.model, config.data, config.eval_data, config.store or None, config.images)
             check_output_folder("--output", settings["output"], overwrite, inputs)
 
@@ -372,13 +401,16 @@ def _add_command(stage: Stage) -> None:
             if not dry_run:
                 check_output_file("--picture", picture, overwrite, drawn_by(SOFTWARE))
             data = check_data(config)  # before torch and Ray, which take 10 to 30 s to start
+            model = read_model_config(settings["model"])
+            data.config, plan = plan_training(data.config, model, gpus, recipe, auto)
             if dry_run:
-                result = _counts(data)
+                result = _counts(data) | {"plan": plan}
             else:
                 from cluster.session import ray_session
                 from pipelines.train.answers import check_answers
                 from pipelines.train.run import train
 
+                refuse_too_large(data.config, model, plan)
                 check_answers(data)
                 with ray_session():
                     result = train(config, progress=not (quiet or as_json), data=data, picture=picture)
@@ -431,7 +463,10 @@ def show_training(result: dict[str, Any]) -> None:
     if "seconds" not in result:
         line(f"{result['stage']} can start; nothing was trained")
         fields((name, result[name]) for name in ("samples", "steps", "output"))
-        return _show_left_out(result)
+        _show_left_out(result)
+        if result["plan"] is not None:
+            show_plan(result["plan"])
+        return
     line(f"{result['stage']} finished")
     steps = number(result.get("steps"))
     if result.get("resumed_from"):
@@ -467,3 +502,4 @@ def _show_left_out(result: dict[str, Any]) -> None:
 for _stage in STAGES:
     _add_command(_stage)
 app.command()(curves)
+app.command("recipe")(recipes)

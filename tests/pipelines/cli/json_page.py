@@ -13,7 +13,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "object": (dict,),
     "list": (list,),
-    "any": (object,),
+    "any": (object, bool),
 }
 Path_ = tuple[str, ...]  # keys from the top of a document; "[]" for an element of a list
 

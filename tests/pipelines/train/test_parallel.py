@@ -5,7 +5,7 @@ One pair of processes runs all cases, because each process needs seconds to impo
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from mova_core.assemble import assemble
+from mova_core.config import MoVAConfig
 from mova_core.experts import EXPERTS, Features
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE
@@ -86,6 +87,7 @@ CHANGES: list[tuple[Stage, Strategy, Precision]] = [
     *(("pretrain", strategy, "bfloat16") for strategy in STRATEGIES),  # frozen tensors keep every bit
     ("light-router", "ddp", "float32"),
 ]
+STATES: list[tuple[Strategy, Precision]] = [("ddp", "float32"), ("fsdp", "float32"), ("fsdp", "bfloat16")]
 ACCUMULATIONS = [(strategy, micro) for strategy in STRATEGIES for micro in (1, 2)]  # two ranks: 2 x 4 and 2 x 2 x 2
 
 
@@ -298,6 +300,29 @@ def watched(strategy: Strategy, rank: int, world: int) -> list[dict[str, Any]]:
     return lines
 
 
+def state_bytes(strategy: Strategy, precision: Precision, rank: int) -> dict[str, int]:
+    """What this rank holds of a model in its first stage, around a step."""
+    model, case = tiny_model(frozen=True), Case(strategy=strategy)
+    for parameter in model.language_model.parameters():  # as an LLM that is published in bfloat16
+        parameter.data = parameter.bfloat16().float()
+    parallel = parallelize(model, strategy=strategy, precision=precision, learning_rate=1e-3)
+    batch = tensors(batch_of(0, case)[rank::WORLD], model)
+    loss = parallel.backward([batch], parallel.sum(torch.tensor(1)))
+    gradients = bytes_of(parameter.grad for parameter in model.parameters())
+    parallel.step(1.0, loss)
+    state = [value for values in parallel.optimizer.state.values() for value in values.values()]
+    return {
+        "weights": bytes_of([*model.parameters(), *model.buffers()]),
+        "gradients": gradients,
+        "moments": bytes_of(value for value in state if value.ndim),
+    }
+
+
+def bytes_of(values: Iterable[torch.Tensor | None]) -> int:
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in values if value is not None]
+    return sum(value.nbytes for value in local)
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
@@ -305,6 +330,7 @@ def run_rank(rank: int, folder: str) -> None:
     results |= {f"resumed-{strategy}": resumed(strategy, rank, Path(folder)) for strategy in STRATEGIES}
     results |= {f"watched-{strategy}": watched(strategy, rank, WORLD) for strategy in STRATEGIES}
     results |= {f"changed-{'-'.join(case)}": changed(*case, rank) for case in CHANGES}
+    results |= {f"state-{'-'.join(case)}": state_bytes(*case, rank) for case in STATES}
     for strategy, micro in ACCUMULATIONS:
         gradient = accumulated(strategy, micro, rank, WORLD)
         if rank == 0:
@@ -336,6 +362,20 @@ def test_a_gradient_is_the_same_however_its_batch_is_divided(results, strategy, 
     assert divided.keys() == whole.keys()
     far = sum(float((divided[name] - value).square().sum()) for name, value in whole.items())
     assert (far / sum(float(value.square().sum()) for value in whole.values())) ** 0.5 < 1e-6
+
+
+@pytest.mark.parametrize(("strategy", "precision"), STATES)
+def test_a_plan_has_the_bytes_that_a_rank_holds(results, strategy, precision):
+    from pipelines.train.memory import plan_memory
+
+    config = MoVAConfig.from_dict(tiny_model(frozen=True).config.to_dict())
+    config.text_config.dtype = torch.bfloat16
+    settings: dict[str, Any] = {"strategy": strategy, "precision": precision, "workers": WORLD, "max_length": 64}
+    plan = plan_memory(TrainConfig(stage="pretrain", **PLACES, **settings), config)
+    held = results[f"state-{strategy}-{precision}"]
+    for name, measured in held.items():
+        assert getattr(plan, name) == pytest.approx(measured, rel=0.02), name
+    assert plan.state == pytest.approx(sum(held.values()), rel=0.02)
 
 
 @pytest.mark.parametrize(("stage", "strategy", "precision"), CHANGES)
