@@ -252,3 +252,16 @@ def test_routing_samples_and_broken_pictures_in_a_batch(places, tmp_path, pictur
     assert letters == "none" or set(letters) <= set("ABCDEFG, ")
     [nothing] = samples.__getitems__([1])
     assert nothing.answers.tolist() == [0] and nothing.inputs["unseen"] and nothing.inputs["pixel_values"].shape[0] == 1
+
+
+@pytest.mark.parametrize("stage", ["router", "light-router"])
+def test_the_label_stages_write_their_lines_and_evaluate(places, train, stage):
+    held_out = {"eval_data": places["data"], "eval_every": 1}
+    trained = train(stage=stage, lora_rank=4, **held_out)
+    assert len(trained.lines) == trained.state.steps > 1
+    for line in trained.lines:
+        check("train", line, "### The lines of `metrics.jsonl`")
+        assert line["loss"] > 0 and line["eval_loss"] > 0 and line["samples"] == BATCH and line["tokens"] > 10 * BATCH
+        assert line["sources"] == {"data": pytest.approx(line["loss"], rel=1e-5)}
+        assert line["gate_entropy"] is None and not any(line["experts"].values()), "no expert is fused"
+    assert trained.lines[-1]["eval_loss"] != trained.lines[0]["eval_loss"], "the parameters of the stage have changed"
