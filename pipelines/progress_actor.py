@@ -24,16 +24,22 @@ class Progress(NamedTuple):
 
 
 class ProgressActor:
-    """Holds the last report of the workers."""
+    """Holds the last report of the workers, and whether they shall stop."""
 
     def __init__(self) -> None:
         self.progress = Progress()
+        self.stopping = False
 
-    def report(self, done: int, total: int, note: str) -> None:
+    def report(self, done: int, total: int, note: str) -> bool:
+        """Returns whether the workers shall stop."""
         self.progress = Progress(done, total, note)
+        return self.stopping
 
     def read(self) -> Progress:
         return self.progress
+
+    def stop(self) -> None:
+        self.stopping = True
 
 
 class ProgressReporter:
@@ -42,16 +48,29 @@ class ProgressReporter:
     def __init__(self, actor: Any) -> None:
         self.actor = actor
         self._reported_at = 0.0
+        self._answer: Any = None  # to the last report
+        self._stop = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ProgressReporter, (self.actor,)
 
-    def report(self, done: int, total: int, note: str = "") -> None:
-        """Reports `done` of `total`; drops reports that follow another within `REPORT_SECONDS`, except the last one."""
+    def report(self, done: int, total: int, note: str = "") -> bool:
+        """Reports `done` of `total`; drops reports that follow another within `REPORT_SECONDS`, except the last one.
+
+        Returns:
+            Whether `stop` was called, as an earlier report was answered: nobody waits for the answer to this one.
+        """
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stop, self._answer = ray.get(self._answer), None
         now = time.monotonic()
         if done >= total or now - self._reported_at >= REPORT_SECONDS:
             self._reported_at = now
-            self.actor.report.remote(done, total, note)
+            self._answer = self.actor.report.remote(done, total, note)
+        return self._stop
+
+    def stop(self) -> None:
+        """Asks the workers to stop."""
+        ray.get(self.actor.stop.remote())
 
 
 @contextlib.contextmanager

@@ -61,6 +61,7 @@ from pipelines.train.config import (
     Strategy,
     TrainConfig,
     Unlabelled,
+    parse_interval,
 )
 from pipelines.train.gpus import Gpus
 
@@ -95,6 +96,16 @@ def step_range(text: str) -> tuple[int, int]:
 WATCHING = "Watching"  # a group of options in the help
 
 app = App(help="Train one stage on Ray Train workers that read the feature store.")
+
+
+def interval(text: str) -> str:
+    """A value of --checkpoint-every, unchanged."""
+    try:
+        parse_interval(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return text
+
 
 # Option of every stage, by the field of TrainConfig that takes its value.
 OPTIONS: dict[str, Any] = {
@@ -169,7 +180,15 @@ OPTIONS: dict[str, Any] = {
     "seed": Annotated[
         int, typer.Option(help="Decides the order of the samples and every random choice.", rich_help_panel=TRAINING)
     ],
-    "checkpoint_every": Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1, rich_help_panel=RUN)],
+    "checkpoint_every": Annotated[
+        str,
+        typer.Option(
+            metavar="STEPS|MINUTESm",
+            help="Steps between two checkpoints, or minutes: 200, 10m.",
+            parser=interval,
+            rich_help_panel=RUN,
+        ),
+    ],
     "eval_data": Annotated[
         str | None,
         typer.Option(

@@ -122,7 +122,7 @@ def _train_and_evaluate(config: DemoConfig, root: Path, data: DemoData, stages: 
             epochs=epochs,
             warmup=0.1,
             seed=config.seed,
-            checkpoint_every=100,
+            checkpoint_every="100",
             workers=config.workers,
             lora_rank=16,
             shuffle_pool=False,  # the small LLM reads letters, not descriptions

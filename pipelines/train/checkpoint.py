@@ -1,22 +1,32 @@
-"""What a training run needs to resume: the model as users load it, AdamW's moments, and its position in the data."""
+"""What a training run needs to resume, written while it trains: each rank writes its own share (torch.distributed.checkpoint).
+
+RUN/step-00000200/
+    *.distcp, .metadata   the trained weights and AdamW's moments; `.metadata` is a pickle of torch, which only a run's own
+                          folder is ever read for
+    state.json            `RunState`; written last, so a checkpoint without it is incomplete and nobody resumes from it
+
+Random numbers need no state: every micro-batch has a seed of its own (`micro_batch_seed`).
+"""
 
 import json
-import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import ray.train
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import numpy as np
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
-from mova_core.model import MoVAForConditionalGeneration
-from mova_core.processing import MoVAProcessor
+from mova_core.io.atomic import write_atomic
+from mova_core.io.filesystem import open_filesystem
+from mova_core.io.uris import local_path
 from pipelines.train.parallel import Parallel
 
-OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"  # beside the model in a checkpoint
+STATE = "state.json"
+KEPT = 2  # checkpoints of a run: one more than needed, should the newest be damaged
 
 
 @dataclass(kw_only=True)
@@ -24,7 +34,7 @@ class RunState:
     """How far a run is.
 
     Attributes:
-        metrics: reported last; `steps` done, and `loss`.
+        metrics: `steps` done, and what the run reports at its end.
         batches: `FeatureBatches.state_dict`; empty before the first step.
         meter: `StepMeter.state_dict`; empty before the first step.
     """
@@ -38,44 +48,138 @@ class RunState:
         return int(self.metrics.get("steps", 0))
 
 
-@contextmanager
-def start_folder(model: str) -> Iterator[str]:
-    """The folder to start from, in a Ray Train worker: that of the run's last checkpoint, else the model's."""
-    if (checkpoint := ray.train.get_checkpoint()) is None:
-        yield model
-    else:
-        with checkpoint.as_directory() as folder:
-            yield folder
+class Checkpoints:
+    """The checkpoints of a run, as one rank writes and reads them. Every rank must call every method alike.
 
-
-def read_state(folder: str) -> tuple[RunState, dict[str, Tensor]]:
-    """State and AdamW's moments (parameter/key -> tensor) of a checkpoint; empty for a model that is no checkpoint."""
-    if not Path(folder, STATE).exists():
-        return RunState(), {}
-    return RunState(**json.loads(Path(folder, STATE).read_text())), load_file(Path(folder, OPTIMIZER))
-
-
-def steps_of_last_checkpoint(run_folder: Path) -> int:
-    """Steps that the last complete checkpoint of a Ray Train run holds; 0 where there is none."""
-    try:
-        metrics = ray.train.Result.from_path(str(run_folder)).metrics or {}
-    except (OSError, RuntimeError):  # the run has not started, or has no checkpoint yet
-        return 0
-    return int(metrics.get("steps", 0))
-
-
-def report(state: RunState, model: MoVAForConditionalGeneration, processor: MoVAProcessor, parallel: Parallel) -> None:
-    """Reports to Ray Train; rank 0 adds a checkpoint, from which a run of any strategy and number of workers resumes.
-
-    Every rank must call it, because the ranks may hold a part of the model each.
+    Args:
+        folder: of the run, local or a URL that all ranks see.
+        every: steps between two checkpoints, or seconds; the other is None.
     """
-    weights, moments = parallel.full_weights(model), parallel.full_moments()
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(state.metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, state_dict=weights)
-        processor.save_pretrained(folder)
-        save_file({name: value.contiguous() for name, value in moments.items()}, f"{folder}/{OPTIMIZER}")
-        Path(folder, STATE).write_text(json.dumps(asdict(state)))
-        ray.train.report(state.metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def __init__(self, folder: str, parallel: Parallel, *, every: tuple[int | None, float | None]):
+        self.folder, self.parallel = folder, parallel
+        self.steps, self.seconds = every
+        # A group of its own: the thread that writes must not speak in between the reductions of a step.
+        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._writing: tuple[RunState, Future[Any]] | None = None
+        self._saved_at = time.monotonic()
+
+    def restore(self) -> RunState:
+        """Loads the newest complete checkpoint into model and optimizer; the state before the first step where there is none."""
+        state = read_state(self.folder)
+        if state.steps:
+            reader, tensors = dcp.FileSystemReader(step_folder(self.folder, state.steps)), self.parallel.state()
+            dcp.load(cast(dict[str, Any], tensors), storage_reader=reader, process_group=self.group)
+            self.parallel.load_state(tensors)
+        return state
+
+    def due(self, step: int) -> bool:
+        """Whether the interval since the last checkpoint has passed, as this rank sees it."""
+        if self.steps is not None:
+            return step % self.steps == 0
+        return time.monotonic() - self._saved_at >= cast(float, self.seconds)
+
+    @property
+    def written(self) -> bool:
+        """Whether a checkpoint waits for `complete` only, as this rank sees it; rank 0 knows when all ranks have written."""
+        return self._writing is not None and self._writing[1].done()
+
+    def save(self, state: RunState) -> None:
+        """Copies this rank's share to memory and writes it in a thread; `complete` ends that."""
+        self.complete()
+        writer = dcp.FileSystemWriter(step_folder(self.folder, state.steps))
+        share = own_share(self.parallel)
+        if dist.is_initialized():
+            future = cast("Future[Any]", dcp.async_save(share, storage_writer=writer, process_group=self.group))
+        else:
+            future = cast("Future[Any]", dcp.async_save(share, storage_writer=writer, no_dist=True))
+        self._writing, self._saved_at = (state, future), time.monotonic()
+
+    def complete(self) -> None:
+        """Waits until every rank has written its share, makes the checkpoint count, and deletes older ones.
+
+        Raises:
+            CheckpointException: a rank could not write.
+        """
+        if self._writing is None:
+            return
+        (state, future), self._writing = self._writing, None
+        future.result()
+        if self.parallel.rank == 0:
+            write_state(self.folder, state)
+            delete_old(self.folder)
+
+
+def own_share(parallel: Parallel) -> dict[str, Any]:
+    """What this rank writes: its part of every sharded tensor, and of the whole ones those that fall to it.
+
+    Where every rank holds the whole model, each copies and writes 1/N, and not N ranks of a machine the same.
+    """
+    share: dict[str, Any] = {}
+    sizes = [0] * parallel.world
+    for name, value in parallel.state().items():
+        # Buffers are those of rank 0, as DDP broadcasts them before each forward pass.
+        owner = 0 if name in parallel.buffers else sizes.index(min(sizes))
+        if not isinstance(value, DTensor):
+            sizes[owner] += value.numel()
+        if isinstance(value, DTensor) or owner == parallel.rank:
+            share[name] = value
+    return share
+
+
+def step_folder(folder: str, step: int) -> str:
+    return f"{folder}/step-{step:08d}"
+
+
+def complete_steps(folder: str) -> list[int]:
+    """Steps of a run's complete checkpoints, in ascending order."""
+    return sorted(step for step, complete in _checkpoints(folder) if complete)
+
+
+def read_state(folder: str) -> RunState:
+    """State of the newest complete checkpoint of a run; that before the first step where there is none."""
+    steps = complete_steps(folder)
+    if not steps:
+        return RunState()
+    filesystem, path = open_filesystem(f"{step_folder(folder, steps[-1])}/{STATE}")
+    return RunState(**json.loads(filesystem.cat_file(path)))
+
+
+def write_state(folder: str, state: RunState) -> None:
+    """Makes a checkpoint, all of whose shares are written, a complete one."""
+    location, text = f"{step_folder(folder, state.steps)}/{STATE}", json.dumps(asdict(state))
+    if (path := local_path(location)) is not None:
+        write_atomic(path, text)
+    else:
+        filesystem, path = open_filesystem(location)
+        filesystem.pipe_file(path, text.encode())  # an object store shows an object whole or not at all
+
+
+def delete_old(folder: str) -> None:
+    """Deletes all but the newest `KEPT` complete checkpoints, and what a kill left of others before them."""
+    kept = complete_steps(folder)[-KEPT:]
+    for step, complete in list(_checkpoints(folder)):
+        if step in kept or step > kept[-1]:
+            continue
+        filesystem, path = open_filesystem(step_folder(folder, step))
+        if complete:
+            filesystem.rm_file(f"{path}/{STATE}")  # first: what is left counts no more
+        filesystem.rm(path, recursive=True)
+
+
+def _checkpoints(folder: str) -> Iterator[tuple[int, bool]]:
+    """Step of each checkpoint, and whether it is complete."""
+    filesystem, path = open_filesystem(folder)
+    filesystem.invalidate_cache()
+    for found in filesystem.glob(f"{path}/step-*"):
+        yield int(found.rpartition("-")[2]), filesystem.exists(f"{found}/{STATE}")
+
+
+def micro_batch_seed(seed: int, step: int, number: int) -> int:
+    """Seed of the random choices (dropout) in a micro-batch: the same for any rank that computes it.
+
+    Args:
+        seed: of the run.
+        number: of the micro-batch among those of all ranks in the step.
+    """
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])

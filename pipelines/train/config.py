@@ -3,6 +3,7 @@
 Imports neither torch nor Ray, so that the command line can show the defaults at once.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -97,7 +98,7 @@ class TrainConfig(DataArgs):
         seed: decides the order of the samples and every random choice.
         group_by_length: batches of samples of similar length and of one modality, as the published code trains in
             supervised fine-tuning; else plain shuffling.
-        checkpoint_every: steps between two checkpoints.
+        checkpoint_every: steps between two checkpoints ("200"), or minutes ("10m").
         eval_data: a data file of held-out samples, or its URL; their features must be in the store.
         eval_every: steps between two evaluations on `eval_data`; 0: one, after the last step.
         log: trackers that receive the lines of `metrics.jsonl`: "tensorboard", "wandb", "mlflow".
@@ -137,7 +138,7 @@ class TrainConfig(DataArgs):
     weights: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     group_by_length: bool = False
-    checkpoint_every: int = 200
+    checkpoint_every: str = "200"
     eval_data: str | None = None
     eval_every: int = 0
     log: tuple[str, ...] = ()
@@ -159,9 +160,15 @@ class TrainConfig(DataArgs):
         """Into how many parts a worker's share of a batch is divided."""
         return self.batch_size // (self.workers * self.micro_batch) if self.micro_batch else 1
 
+    @property
+    def checkpoint_interval(self) -> tuple[int | None, float | None]:
+        """`checkpoint_every` in steps, or in seconds; the other is None."""
+        return parse_interval(self.checkpoint_every)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "output", absolute(self.output))
+        object.__setattr__(self, "checkpoint_every", str(self.checkpoint_every))
         if self.eval_data is not None:
             object.__setattr__(self, "eval_data", absolute(self.eval_data))
         object.__setattr__(self, "mix", {absolute(path): weight for path, weight in self.mix.items()})
@@ -170,6 +177,19 @@ class TrainConfig(DataArgs):
                 object.__setattr__(self, name, getattr(STAGES[self.stage], name))
         if self.checkpoint_activations is None:
             object.__setattr__(self, "checkpoint_activations", self.gpu)
+
+
+def parse_interval(text: str) -> tuple[int | None, float | None]:
+    """Steps ("200"), or the seconds of a number of minutes ("10m", "0.5m"); the other is None.
+
+    Raises:
+        ValueError: the text is neither, or not above 0.
+    """
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text), None
+    if re.fullmatch(r"\d+(\.\d+)?m", text, re.ASCII) and (minutes := float(text[:-1])) > 0:
+        return None, 60 * minutes
+    raise ValueError(f"{text}: give a number of steps, as 200, or of minutes, as 10m")
 
 
 def part_of(parameter: str) -> str:

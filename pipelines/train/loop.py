@@ -1,7 +1,8 @@
-"""The training loop of one Ray Train worker."""
+"""The training loop of one rank."""
 
-import dataclasses
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import ray
 import ray.train.torch
 import torch
+import torch.distributed as dist
 from transformers import get_cosine_schedule_with_warmup
 
 from mova_core.features import FeatureSource, FeatureStore
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import MoVAProcessor
-from pipelines.train.batches import StageSamples, open_batches
-from pipelines.train.checkpoint import RunState, read_state, report, start_folder
+from pipelines.train.batches import MicroBatch, StageSamples, open_batches
+from pipelines.train.checkpoint import Checkpoints, RunState, micro_batch_seed
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import held_out_config, read_chosen, total_steps
 from pipelines.train.evaluation import HeldOut
+from pipelines.train.export import MODEL, write_model
 from pipelines.train.features import open_features, stored_base
 from pipelines.train.flops import ModelFlops, peak_flops
 from pipelines.train.index import DataSource, IndexedSamples
@@ -30,39 +33,152 @@ from pipelines.train.trackers import logs_folder, open_log
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """Trains on this rank's share of every batch.
+    """`train_rank` on a Ray Train worker."""
+    train_rank(arguments, ray.train.torch.get_device())
+
+
+def train_rank(arguments: dict[str, Any], device: torch.device) -> None:
+    """Trains on this rank's share of every batch, from the run's last checkpoint on, and writes the model into the run's folder.
+
+    The ranks are those of torch's default process group; without one there is one rank.
 
     Args:
         arguments: "config", the fields of a `TrainConfig`; "rows", the samples (`ROW`), or a reference to them; "sources", the
             fields of every `DataSource`; "held_out", the two of `config.eval_data` or None; "run_folder", which receives
-            `metrics.jsonl`; and "progress", a `ProgressReporter`.
+            checkpoints, `metrics.jsonl` and `MODEL`; and "progress", a `ProgressReporter`.
     """
     with ExitStack() as opened:
-        _train(arguments, opened)
+        _Rank(arguments, device, opened).train()
 
 
-def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
-    """`train_worker`. Adds to `opened` what must be closed at the end."""
-    config = TrainConfig(**arguments["config"])
-    torch.manual_seed(config.seed)
-    with start_folder(config.model) as folder:
-        model = MoVAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        resumed, moments = read_state(folder)
-    choose_parameters(model, config)
-    samples, store = _chosen(config, arguments["rows"], arguments["sources"])
-    steps, context = total_steps(config, len(samples)), ray.train.get_context()
-    rank = context.get_world_rank()
-    # Two processors: a thread reads ahead with one while the other is saved, and a fast tokenizer allows no two threads.
-    reading, saved = (MoVAProcessor.from_pretrained(config.model) for _ in range(2))
-    device = ray.train.torch.get_device()
-    features = opened.enter_context(open_features(config, store, model.config, device))
-    base = stored_base(store, model)
-    batches = open_batches(config, samples, features, reading, model.config.pool, rank, context.get_world_size(), base)
-    if resumed.batches:
-        batches.load_state_dict(resumed.batches)
-    learner = LightRouting(model) if config.stage == "light-router" else model
-    parallel = parallelize(
-        learner,
+class _Rank:
+    """One rank of a run, ready to train: everything is open and at the state of the last checkpoint."""
+
+    def __init__(self, arguments: dict[str, Any], device: torch.device, opened: ExitStack):
+        """Adds to `opened` what must be closed at the end."""
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # What is divided among the workers is divided among those that there are.
+        self.config = config = replace(TrainConfig(**arguments["config"]), workers=self.world)
+        self.device, self.folder, self.progress = device, arguments["run_folder"], arguments["progress"]
+        torch.manual_seed(config.seed)
+        self.model = MoVAForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
+        choose_parameters(self.model, config)
+        samples, store = _chosen(config, arguments["rows"], arguments["sources"])
+        self.steps = total_steps(config, len(samples))
+        features = opened.enter_context(open_features(config, store, self.model.config, device))
+        # A thread reads ahead with a processor of its own: a fast tokenizer allows no two threads.
+        processor = MoVAProcessor.from_pretrained(config.model)
+        pool = self.model.config.pool
+        base = stored_base(store, self.model)
+        self.batches = open_batches(config, samples, features, processor, pool, self.rank, self.world, base)
+        self.parallel = _parallelized(self.model, config, device)
+        self.checkpoints = Checkpoints(self.folder, self.parallel, every=config.checkpoint_interval)
+        self.resumed = self.checkpoints.restore()
+        self.schedule = get_cosine_schedule_with_warmup(
+            self.parallel.optimizer, round(config.warmup * self.steps), self.steps
+        )
+        if self.resumed.steps:
+            self.batches.load_state_dict(self.resumed.batches)
+            self.schedule.last_epoch = self.resumed.steps - 1
+            self.schedule.step()
+        self.meter = self._meter(samples)
+        self.log = opened.enter_context(open_log(config, self.folder, self.resumed.steps)) if self.rank == 0 else None
+        profiles = logs_folder(config) / "profile" / Path(self.folder).name
+        self.profiler = opened.enter_context(
+            step_profiler(config.profile_steps, self.resumed.steps, profiles, self.rank)
+        )
+        self.held_out = _held_out(config, arguments["held_out"], features, self.model, self.parallel)
+        # What the run reports at its end, of this rank; rank 0 goes on with what the checkpoint holds of all.
+        before = self.resumed.metrics if self.rank == 0 else {}
+        self.cut_off = int(before.get("cut_off", 0))  # samples whose whole answer lay beyond `max_length`
+        self.errors: list[str] = list(before.get("failed", ()))  # of samples that could not be used
+        self.eval_loss = self.resumed.metrics.get("eval_loss")
+
+    def train(self) -> None:
+        """Makes the rest of the steps, unless the driver asks to stop: then the last one done is in a checkpoint."""
+        self.parallel.wrapped.train()
+        rest_of_epochs = chain.from_iterable(
+            repeat(self.batches)
+        )  # each iteration of `batches` gives the rest of its epoch
+        # The range comes first: zip then ends without reading a batch that no step uses.
+        steps = range(self.resumed.steps + 1, self.steps + 1)
+        for step, micro_batches in zip(steps, self.meter.timed(rest_of_epochs), strict=False):
+            line = self._step(step, micro_batches)
+            if self.held_out is not None and self._evaluates(step):
+                self.eval_loss = line["eval_loss"] = self.held_out.loss()
+            stop = False
+            if self.log is not None:
+                self.log(line)
+                stop = bool(self.progress.report(step, self.steps, self.meter.note(line)))
+            if self.meter.stopped:
+                return self.checkpoints.complete()
+            stop, due, written = self._agreed(stop, self.checkpoints.due(step), self.checkpoints.written)
+            if written:
+                self.checkpoints.complete()
+            if stop or due or step == self.steps:
+                self.checkpoints.save(self._state(step))
+            if stop and step < self.steps:
+                return self.checkpoints.complete()
+        self.checkpoints.complete()
+        write_model(f"{self.folder}/{MODEL}", self.model, self.config.model, self.parallel)
+
+    def _step(self, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
+        """One optimizer step; returns its line of `metrics.jsonl`."""
+        self.meter.begin(micro_batches)
+        items = self.parallel.sum(torch.cat([batch.divisor for batch in micro_batches]).sum().to(self.device))
+        inputs = [batch.to(self.device).inputs for batch in micro_batches]
+        # Micro-batch p of rank r of W is number r + p * W of the step: where all have one size, it holds the same samples
+        # for any number of ranks.
+        seeds = [
+            micro_batch_seed(self.config.seed, step, self.rank + place * self.world) for place in range(len(inputs))
+        ]
+        loss = self.parallel.backward(inputs, items.clamp_min(1), seeds)
+        norm = self.parallel.step(self.config.clip_norm, loss)
+        line = self.meter.end(step, loss, norm, self.schedule.get_last_lr()[0])
+        self.schedule.step()
+        if self.profiler is not None:
+            self.profiler.step()
+        failed = [error for batch in micro_batches for error in batch.errors]
+        self.errors += failed
+        self.cut_off += sum(int((batch.answers == 0).sum()) for batch in micro_batches) - len(failed)
+        return line
+
+    def _evaluates(self, step: int) -> bool:
+        return step == self.steps or (self.config.eval_every > 0 and step % self.config.eval_every == 0)
+
+    def _agreed(self, *flags: bool) -> list[bool]:
+        """The flags of rank 0, on every rank."""
+        seen = torch.tensor(flags, dtype=torch.int32, device=self.device) * (self.rank == 0)
+        return [bool(flag) for flag in self.parallel.sum(seen).tolist()]
+
+    def _state(self, step: int) -> RunState:
+        metrics = {
+            "steps": step,
+            "loss": self.meter.loss,
+            "cut_off": int(self.parallel.sum(torch.tensor(self.cut_off, device=self.device))),
+            "failed": self.parallel.gather(self.errors),
+            **({} if self.held_out is None else {"eval_loss": self.eval_loss}),
+        }
+        return RunState(metrics=metrics, batches=self.batches.state_dict(), meter=self.meter.state_dict())
+
+    def _meter(self, samples: IndexedSamples) -> StepMeter:
+        meter = StepMeter(
+            self.parallel,
+            self.model,
+            sources=[*(source.name for source in samples.sources), "routing"],
+            where=samples.where,
+            rank=self.rank,
+            flops=ModelFlops(self.model, light=self.config.stage == "light-router"),
+            peak=peak_flops(self.device, self.config.precision),
+        )
+        if self.resumed.meter:
+            meter.load_state_dict(self.resumed.meter)
+        return meter
+
+
+def _parallelized(model: MoVAForConditionalGeneration, config: TrainConfig, device: torch.device) -> Parallel:
+    return parallelize(
+        LightRouting(model) if config.stage == "light-router" else model,
         strategy=config.strategy,
         precision=config.precision,
         checkpoint_activations=config.checkpoint_activations,
@@ -72,69 +188,6 @@ def _train(arguments: dict[str, Any], opened: ExitStack) -> None:
         part_rates=config.part_rates,
         weight_decay=config.weight_decay,
     )
-    if moments:
-        parallel.load_moments(moments)
-    schedule = get_cosine_schedule_with_warmup(parallel.optimizer, round(config.warmup * steps), steps)
-    if resumed.steps:
-        schedule.last_epoch = resumed.steps - 1
-        schedule.step()
-
-    meter = StepMeter(
-        parallel,
-        model,
-        sources=[*(source.name for source in samples.sources), "routing"],
-        where=samples.where,
-        rank=rank,
-        flops=ModelFlops(model, light=config.stage == "light-router"),
-        peak=peak_flops(device, config.precision),
-    )
-    if resumed.meter:
-        meter.load_state_dict(resumed.meter)
-    log = opened.enter_context(open_log(config, arguments["run_folder"], resumed.steps)) if rank == 0 else None
-    profiles = logs_folder(config) / "profile" / Path(arguments["run_folder"]).name
-    profiler = opened.enter_context(step_profiler(config.profile_steps, resumed.steps, profiles, rank))
-    held_out = _held_out(config, arguments["held_out"], features, model, parallel, rank)
-    eval_loss = resumed.metrics.get("eval_loss")
-
-    parallel.wrapped.train()
-    resumed_from = resumed.steps or None
-    cut_off = 0  # samples of this rank whose whole answer lay beyond `max_length`
-    errors: list[str] = []  # of this rank's samples that could not be used
-    rest_of_epochs = chain.from_iterable(repeat(batches))  # each iteration of `batches` gives the rest of its epoch
-    # The range comes first: zip then ends without reading a batch that no step uses.
-    for step, micro_batches in zip(range(resumed.steps + 1, steps + 1), meter.timed(rest_of_epochs), strict=False):
-        meter.begin(micro_batches)
-        items = parallel.sum(torch.cat([batch.divisor for batch in micro_batches]).sum().to(device))
-        loss = parallel.backward([batch.to(device).inputs for batch in micro_batches], items.clamp_min(1))
-        norm = parallel.step(config.clip_norm, loss)
-        line = meter.end(step, loss, norm, schedule.get_last_lr()[0])
-        schedule.step()
-        if profiler is not None:
-            profiler.step()
-        failed = [error for batch in micro_batches for error in batch.errors]
-        errors += failed
-        cut_off += sum(int((batch.answers == 0).sum()) for batch in micro_batches) - len(failed)
-        if held_out is not None and (step == steps or (config.eval_every and step % config.eval_every == 0)):
-            eval_loss = line["eval_loss"] = held_out.loss()
-        if log is not None:
-            log(line)
-            arguments["progress"].report(step, steps, meter.note(line))
-        if meter.stopped:
-            return
-        if step % config.checkpoint_every == 0 or step == steps:
-            metrics = {
-                "steps": step,
-                "loss": meter.loss,
-                "resumed_from": resumed_from,
-                "cut_off": int(parallel.sum(torch.tensor(cut_off, device=device))),
-                "failed": parallel.gather(errors),
-                **({} if held_out is None else {"eval_loss": eval_loss}),
-            }
-            state = RunState(metrics=metrics, batches=batches.state_dict(), meter=meter.state_dict())
-            report(state, model, saved, parallel)
-    if resumed.steps == steps:  # the run was killed between its last step and the copy to its output
-        state = dataclasses.replace(resumed, metrics={**resumed.metrics, "resumed_from": resumed_from})
-        report(state, model, saved, parallel)
 
 
 def _chosen(
@@ -146,7 +199,7 @@ def _chosen(
 
 
 def _held_out(
-    config: TrainConfig, chosen: Any, features: FeatureSource, model: Any, parallel: Parallel, rank: int
+    config: TrainConfig, chosen: Any, features: FeatureSource, model: Any, parallel: Parallel
 ) -> HeldOut | None:
     """The held-out samples of a run that has some."""
     if chosen is None:
@@ -156,4 +209,4 @@ def _held_out(
     samples, _ = _chosen(config, *chosen)
     processor = MoVAProcessor.from_pretrained(config.model)  # of its own thread, as a fast tokenizer allows no two
     reader = StageSamples(config, samples, features, processor, model.config.pool)
-    return HeldOut(reader, parallel, size=size, rank=rank)
+    return HeldOut(reader, parallel, size=size, rank=parallel.rank)

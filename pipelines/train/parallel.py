@@ -16,13 +16,12 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from pipelines.train.config import Precision, Strategy, part_of
 
@@ -50,12 +49,17 @@ class Parallel:
     def world(self) -> int:
         return dist.get_world_size() if dist.is_initialized() else 1
 
-    def backward(self, micro_batches: Sequence[dict[str, Any]], items: Tensor) -> Tensor:
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    def backward(self, micro_batches: Sequence[dict[str, Any]], items: Tensor, seeds: Sequence[int] = ()) -> Tensor:
         """Adds the gradients of one optimizer step, reduced over the ranks once, at the last micro-batch.
 
         Args:
             micro_batches: this rank's share of the step's batch.
             items: what the loss is divided by, summed over all micro-batches and ranks.
+            seeds: of the random choices in each micro-batch (dropout); without them they go on from where torch is.
 
         Returns:
             The loss of the step over all ranks, float32 scalar: the same number on every rank.
@@ -66,6 +70,8 @@ class Parallel:
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches, 1):
             with self._reduced(last=number == len(micro_batches)):
+                if seeds:
+                    set_seed(seeds[number - 1])
                 loss = self.loss(batch, items)
                 (loss * self.world).backward()  # gradients are averaged over the ranks
             total += loss.detach()
@@ -147,25 +153,25 @@ class Parallel:
         # Frozen ones may be kept in bfloat16; a file has one dtype.
         return {name: value.float() if value.dtype == torch.bfloat16 else value for name, value in weights.items()}
 
-    def full_moments(self) -> dict[str, Tensor]:
-        """AdamW's state by "parameter/key", as one process would have it. Every rank must call it; rank 0 gets tensors."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: Any = get_optimizer_state_dict(self.learner, self.optimizer, options=options).get("state", {})
-        return {f"{name}/{key}": value for name, values in state.items() for key, value in values.items()}
+    def state(self) -> dict[str, Tensor]:
+        """What training changes, by name: trained parameters, buffers, and AdamW's moments, as this rank holds them.
 
-    def load_moments(self, moments: dict[str, Tensor]) -> None:
-        """Takes over what `full_moments` returned to rank 0, also of another strategy or number of ranks.
-
-        Args:
-            moments: all of them, on every rank.
+        Where a checkpoint is read into these tensors, `load_state` takes them over.
         """
-        state: dict[str, dict[str, Tensor]] = {}
-        for place, value in moments.items():
-            name, _, key = place.rpartition("/")
-            state.setdefault(name, {})[key] = value
-        groups = get_optimizer_state_dict(self.learner, self.optimizer)["param_groups"]
-        whole: Any = {"state": state, "param_groups": groups}
-        set_optimizer_state_dict(self.learner, self.optimizer, whole, options=StateDictOptions(full_state_dict=True))
+        options = StateDictOptions(ignore_frozen_params=True)
+        weights = cast(dict[str, Tensor], get_model_state_dict(self.learner, options=options))
+        moments: Any = get_optimizer_state_dict(self.learner, self.optimizer, options=options).get("state", {})
+        return {f"weights/{name}": value for name, value in weights.items()} | {
+            f"moments/{name}/{key}": value for name, values in moments.items() for key, value in values.items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes over the tensors that `state` returned, filled from a checkpoint; here they are those of model and optimizer."""
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Names in `state` of what each rank holds whole and changes by itself."""
+        return frozenset(f"weights/{name}" for name, _ in self.learner.named_buffers())
 
     @property
     def _autocast(self) -> bool:

@@ -7,12 +7,10 @@ router:   only the expert-routing LoRA learns, on routing labels.   light-router
 import hashlib
 import json
 import shutil
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,16 @@ from mova_core.io.atomic import atomic_path
 from pipelines.invalid_records import report_failed
 from pipelines.progress_actor import ProgressReporter, follow_progress
 from pipelines.train.answers import check_answers
-from pipelines.train.checkpoint import OPTIMIZER, STATE, steps_of_last_checkpoint
+from pipelines.train.checkpoint import read_state
 from pipelines.train.config import TrainConfig
 from pipelines.train.curves import draw_curves
 from pipelines.train.data import TrainingData, check_data, total_steps
+from pipelines.train.export import MODEL
 from pipelines.train.loop import train_worker
 from pipelines.train.metrics import METRICS, check_finite, read_metrics, summary
 
+MAX_FAILURES = 5  # times that a run starts anew from its last checkpoint because a worker failed
+POLL_SECONDS = 0.5
 # Of the machines, not of the training: a batch is the same for any number of workers, so that a run may resume with others.
 MACHINE_SETTINGS = frozenset(
     {
@@ -70,8 +71,7 @@ def train(
         `skipped`: the error of each invalid record left out; `left_out`: reason -> number of valid records that the stage
         cannot use; `loss`: mean of the last 50 steps, per answer token of all workers, None where it is no finite number;
         `resumed_from`: step, None for a fresh run; `cut_off`: how often a sample's whole answer lay beyond `max_length`, over
-        all epochs since the start or the last resumption; `failed`: the error of each sample whose picture could not be
-        decoded or was cut by `max_length`, since then.
+        all epochs; `failed`: the error of each sample whose picture could not be decoded or was cut by `max_length`.
 
     Raises:
         DataError: the data cannot be read or lacks what the stage needs.
@@ -85,12 +85,13 @@ def train(
         check_answers(data)
     data.report()
     config = data.config
-    storage, name = checkpoint_folder(config), f"{config.stage}-{identity(config)}"
-    storage.mkdir(parents=True, exist_ok=True)
+    storage = checkpoint_folder(config)
+    run_folder = storage / f"{config.stage}-{identity(config)}"
+    run_folder.mkdir(parents=True, exist_ok=True)
     steps = total_steps(config, len(data.rows))
-    if resumed_from := steps_of_last_checkpoint(storage / name):
+    if resumed_from := read_state(str(run_folder)).steps or None:
         tqdm.write(f"{config.stage}: resumes at step {resumed_from} of {steps}", file=sys.stderr)
-    with follow_progress(config.stage, "steps", progress) as reporter, _stop_message(reporter, storage / name):
+    with follow_progress(config.stage, "steps", progress) as reporter:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
@@ -98,33 +99,34 @@ def train(
                 "rows": ray.put(data.rows),  # one copy per node, which all its processes read
                 "sources": [asdict(source) for source in data.sources],
                 "held_out": data.held_out and (ray.put(data.held_out.rows), list(map(asdict, data.held_out.sources))),
-                "run_folder": str(storage / name),
+                "run_folder": str(run_folder),
                 "progress": reporter,
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
             ),
+            # The checkpoints are our own (`Checkpoints`): Ray Train only starts the workers anew.
             run_config=ray.train.RunConfig(
-                name=name,
+                name=run_folder.name,
                 storage_path=str(storage),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-                failure_config=ray.train.FailureConfig(max_failures=1),
+                failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             ),
         )
         try:
-            result = trainer.fit()
+            fit(trainer, reporter, run_folder)
         finally:
-            rows = read_metrics(storage / name)
+            rows = read_metrics(run_folder)
             if picture is not None and rows:
                 draw_curves({Path(config.output).name: rows}, picture)
     check_finite(rows, config)
-    assert result.checkpoint is not None  # every run reports its last step
+    if not (run_folder / MODEL).exists():
+        raise KeyboardInterrupt(_where(run_folder))
+    metrics = read_state(str(run_folder)).metrics
     # The folder is replaced as a whole: nothing of an older model may stay, its LoRA least of all.
-    with result.checkpoint.as_directory() as folder, atomic_path(config.output) as draft:
-        shutil.copytree(folder, draft, ignore=shutil.ignore_patterns(OPTIMIZER, STATE))
-        shutil.copyfile(storage / name / METRICS, draft / METRICS)
+    with atomic_path(config.output) as draft:
+        shutil.copytree(run_folder / MODEL, draft)
+        shutil.copyfile(run_folder / METRICS, draft / METRICS)
     shutil.rmtree(storage, ignore_errors=True)
-    metrics = result.metrics or {}
     if cut_off := metrics.get("cut_off"):
         tqdm.write(
             f"{cut_off} samples taught nothing: --max-length {config.max_length} cut off their answer", file=sys.stderr
@@ -142,7 +144,8 @@ def train(
         "seconds": time.perf_counter() - started,
         "output": config.output,
         **summary(rows),
-        **{key: metrics[key] for key in ("steps", "loss", "resumed_from", "cut_off", "failed") if key in metrics},
+        "resumed_from": resumed_from,
+        **{key: metrics[key] for key in ("steps", "loss", "cut_off", "failed")},
     }
 
 
@@ -158,25 +161,42 @@ def identity(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()[:12]
 
 
-@contextmanager
-def _stop_message(reporter: ProgressReporter, run_folder: Path) -> Iterator[None]:
-    """Ends with a KeyboardInterrupt that says where the run stopped and where it resumes.
+def fit(trainer: TorchTrainer, reporter: ProgressReporter, run_folder: Path) -> None:
+    """Runs the trainer to its end. Ctrl-C lets the workers write a checkpoint and end; a second one does not wait for them.
 
-    Ray Train replaces the handler of SIGINT; its own aborts the workers, exits with code 0 and stays installed.
+    Raises:
+        KeyboardInterrupt: says at which step the run stopped and from which one it resumes.
     """
-    main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
+    ended: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(trainer.fit())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    # In the main thread Ray Train takes over SIGINT, aborts the workers at once and exits with code 0.
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
     try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code:
-            raise
-        done = ray.get(reporter.actor.read.remote())[0] if ray.is_initialized() else 0
-        kept = steps_of_last_checkpoint(run_folder)
-        where = f"the last checkpoint is of step {kept}: the same command continues from there"
-        raise KeyboardInterrupt(
-            f"stopped at step {done}; {where if kept else 'no checkpoint was written yet'}"
-        ) from None
-    finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, handler)
+        _wait(ended)
+    except KeyboardInterrupt:
+        tqdm.write("stopping: the workers write a checkpoint first (Ctrl-C again: do not wait)", file=sys.stderr)
+        try:
+            reporter.stop()
+            _wait(ended)
+        except (KeyboardInterrupt, ray.exceptions.RayError):
+            raise KeyboardInterrupt(_where(run_folder)) from None
+    ended.result()
+
+
+def _wait(future: "Future[Any]") -> None:
+    while not future.done():
+        wait([future], timeout=POLL_SECONDS)  # without a limit no signal would be seen
+
+
+def _where(run_folder: Path) -> str:
+    """Where a run stopped and where it resumes."""
+    done = max((row["step"] for row in read_metrics(run_folder)), default=0)
+    kept = read_state(str(run_folder)).steps
+    where = f"the last checkpoint is of step {kept}: the same command continues from there"
+    return f"stopped at step {done}; {where if kept else 'no checkpoint was written yet'}"

@@ -225,10 +225,7 @@ def test_training_goes_on_from_its_last_checkpoint(ran, tmp_path):
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     first = subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 150
-    while not any(  # a checkpoint counts once Ray Train's own list names it
-        "checkpoint_" in snapshot.read_text()
-        for snapshot in (tmp_path / "out.ray").glob("pretrain-*/checkpoint_manager_snapshot.json")
-    ):
+    while not any((tmp_path / "out.ray").glob("pretrain-*/step-*/state.json")):  # a complete checkpoint
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     children = psutil.Process().children(recursive=True)

@@ -1,7 +1,6 @@
 """A worker's parameters against those computed apart: row by row, with AdamW and clipping written out by hand."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,59 +13,29 @@ import pytest
 import torch
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
+from safetensors.torch import load_file
 
-from mova_core.features import Features, FeatureStore
+from mova_core.features import FeatureStore
 from mova_core.images import ImageRef
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE, MoVAProcessor
 from pipelines.train import loop
 from pipelines.train.batches import StageSamples
-from pipelines.train.checkpoint import RunState
+from pipelines.train.checkpoint import Checkpoints, RunState
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import check_data
+from pipelines.train.export import MODEL
 from pipelines.train.metrics import read_metrics
 from tests.pipelines.cli.json_page import check
+from tests.pipelines.train.places import LABELS, write_places
 
 BATCH, STEPS, SEED, RATE, DECAY, CLIP = 2, 3, 5, 1e-3, 0.1, 0.05
-LABELS = [["sam"], [], ["vary", "sam"], ["vary"], [], ["sam"], ["vary"]]  # 7 samples: each epoch leaves one out
 
 
 @pytest.fixture
 def places(mini_folder, pictures, tmp_path, request) -> dict[str, str]:
-    """The arguments that name a model without dropout, data with labels, and a store of arbitrary features.
-
-    A parameter (expert, picture) plants NaN in that expert's feature of that picture.
-    """
-    planted = getattr(request, "param", None)
-    shutil.copytree(mini_folder, tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["adapter"]["text_encoder"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    words = ["left", "right and left", "none", "what is right", "0 1 2 3", "A", "is in the picture"]
-    # Of one picture each, but for a sample without one and a sample with two.
-    shown = [[pictures[number % 3]] for number in range(5)] + [[], pictures[:2]]
-    records = [
-        {
-            "image": list(map(str, shown[number])),
-            "conversations": [{"from": "human", "value": f"what {number}?"}, {"from": "gpt", "value": words[number]}],
-            "routing": routing,
-        }
-        for number, routing in enumerate(LABELS)
-    ]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    store, generator = FeatureStore(tmp_path / "store", create=True), torch.Generator().manual_seed(0)
-    for expert in config["pool"]:
-        channels = expert["channels"]
-        description = {"expert": expert["name"], "dtype": "float32", "weights": "w", "grid": [4, 4]}
-        partition = store.add_expert(description | {"channels": channels})
-        rows = {
-            ImageRef(path=str(path)).key: Features(torch.randn(16, channels, generator=generator), (4, 4))
-            for path in pictures
-        }
-        if planted and planted[0] == expert["name"]:
-            rows[ImageRef(path=str(pictures[planted[1]])).key].tokens.fill_(float("nan"))
-        partition.write(partition.shard_id(rows), rows)
-    return {"model": f"{tmp_path}/model", "data": f"{tmp_path}/data.jsonl", "store": f"{tmp_path}/store"}
+    """A model without dropout, data and a store; a parameter (expert, picture) plants NaN in that expert's feature of that picture."""
+    return write_places(tmp_path, mini_folder, pictures, planted=getattr(request, "param", None))
 
 
 def loss_row_by_row(model, processor, store, records, positions, loss) -> torch.Tensor:
@@ -144,13 +113,14 @@ class Trained:
 @pytest.fixture
 def train(places, tmp_path, monkeypatch) -> Callable[..., Trained]:
     def run(**settings: Any) -> Trained:
-        reports: list[Any] = []
+        states: list[RunState] = []
+        save = Checkpoints.save
 
-        def report(state, model, processor, parallel):
-            weights = parallel.full_weights(model)
-            reports.append((state, {name: value.detach().clone() for name, value in weights.items()}))
+        def record(checkpoints: Checkpoints, state: RunState) -> None:
+            states.append(state)
+            save(checkpoints, state)
 
-        monkeypatch.setattr(loop, "report", report)
+        monkeypatch.setattr(Checkpoints, "save", record)
         shown: list[Any] = []
         config = {
             "stage": "sft", "output": str(tmp_path / "out"), **places, "learning_rate": RATE, "batch_size": BATCH,
@@ -165,9 +135,9 @@ def train(places, tmp_path, monkeypatch) -> Callable[..., Trained]:
         arguments |= {"progress": progress, "run_folder": str(tmp_path / "run"), "held_out": held_out}
         TorchTrainer(loop.train_worker, train_loop_config=arguments,
                      scaling_config=ScalingConfig(num_workers=0)).fit()  # fmt: skip
-        state, parameters = reports[-1]
+        parameters = load_file(tmp_path / "run" / MODEL / "model.safetensors")
         lines = read_metrics(tmp_path / "run")
-        return Trained([state.steps for state, _ in reports], state, parameters, lines, shown)
+        return Trained([state.steps for state in states], states[-1], parameters, lines, shown)
 
     return run
 
@@ -187,7 +157,7 @@ def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train
     )
     assert distance(trained.parameters, wanted) < 1e-6
     metrics = trained.state.metrics
-    assert metrics["loss"] == pytest.approx(sum(losses) / STEPS) and metrics["resumed_from"] is None
+    assert metrics["loss"] == pytest.approx(sum(losses) / STEPS)
     assert [told[:2] for told in trained.shown] == [(1, 3), (2, 3), (3, 3)]
     for line, loss, norm in zip(trained.lines, losses, norms, strict=True):
         assert (line["loss"], line["grad_norm"]) == (pytest.approx(loss), pytest.approx(norm, rel=1e-4))

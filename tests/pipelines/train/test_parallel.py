@@ -24,11 +24,16 @@ from mova_core.experts import EXPERTS, Features
 from mova_core.model import MoVAForConditionalGeneration
 from mova_core.processing import IGNORE
 from pipelines.train.batches import MicroBatch
+from pipelines.train.checkpoint import Checkpoints, RunState, own_share, read_state
 from pipelines.train.config import Precision, Stage, Strategy, TrainConfig
 from pipelines.train.evaluation import HeldOut
+from pipelines.train.export import MODEL
 from pipelines.train.meter import StepMeter
+from pipelines.train.metrics import read_metrics
 from pipelines.train.parallel import Parallel, parallelize
 from pipelines.train.stages import LightRouting, choose_parameters
+from tests.pipelines.train import interrupted
+from tests.pipelines.train.places import write_places
 
 pytestmark = pytest.mark.slow  # two processes that each import torch
 
@@ -195,15 +200,14 @@ def resumed(strategy: Strategy, rank: int, folder: Path) -> dict[str, list[float
     before = parallelize(model, strategy=other, learning_rate=1e-3)
     for step in range(STEPS - 1):
         take_step(before, model, case, step, rank, WORLD)
-    weights, moments = before.full_weights(model), before.full_moments()
-    if rank == 0:
-        save_file(weights, folder / f"{strategy}.weights")
-        save_file(moments, folder / f"{strategy}.moments")
+    checkpoints = Checkpoints(f"{folder}/{strategy}", before, every=(1, None))
+    checkpoints.save(RunState(metrics={"steps": STEPS - 1}))
+    take_step(before, model, case, STEPS - 1, rank, WORLD)  # what is written is what was there when it was asked for
+    checkpoints.complete()
     dist.barrier()
     again = tiny_model(case.frozen)
-    again.load_state_dict(load_file(folder / f"{strategy}.weights"))
     after = parallelize(again, strategy=strategy, learning_rate=1e-3)
-    after.load_moments(load_file(folder / f"{strategy}.moments"))
+    Checkpoints(f"{folder}/{strategy}", after, every=(1, None)).restore()
     loss, norm = take_step(after, again, case, STEPS - 1, rank, WORLD)
     loss_after, _ = take_step(after, again, case, 0, rank, WORLD)  # shows the moments: they decide the step before
     return {"losses": [loss, loss_after], "norms": [norm]}
@@ -323,10 +327,22 @@ def bytes_of(values: Iterable[torch.Tensor | None]) -> int:
     return sum(value.nbytes for value in local)
 
 
-def run_rank(rank: int, folder: str) -> None:
+def share_of_a_rank(strategy: Strategy) -> float:
+    """The part of weights and moments that this rank copies and writes for a checkpoint."""
+    parallel = parallelize(tiny_model(frozen=False), strategy=strategy, learning_rate=1e-3)
+    own = [value.to_local() if isinstance(value, DTensor) else value for value in own_share(parallel).values()]
+    return sum(value.numel() for value in own) / sum(value.numel() for value in parallel.state().values())
+
+
+def run_rank(rank: int, folder: str, places: dict[str, str]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+
+    def join(name: str) -> None:
+        dist.init_process_group("gloo", f"file://{folder}/group-{name}", rank=rank, world_size=WORLD)
+
+    join("store")
     results: dict[str, Any] = {str(case): losses_and_norms(case, rank, WORLD) for case in CASES}
+    results |= {"shares": {strategy: share_of_a_rank(strategy) for strategy in STRATEGIES}}
     results |= {f"resumed-{strategy}": resumed(strategy, rank, Path(folder)) for strategy in STRATEGIES}
     results |= {f"watched-{strategy}": watched(strategy, rank, WORLD) for strategy in STRATEGIES}
     results |= {f"changed-{'-'.join(case)}": changed(*case, rank) for case in CHANGES}
@@ -337,14 +353,16 @@ def run_rank(rank: int, folder: str) -> None:
             save_file(gradient, Path(folder, f"{strategy}-{micro}.gradient"))
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
+    interrupted.run_twice(places, Path(folder), rank, join)
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, Any]:
+def results(tmp_path_factory, mini_folder, pictures) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.start_processes(run_rank, (str(folder),), nprocs=WORLD, start_method="spawn")
+    places = write_places(folder, mini_folder, pictures, dropout=0.1)
+    torch.multiprocessing.start_processes(run_rank, (str(folder), places), nprocs=WORLD, start_method="spawn")
     return json.loads((folder / "results.json").read_text()) | {"folder": folder}
 
 
@@ -405,3 +423,26 @@ def test_the_lines_of_two_ranks_are_those_of_one_process(results, strategy):
             assert line[name] == (wanted[name] and pytest.approx(wanted[name], rel=1e-4)), name  # the MFU is None
         assert line["sources"].keys() == {"left", "right"} and line["samples"] == BATCH
     assert lines[2]["loss"] != lines[0]["loss"] and lines[2]["eval_loss"] != lines[0]["eval_loss"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_copies_its_share_for_a_checkpoint(results, strategy):
+    assert results["shares"][strategy] == pytest.approx(1 / WORLD, abs=0.05)
+
+
+def test_a_run_resumes_exactly_by_other_numbers_of_workers(results):
+    """Two sharded workers, then one, then two; with dropout, of which every micro-batch has its own."""
+    whole, parts = results["folder"] / "whole", results["folder"] / "parts"
+    samples = interrupted.samples_of_steps(whole)
+    assert list(map(len, samples.values())) == [2] * interrupted.STEPS
+    assert interrupted.samples_of_steps(parts) == samples
+    expected, lines = read_metrics(whole / "run"), read_metrics(parts / "run")
+    assert [line["step"] for line in lines] == list(range(1, interrupted.STEPS + 1))
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=1e-5)
+    assert [line["grad_norm"] for line in lines] == pytest.approx([line["grad_norm"] for line in expected], rel=1e-4)
+    states = [read_state(str(folder / "run")) for folder in (whole, parts)]
+    assert states[0].steps == states[1].steps == interrupted.STEPS and states[0].batches == states[1].batches
+    assert states[1].meter["losses"] == pytest.approx(states[0].meter["losses"], abs=1e-5)
+    models = [load_file(folder / "run" / MODEL / "model.safetensors") for folder in (whole, parts)]
+    assert models[0].keys() == models[1].keys()
+    assert max(float((models[0][name] - value).abs().max()) for name, value in models[1].items()) < 1e-4
