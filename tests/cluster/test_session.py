@@ -48,16 +48,16 @@ def test_importing_the_rooms_sets_nothing(tmp_path):
 
 WITH_RAY_FIRST = """
 import actors.expert_pool  # imports ray before the session opens
-import os, ray
+import os, time, ray
 from cluster.session import ray_session
 before = dict(os.environ)
 with ray_session() as resources:
     assert resources["CPU"] >= 4
     variable = ray.get(ray.remote(lambda: os.environ["MALLOC_TRIM_THRESHOLD_"]).remote())
     unread = ray.remote(lambda: 1 / 0).remote()  # as a run leaves the results of actors that failed
-    ray.wait([unread])
+    ray.get(ray.remote(lambda: time.sleep(1)).remote())  # `ray.wait` would count as reading
     del unread
-    ray.get(ray.remote(lambda: None).remote())
+    ray.get(ray.remote(lambda: time.sleep(0.5)).remote())
 print(variable, sorted(name for name in {*os.environ, *before} if os.environ.get(name) != before.get(name)))
 """
 
