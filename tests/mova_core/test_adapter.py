@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mova_core.adapter import AdapterConfig, MoVAdapter, Rope2D, align
+from mova_core.adapter import AdapterConfig, DynamicGatingNetwork, MoVAdapter, Rope2D, align
 from mova_core.experts.base import Features
 
 POOL = {"dinov2": 24, "vary": 16, "codetr": 8, "sam": 12}
@@ -512,3 +512,48 @@ def test_no_attention_map_is_stored(adapter):
         return sum(size for pointer, size in seen.items() if pointer not in own)
 
     assert kept(24) < 4.4 * kept(12)
+
+
+def test_the_gate_of_added_experts_is_their_own_sigmoid_and_zero_where_not_routed():
+    """Two experts added one after the other to a gate in bfloat16, beside two first experts."""
+    torch.manual_seed(0)
+    gate = DynamicGatingNetwork(width=8, text_width=4, experts=2, topk=1).to(torch.bfloat16)
+    gate.add_expert()
+    gate.add_expert()
+    shake(gate)
+    tokens, text = torch.randn(3, 5, 8, dtype=torch.bfloat16), torch.randn(3, 4, dtype=torch.bfloat16)
+    routing = torch.tensor([[True, True, True, False], [False, True, False, True], [False] * 4])
+    logits = nn.Sequential(*gate)(torch.cat((text, tokens.mean(1)), dim=1)).float()
+    weights = gate(tokens, text, routing)
+    assert weights.dtype == torch.float32 and {parameter.dtype for parameter in gate.parameters()} == {torch.bfloat16}
+    assert torch.equal(weights[:, 2:], torch.where(routing[:, 2:], logits[:, 2:].sigmoid(), 0.0))
+    best = int(logits[0, :2].argmax())
+    assert weights[:, :2].tolist() == [[float(best == 0), float(best == 1)], [0.0, 1.0], [0.0, 0.0]]
+
+
+def test_the_feature_of_a_question_is_its_first_token_whatever_is_padded(adapter):
+    ids = torch.tensor([[2, 7, 9, 3, 0, 0], [2, 11, 12, 13, 14, 3]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    features = adapter.encode_text(ids, mask)
+    bert = adapter.text_encoder.bert
+    for row, length in ((0, 4), (1, 6)):
+        alone = bert(ids[row : row + 1, :length]).last_hidden_state[0]
+        torch.testing.assert_close(features[row], alone[0], **CLOSE)
+        assert (features[row] - alone[1]).abs().max() > 1e-3
+    assert features.requires_grad and not adapter.encode_text(ids[:, :4], None).isnan().any()
+    with torch.no_grad():
+        assert not adapter.encode_text(ids, mask).requires_grad
+
+
+def test_the_gate_reads_as_many_tokens_as_its_encoder_has_positions():
+    adapter = MoVAdapter(make_config(text_encoder={**BERT, "max_position_embeddings": 6}))
+    assert adapter.encode_text(torch.ones(1, 6, dtype=torch.long)).shape == (1, 32)
+    with pytest.raises(ValueError, match="the gate's text has 7 tokens, its encoder reads 6: truncate it"):
+        adapter.encode_text(torch.ones(1, 7, dtype=torch.long))
+
+
+def test_each_added_expert_counts_in_the_config(adapter):
+    for count, name in enumerate(("radar", "sonar"), start=1):
+        adapter.add_expert(name, 20)
+        assert adapter.config.added == count and list(adapter.config.expert_channels)[-1] == name
+        assert all(block.gate.added == count for block in adapter.blocks)
