@@ -79,3 +79,33 @@ class TestPrefetcher:
             prefetcher.request([CAT], ["sam"])
             with pytest.raises(OSError, match="away"):
                 prefetcher.result()
+
+    def test_features_of_the_source_are_fetched_once_though_the_cache_keeps_nothing(self):
+        class Numbered(Source):
+            def fetch(self, images, experts):
+                super().fetch(images, experts)
+                number = {CAT.key: 1.0, DOG.key: 2.0}
+                return [
+                    {name: features(number[image.key] + len(name) / 10) for name in names}
+                    for image, names in zip(images, experts, strict=True)
+                ]
+
+        source, cache = Numbered(), LruFeatureCache(0)
+        with FeaturePrefetcher(source, cache) as prefetcher:
+            for images, experts in (([CAT], ["sam"]), ([DOG], ["sam", "vary"]), ([CAT], ["sam"]), (IMAGES, ["sam"])):
+                prefetcher.request(images, experts)
+                prefetcher.result()
+            found = {key: row.tokens[0].item() for key, row in prefetcher.result().items()}
+        wanted = {(CAT.key, "sam"): 1.3, (DOG.key, "sam"): 2.3, (DOG.key, "vary"): 2.4}
+        assert found == pytest.approx(wanted)
+        assert source.fetches == [[(CAT.key, ("sam",))], [(DOG.key, ("sam", "vary"))]]
+
+    def test_leaving_waits_for_the_fetch_that_runs_and_drops_the_others(self):
+        source, cache = Source(), LruFeatureCache(1000)
+        source.open.clear()
+        with FeaturePrefetcher(source, cache) as prefetcher:
+            prefetcher.request([CAT], ["sam"])
+            assert source.started.wait(30)
+            prefetcher.request([DOG], ["sam"])
+            threading.Timer(0.2, source.open.set).start()
+        assert len(source.fetches) == 1 and cache.get((CAT.key, "sam")) is not None

@@ -83,3 +83,5 @@ def test_llms_that_rescale_their_positions_are_known():
         rope_parameters = {"rope_type": "dynamic", "factor": 2.0}  # noqa: RUF012
 
     assert keys_depend_on_length(Config()) and not keys_depend_on_length(object())
+    Config.rope_parameters = {"rope_type": "longrope"}
+    assert keys_depend_on_length(Config())
