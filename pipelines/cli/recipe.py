@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mova_core.data import DataError
 from mova_core.figures import number
 from pipelines.cli.options import RUN, Json, Quiet
 from pipelines.cli.output import fields, line, print_result, results_only, table
@@ -149,6 +148,7 @@ def refuse_too_large(config: TrainConfig, model: dict[str, Any], plan: dict[str,
     if plan is None or plan["fits"]:
         return
     from mova_core.config import MoVAConfig
+    from mova_core.data import DataError
     from pipelines.train.memory import refusal
 
     raise DataError(refusal(config, MoVAConfig.from_dict(model), plan))
