@@ -57,6 +57,8 @@ class StepMeter:
         self.norms: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.skipped = self.skipped_in_a_row = 0
         self._started = self._waited = 0.0
+        nothing = torch.zeros(0, dtype=torch.int64)
+        self._share = _Share(nothing, nothing, nothing, torch.zeros(2, device=parallel.device))
         parallel.learner.register_forward_hook(self._see_losses)
         model.adapter.register_forward_hook(self._see_gates)
 
@@ -195,7 +197,7 @@ class StepMeter:
             self._share.gates += torch.stack([entropy_B.sum(), (total_B > 0).sum()])
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Share:
     """The samples of a step that one rank computes, in the order of its micro-batches.
 

@@ -1,6 +1,8 @@
 """The lines of `metrics.jsonl`, the guards against steps that spoil a model, and the count of floating-point operations."""
 
 import json
+import time
+from collections.abc import Iterator
 from math import inf, nan
 from typing import Any
 
@@ -137,3 +139,21 @@ def test_gate_entropy_and_losses_per_source(parallel):
     _, gates = model.encode_image(images, text, batch["experts"], batch["routing"])
     entropies = [torch.distributions.Categorical(probs=gate[gate.sum(1) > 0]).entropy() for gate in gates]
     assert row["gate_entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
+
+
+def test_the_wait_for_data_and_the_mfu_of_a_step(parallel):
+    def slow() -> Iterator[int]:
+        time.sleep(0.03)
+        yield 0
+
+    model, flops = parallel.learner, ModelFlops(parallel.learner)
+    meter = StepMeter(parallel, model, sources=["data"], where=str, flops=flops, peak=1e9)
+    inputs = tensors(batch_of(0, Case()), model)
+    next(meter.timed(slow()))
+    meter.begin([micro_batch(inputs, answers=[1] * 4, positions=range(4), sources=[0] * 4)] * 2)
+    time.sleep(0.01)
+    row = meter.end(1, torch.tensor(1.0), torch.tensor(1.0), 0.1)
+    assert 0.03 <= row["data_wait"] <= row["seconds"] - 0.01
+    assert row["mfu"] * row["seconds"] * 1e9 == pytest.approx(2 * flops.of(inputs))
+    assert row["tokens"] == 2 * int(inputs["attention_mask"].sum()) and row["samples"] == 8
+    assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
