@@ -32,7 +32,7 @@ from tests.pipelines.cli.test_help import COMMANDS
 URL = "s3://bucket/some/thing.json"
 TEXTS = {  # options whose value is text, and never a path
     "accelerator", "chat_format", "column", "cost", "experts", "fingerprints", "forbid", "force", "imports", "job", "name",
-    "names", "pool", "questions", "router", "wanted", "codec", "weights", "freeze", "log", "profile_steps", "recipe",
+    "names", "pool", "questions", "router", "wanted", "codec", "weights", "freeze", "log", "profile_steps", "recipe", "checkpoint_every",
 }  # fmt: skip
 
 
