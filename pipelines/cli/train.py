@@ -411,8 +411,7 @@ def _add_command(stage: Stage) -> None:
             auto = settings["micro_batch"] == AUTO or (recipe is not None and "micro_batch" not in given)
             settings["micro_batch"] = max(settings["micro_batch"], 0)
             config = apply_recipe(train_config(stage, settings), recipe, gpus, given)
-            inputs = (config.model, config.data, config.eval_data, config.store or None, config.images)
-            check_output_folder("--output", settings["output"], overwrite, inputs)
+            check_output_folder("--output", settings["output"], overwrite, config.inputs)
 
             from pipelines.train.curves import SOFTWARE
             from pipelines.train.data import check_data

@@ -156,6 +156,11 @@ class TrainConfig(DataArgs):
     fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """Paths and URLs that the run reads; its output folder must hold none of them."""
+        return tuple(filter(None, (self.model, self.data, *self.mix, self.eval_data, self.store, self.images)))
+
+    @property
     def micro_batches(self) -> int:
         """Into how many parts a worker's share of a batch is divided."""
         return self.batch_size // (self.workers * self.micro_batch) if self.micro_batch else 1

@@ -21,6 +21,7 @@ from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
 from mova_core.io.atomic import atomic_path
+from mova_core.io.uris import local_path
 from pipelines.invalid_records import report_failed
 from pipelines.progress_actor import ProgressReporter, follow_progress
 from pipelines.train.answers import check_answers
@@ -78,8 +79,10 @@ def train(
         StoreError: the store lacks features of this model's experts.
         TrainingError: several steps in a row had no finite loss or gradient.
         KeyboardInterrupt: Ctrl-C; the message says from which step the same command resumes.
+        ValueError: `config.output` holds what the run reads.
     """
     started = time.perf_counter()
+    _keep_inputs(config)
     if data is None:
         data = check_data(config)
         check_answers(data)
@@ -147,6 +150,16 @@ def train(
         "resumed_from": resumed_from,
         **{key: metrics[key] for key in ("steps", "loss", "cut_off", "failed")},
     }
+
+
+def _keep_inputs(config: TrainConfig) -> None:
+    """Refuses an output folder that holds what the run reads: at the end the folder is replaced as a whole."""
+    output = Path(config.output).resolve()
+    for path in filter(None, map(local_path, config.inputs)):
+        if Path(path).resolve().is_relative_to(output):
+            raise ValueError(
+                f"output {config.output}: this run reads {path}, which would be deleted: name another folder"
+            )
 
 
 def checkpoint_folder(config: TrainConfig) -> Path:

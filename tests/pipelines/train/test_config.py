@@ -57,3 +57,17 @@ def test_a_run_resumes_whatever_machines_it_has(tmp_path):
         {"precision": "bfloat16"},
     ):
         assert identity(replace(config, **settings)) != identity(config)
+
+
+@pytest.mark.parametrize("name", ["model", "data", "mix", "eval_data", "store", "images"])
+def test_no_output_replaces_what_the_run_reads(name, tmp_path, monkeypatch):
+    """At its end a run replaces its output folder as a whole; a link to an input counts as the input."""
+    from pipelines.train.run import train
+
+    (tmp_path / "read").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "read")
+    monkeypatch.setattr("pipelines.train.run.check_data", lambda _: pytest.fail("the run began"))
+    path = str(tmp_path / "link" / "part")
+    places = {**PLACES, "output": str(tmp_path / "read"), name: {path: 1.0} if name == "mix" else path}
+    with pytest.raises(ValueError, match=r"this run reads .*/read/part, which would be deleted: name another folder"):
+        train(TrainConfig(stage="sft", **places))
