@@ -10,6 +10,7 @@ import torch
 from mova_core.experts import Features
 from mova_core.features import FeatureBatches, FeatureReader, FeatureStore, MissingFeatures
 from mova_core.images import ImageRef
+from mova_core.samplers import epoch_order
 
 COUNT = 26
 
@@ -136,3 +137,50 @@ def test_a_damaged_row_ends_the_epoch_with_its_reason(tmp_path):
     shard.write_bytes(content)
     with pytest.raises(Exception, match=r"damaged.*mova store verify"):
         list(FeatureBatches(FeatureReader(store, ["sam"]), 2))
+
+
+def test_all_that_is_missing_is_named_expert_by_expert(store):
+    store = FeatureStore(store.location)
+    with pytest.raises(MissingFeatures) as caught:
+        FeatureReader(store, [["dinov2"], ["sam", "dinov2"], ["sam"], ["dinov2"]], [key(1), key(3), key(99), key(4)])
+    assert sorted(caught.value.missing) == sorted([(key(1), "dinov2"), (key(3), "dinov2"), (key(99), "sam")])
+
+
+class Positions:
+    """A reader whose batches are its positions; remembers the epochs it was told."""
+
+    def __init__(self, count: int):
+        self.count, self.epochs = count, []  # type: ignore[var-annotated]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, positions):
+        return [int(position) for position in positions]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+
+def test_a_reader_is_told_each_epoch_and_smallest_batches_are_allowed():
+    reader = Positions(6)
+    batches = FeatureBatches(reader, 6, seed=3)  # one batch of all
+    assert [sorted(batch) for _ in range(3) for batch in batches] == [list(range(6))] * 3 and reader.epochs == [0, 1, 2]
+    ranks = [
+        list(FeatureBatches(Positions(6), 2, seed=3, rank=rank, world=2)) for rank in range(2)
+    ]  # a sample for each
+    assert sorted(position for batches in ranks for [position] in batches) == list(range(6))
+    with pytest.raises(ValueError, match="at least the 0 ranks"):
+        FeatureBatches(Positions(6), 2, world=0)
+
+
+def test_batches_follow_the_order_of_the_sampler():
+    """By default of seed 0; lengths and the batch's size reach the sampler, and change what it does."""
+    lengths = [(-1) ** number * (10 + number) for number in range(40)]  # half with pictures, half without
+    seen = []
+    for options in ({"seed": 1, "lengths": lengths}, {"seed": 1}, {"shuffle": False}, {}):
+        order = epoch_order(40, **{"seed": 0, **options}, epoch=0, batch_size=4)  # type: ignore[arg-type]
+        batches = list(FeatureBatches(Positions(40), 4, **options))  # type: ignore[arg-type]
+        assert batches == order.reshape(10, 4).tolist() and batches not in seen
+        seen.append(batches)
+    assert epoch_order(40, 1, 0, lengths=lengths).reshape(10, 4).tolist() not in seen, "the size of a group counts"
