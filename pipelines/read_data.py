@@ -3,18 +3,18 @@
 The command line calls these checks first: torch and Ray take 10 to 30 s to start, an invalid record is found in one.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mova_core.data import IMAGE_MARK, DataError, Sample, split_usable
 from mova_core.features import FeatureStore
-from mova_core.io.filesystem import ReadError, read_file
+from mova_core.io.filesystem import ReadError
 from mova_core.io.read import file_version
-from mova_core.io.uris import absolute, joined, local_path
+from mova_core.io.uris import absolute, local_path
 from pipelines.data_args import DataArgs
 from pipelines.invalid_records import read_valid_samples, report_left_out, report_skipped
+from pipelines.model_config import read_model_config
 from pipelines.pictures import missing_files
 
 EMPTY_QUESTION, NO_ANSWER = "empty question", "no answer"  # reasons to leave a record out
@@ -72,14 +72,14 @@ def read_pool(model: str) -> list[dict[str, Any]]:
     """The expert pool in a model's config.json, as `MoVAConfig.pool`.
 
     Raises:
-        DataError: the folder holds no MoVA model.
+        DataError: the folder holds no MoVA model, or one without a pool.
     """
     try:
-        pool = json.loads(read_file(joined(model, "config.json")))["pool"]
-        return [{**expert, "name": str(expert["name"])} for expert in pool]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "no config.json" if isinstance(error, FileNotFoundError) else f"{type(error).__name__} in config.json"
-        raise DataError(f"{model} is no MoVA model ({reason}): make one with `mova init` or `mova convert`") from None
+        return [{**expert, "name": str(expert["name"])} for expert in read_model_config(model)["pool"]]
+    except ValueError as error:
+        raise DataError(str(error)) from None
+    except (KeyError, TypeError):
+        raise DataError(f"{model}: config.json has no list of experts, `pool`: make the model anew") from None
 
 
 def open_store(

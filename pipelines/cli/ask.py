@@ -27,7 +27,8 @@ from pipelines.cli.options import (
     weights_location,
 )
 from pipelines.cli.output import line, print_result, results_only
-from pipelines.cli.paths import input_file, path_or_url, read_model_config
+from pipelines.cli.paths import input_file, path_or_url
+from pipelines.model_config import read_model_config
 
 
 def ask(

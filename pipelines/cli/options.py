@@ -14,7 +14,8 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 import typer
 
-from pipelines.cli.paths import hub_id_or_folder, model_folder, path_or_url, read_model_config
+from pipelines.cli.paths import hub_id_or_folder, model_folder, path_or_url
+from pipelines.model_config import read_model_config
 
 T = TypeVar("T")
 

@@ -4,20 +4,19 @@ An option that takes a path takes a URL too, or refuses the URL while the comman
 URL: it turns `s3://bucket/x` into the local path `s3:/bucket/x`.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mova_core.io.uris import absolute, local_path
+from pipelines.model_config import read_model_config
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # the hub keeps some ids without an owner, such as gpt2
 FILE = re.compile(r".*\.(safetensors|bin|pth?|json)")
-MODEL_TYPE = "mova"  # `model_type` in the config.json of a MoVA model
 
 Overwrite = Annotated[
     bool,
@@ -61,24 +60,6 @@ def model_folder(text: str) -> Path:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     return path
-
-
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a MoVA model, read without transformers.
-
-    Raises:
-        ValueError: the folder holds no MoVA model.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        reason = "" if config["model_type"] == MODEL_TYPE else f"a model of type {config['model_type']!r}"
-    except FileNotFoundError:
-        reason = "no config.json"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__} in config.json"
-    if reason:
-        raise ValueError(f"{folder} is no MoVA model ({reason}): make one with `mova init` or `mova convert`")
-    return config
 
 
 def hub_id_or_folder(text: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -36,7 +37,6 @@ from pipelines.cli.paths import (
     check_output_folder,
     drawn_by,
     output_path,
-    read_model_config,
 )
 from pipelines.cli.recipe import (
     AUTO,
@@ -50,6 +50,7 @@ from pipelines.cli.recipe import (
     refuse_too_large,
     show_plan,
 )
+from pipelines.model_config import read_model_config
 from pipelines.train.config import (
     FREEZABLE,
     PARTS,
@@ -96,6 +97,21 @@ def step_range(text: str) -> tuple[int, int]:
 WATCHING = "Watching"  # a group of options in the help
 
 app = App(help="Train one stage on Ray Train workers that read the feature store.")
+
+
+class WorkerRange(NamedTuple):
+    """The fewest and the most workers of a run."""
+
+    least: int
+    most: int
+
+
+def worker_range(text: object) -> WorkerRange:
+    """A value of --workers: 4, or 2..8."""
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", str(text), re.ASCII)
+    if match is None or not 0 < int(match[1]) <= int(match[2] or match[1]):
+        raise typer.BadParameter(f"{text}: give a number of workers, as 4, or the fewest and the most, as 2..8")
+    return WorkerRange(int(match[1]), int(match[2] or match[1]))
 
 
 def interval(text: str) -> str:
@@ -251,7 +267,21 @@ OPTIONS: dict[str, Any] = {
             rich_help_panel=RUN,
         ),
     ],
-    "workers": Annotated[int, typer.Option(help="Ray Train workers.", min=1, rich_help_panel=RUN)],
+    "workers": Annotated[
+        WorkerRange,
+        typer.Option(
+            help="Ray Train workers; 2..8: as many of 8 as the cluster has, at least 2.",
+            metavar="N|N..N",
+            parser=worker_range,
+            rich_help_panel=RUN,
+        ),
+    ],
+    "shared_output": Annotated[
+        bool,
+        typer.Option(
+            "--shared-output", help="All nodes of the cluster see the folder of --output.", rich_help_panel=RUN
+        ),
+    ],
     "gpu": Annotated[bool, typer.Option("--gpu", help="One GPU per worker, else one CPU.", rich_help_panel=RUN)],
     "loader_processes": Annotated[
         int, typer.Option(help="Reading processes per worker; 0: a thread reads ahead.", min=0, rich_help_panel=RUN)
@@ -466,6 +496,8 @@ def train_config(stage: Stage, settings: dict[str, Any]) -> TrainConfig:
         "fingerprints": fingerprints,
         "weights": by_expert("--weights", settings.get("weights"), experts, weights_location),
         "mix": {file.path: file.passes for file in settings["mix"] or ()},
+        "workers": settings["workers"].most,
+        "min_workers": settings["workers"].least if settings["workers"].least < settings["workers"].most else 0,
         "log": tuple(name.strip() for name in settings["log"].split(",") if name.strip()),
     }
     if "freeze" in settings:

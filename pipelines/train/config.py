@@ -5,6 +5,7 @@ Imports neither torch nor Ray, so that the command line can show the defaults at
 
 import re
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Literal
 
 from mova_core.io.uris import absolute
@@ -111,7 +112,9 @@ class TrainConfig(DataArgs):
         precision: of the computation; parameters and moments are float32.
         checkpoint_activations: compute the layers of LLM, base encoder and adapter a second time in the backward pass instead
             of keeping their activations; the same numbers. Default: with `gpu`.
-        workers: Ray Train workers.
+        workers: Ray Train workers, at most.
+        min_workers: with how many of them the run goes on where the cluster has no more; 0: with all.
+        shared_output: the folder of `output` is one that all nodes of the cluster see.
         gpu: one GPU per worker, else one CPU.
         loader_processes: reading processes per worker; 0 reads ahead in a thread.
         lora_rank: rank of the expert-routing LoRA (stage router).
@@ -149,6 +152,8 @@ class TrainConfig(DataArgs):
     precision: Precision = "float32"
     checkpoint_activations: bool = None  # type: ignore[assignment]  # as learning_rate
     workers: int = 2
+    min_workers: int = 0
+    shared_output: bool = False
     gpu: bool = False
     loader_processes: int = 0
     lora_rank: int = 64
@@ -162,8 +167,8 @@ class TrainConfig(DataArgs):
 
     @property
     def micro_batches(self) -> int:
-        """Into how many parts a worker's share of a batch is divided."""
-        return self.batch_size // (self.workers * self.micro_batch) if self.micro_batch else 1
+        """Into how many parts every worker's share of a batch is divided."""
+        return ceil(ceil(self.batch_size / self.workers) / self.micro_batch) if self.micro_batch else 1
 
     @property
     def checkpoint_interval(self) -> tuple[int | None, float | None]:

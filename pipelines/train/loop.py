@@ -1,6 +1,6 @@
 """The training loop of one rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, repeat
@@ -31,13 +31,16 @@ from pipelines.train.profiler import step_profiler
 from pipelines.train.stages import LightRouting, choose_parameters
 from pipelines.train.trackers import logs_folder, open_log
 
+PREEMPTION_STEPS = 10  # steps between two questions whether a node is preempted: each lets all ranks wait for rank 0
+
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """`train_rank` on a Ray Train worker."""
-    train_rank(arguments, ray.train.torch.get_device())
+    """`train_rank` on a Ray Train worker; `arguments` also say whether nodes are "preemptible"."""
+    preemption = ray.train.get_preemption_info if arguments["preemptible"] else None
+    train_rank(arguments, ray.train.torch.get_device(), preemption)
 
 
-def train_rank(arguments: dict[str, Any], device: torch.device) -> None:
+def train_rank(arguments: dict[str, Any], device: torch.device, preemption: Callable[[], object] | None = None) -> None:
     """Trains on this rank's share of every batch, from the run's last checkpoint on, and writes the model into the run's folder.
 
     The ranks are those of torch's default process group; without one there is one rank.
@@ -46,20 +49,30 @@ def train_rank(arguments: dict[str, Any], device: torch.device) -> None:
         arguments: "config", the fields of a `TrainConfig`; "rows", the samples (`ROW`), or a reference to them; "sources", the
             fields of every `DataSource`; "held_out", the two of `config.eval_data` or None; "run_folder", which receives
             checkpoints, `metrics.jsonl` and `MODEL`; and "progress", a `ProgressReporter`.
+        preemption: tells what is known of nodes that are about to be taken away, None while nothing is; the same on every
+            rank, which all call it. A checkpoint is written at once, and the training goes on until the node is gone.
     """
     with ExitStack() as opened:
-        _Rank(arguments, device, opened).train()
+        _Rank(arguments, device, opened, preemption).train()
 
 
 class _Rank:
     """One rank of a run, ready to train: everything is open and at the state of the last checkpoint."""
 
-    def __init__(self, arguments: dict[str, Any], device: torch.device, opened: ExitStack):
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        device: torch.device,
+        opened: ExitStack,
+        preemption: Callable[[], object] | None,
+    ):
         """Adds to `opened` what must be closed at the end."""
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         # What is divided among the workers is divided among those that there are.
-        self.config = config = replace(TrainConfig(**arguments["config"]), workers=self.world)
+        self.config = config = replace(TrainConfig(**arguments["config"]), workers=self.world, min_workers=0)
         self.device, self.folder, self.progress = device, arguments["run_folder"], arguments["progress"]
+        self.preemption = preemption
+        self.heeded: object = None  # what was known of preempted nodes when last asked
         torch.manual_seed(config.seed)
         self.model = MoVAForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
         choose_parameters(self.model, config)
@@ -115,10 +128,14 @@ class _Rank:
             stop, due, written = self._agreed(stop, self.checkpoints.due(step), self.checkpoints.written)
             if written:
                 self.checkpoints.complete()
-            if stop or due or step == self.steps:
+            stop &= step < self.steps
+            at_once = stop or self._preempted(step)
+            if due or at_once or step == self.steps:
                 self.checkpoints.save(self._state(step))
-            if stop and step < self.steps:
-                return self.checkpoints.complete()
+            if at_once:
+                self.checkpoints.complete()
+            if stop:
+                return
         self.checkpoints.complete()
         write_model(f"{self.folder}/{MODEL}", self.model, self.config.model, self.parallel)
 
@@ -145,6 +162,13 @@ class _Rank:
 
     def _evaluates(self, step: int) -> bool:
         return step == self.steps or (self.config.eval_every > 0 and step % self.config.eval_every == 0)
+
+    def _preempted(self, step: int) -> bool:
+        """Whether a node is about to be taken away and no checkpoint was written since that is known."""
+        if self.preemption is None or step % PREEMPTION_STEPS:
+            return False
+        before, self.heeded = self.heeded, self.preemption()
+        return self.heeded is not None and self.heeded != before
 
     def _agreed(self, *flags: bool) -> list[bool]:
         """The flags of rank 0, on every rank."""

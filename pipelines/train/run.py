@@ -6,6 +6,7 @@ router:   only the expert-routing LoRA learns, on routing labels.   light-router
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 import threading
@@ -20,6 +21,7 @@ import ray.train
 from ray.train.torch import TorchTrainer
 from tqdm import tqdm
 
+from mova_core.data import DataError
 from mova_core.io.atomic import atomic_path
 from mova_core.io.uris import local_path
 from pipelines.invalid_records import report_failed
@@ -35,10 +37,13 @@ from pipelines.train.metrics import METRICS, check_finite, read_metrics, summary
 
 MAX_FAILURES = 5  # times that a run starts anew from its last checkpoint because a worker failed
 POLL_SECONDS = 0.5
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # Ray Train's; see cluster/environment.py
 # Of the machines, not of the training: a batch is the same for any number of workers, so that a run may resume with others.
 MACHINE_SETTINGS = frozenset(
     {
         "workers",
+        "min_workers",
+        "shared_output",
         "gpu",
         "loader_processes",
         "checkpoint_every",
@@ -75,7 +80,7 @@ def train(
         all epochs; `failed`: the error of each sample whose picture could not be decoded or was cut by `max_length`.
 
     Raises:
-        DataError: the data cannot be read or lacks what the stage needs.
+        DataError: the data cannot be read or lacks what the stage needs; an output that not all nodes share.
         StoreError: the store lacks features of this model's experts.
         TrainingError: several steps in a row had no finite loss or gradient.
         KeyboardInterrupt: Ctrl-C; the message says from which step the same command resumes.
@@ -88,6 +93,7 @@ def train(
         check_answers(data)
     data.report()
     config = data.config
+    check_shared(config)
     storage = checkpoint_folder(config)
     run_folder = storage / f"{config.stage}-{identity(config)}"
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +101,7 @@ def train(
     if resumed_from := read_state(str(run_folder)).steps or None:
         tqdm.write(f"{config.stage}: resumes at step {resumed_from} of {steps}", file=sys.stderr)
     with follow_progress(config.stage, "steps", progress) as reporter:
+        workers: Any = (config.min_workers, config.workers) if config.min_workers else config.workers
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={
@@ -104,9 +111,11 @@ def train(
                 "held_out": data.held_out and (ray.put(data.held_out.rows), list(map(asdict, data.held_out.sources))),
                 "run_folder": str(run_folder),
                 "progress": reporter,
+                # Of a cluster that `ray_session` started no node is preempted, and nobody watches them.
+                "preemptible": os.environ.get(WATCHER) != "0",
             },
             scaling_config=ray.train.ScalingConfig(
-                num_workers=config.workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
+                num_workers=workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
             ),
             # The checkpoints are our own (`Checkpoints`): Ray Train only starts the workers anew.
             run_config=ray.train.RunConfig(
@@ -160,6 +169,20 @@ def _keep_inputs(config: TrainConfig) -> None:
             raise ValueError(
                 f"output {config.output}: this run reads {path}, which would be deleted: name another folder"
             )
+
+
+def check_shared(config: TrainConfig) -> None:
+    """Refuses an output that the workers on other nodes would write on disks of their own.
+
+    Raises:
+        DataError: the cluster has several nodes, and `shared_output` is not set.
+    """
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and not config.shared_output:
+        raise DataError(
+            f"--output {config.output}: the cluster has {nodes} nodes, and each would write into a folder of its own: name a "
+            "folder that all of them see, and add --shared-output"
+        )
 
 
 def checkpoint_folder(config: TrainConfig) -> Path:

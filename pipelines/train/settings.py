@@ -1,5 +1,6 @@
 """Settings of a run that contradict each other or need a package. Imports neither torch nor Ray."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,6 +56,12 @@ def _check_batch(config: TrainConfig) -> None:
         raise DataError(
             f"--batch-size {config.batch_size} is no multiple of --workers {config.workers} x --micro-batch {config.micro_batch}"
         )
+    for workers in range(config.min_workers or config.workers, config.workers):
+        if replace(config, workers=workers).micro_batches > config.batch_size // workers:
+            raise DataError(
+                f"--batch-size {config.batch_size} is no multiple of {workers}, which --workers {config.min_workers}..{config.workers} "
+                "allows: give a larger --micro-batch than 1"
+            )
     if config.stage == "light-router" and (config.strategy != "ddp" or config.micro_batch):
         raise DataError("light-router trains with --strategy ddp and without --micro-batch: the light router is small")
 
@@ -62,6 +69,8 @@ def _check_batch(config: TrainConfig) -> None:
 def _check_strategy(config: TrainConfig) -> None:
     if config.shard_size and config.strategy != "fsdp":
         raise DataError(f"--shard-size {config.shard_size} needs --strategy fsdp")
+    if config.shard_size and config.min_workers:
+        raise DataError(f"--shard-size {config.shard_size} needs a fixed number of --workers")
     if config.shard_size and config.workers % config.shard_size:
         raise DataError(f"--workers {config.workers} is no multiple of --shard-size {config.shard_size}")
     if config.strategy.startswith("zero") and find_spec("deepspeed") is None:

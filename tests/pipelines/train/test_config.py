@@ -6,8 +6,11 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
+import typer
 
-from pipelines.train.config import LABEL_STAGES, STAGES, Stage, TrainConfig
+from mova_core.data import DataError
+from pipelines.cli.train import worker_range
+from pipelines.train.config import LABEL_STAGES, STAGES, Stage, TrainConfig, parse_interval
 
 PLACES: dict[str, Any] = {"model": "model", "data": "data.json", "store": "store", "output": "out"}
 
@@ -41,7 +44,9 @@ def test_a_run_resumes_whatever_machines_it_has(tmp_path):
         {"workers": 7},
         {"gpu": True},
         {"loader_processes": 3},
-        {"checkpoint_every": 9},
+        {"checkpoint_every": "9"},
+        {"min_workers": 1},
+        {"shared_output": True},
         {"eval_every": 3},
         {"checkpoint_activations": True},
         {"shard_size": 2},
@@ -71,3 +76,28 @@ def test_no_output_replaces_what_the_run_reads(name, tmp_path, monkeypatch):
     places = {**PLACES, "output": str(tmp_path / "read"), name: {path: 1.0} if name == "mix" else path}
     with pytest.raises(ValueError, match=r"this run reads .*/read/part, which would be deleted: name another folder"):
         train(TrainConfig(stage="sft", **places))
+
+
+def test_intervals_and_numbers_of_workers_are_read_from_text():
+    assert parse_interval("200") == (200, None) and parse_interval("0.5m") == (None, 30.0)
+    assert worker_range("4") == (4, 4) and worker_range("2..8") == (2, 8) and worker_range(3) == (3, 3)
+    for text in ("0", "0m", "-1", "ten", "10 m", "1e3", "\u0663", "m"):
+        with pytest.raises(ValueError, match="give a number of steps, as 200, or of minutes, as 10m"):
+            parse_interval(text)
+    for text in ("0", "8..2", "2..", "..2", "2-8", "x"):
+        with pytest.raises(typer.BadParameter, match="give a number of workers"):
+            worker_range(text)
+
+
+def test_a_local_output_on_several_nodes_is_refused(monkeypatch):
+    from pipelines.train import run
+
+    config = TrainConfig(stage="sft", model="m", data="d", store="s", output="/out")
+    node = {"Alive": True}
+    for nodes in ([node], [node, {"Alive": False}]):
+        monkeypatch.setattr(run.ray, "nodes", lambda nodes=nodes: nodes)
+        run.check_shared(config)
+    monkeypatch.setattr(run.ray, "nodes", lambda: [node, node])
+    run.check_shared(replace(config, shared_output=True))
+    with pytest.raises(DataError, match=r"^--output /out: the cluster has 2 nodes, .* add --shared-output$"):
+        run.check_shared(config)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray.train
 import torch
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -132,7 +133,12 @@ def train(places, tmp_path, monkeypatch) -> Callable[..., Trained]:
         data = check_data(TrainConfig(**config))
         arguments = {"config": config, "rows": data.rows, "sources": [asdict(source) for source in data.sources]}
         held_out = data.held_out and (data.held_out.rows, [asdict(source) for source in data.held_out.sources])
-        arguments |= {"progress": progress, "run_folder": str(tmp_path / "run"), "held_out": held_out}
+        arguments |= {
+            "preemptible": True,
+            "progress": progress,
+            "run_folder": str(tmp_path / "run"),
+            "held_out": held_out,
+        }
         TorchTrainer(loop.train_worker, train_loop_config=arguments,
                      scaling_config=ScalingConfig(num_workers=0)).fit()  # fmt: skip
         parameters = load_file(tmp_path / "run" / MODEL / "model.safetensors")
@@ -147,8 +153,14 @@ def distance(parameters: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("kind", ["token", "sample"])
-def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train, kind):
-    held_out = {} if kind == "token" else {"eval_data": places["data"], "eval_every": 2}  # which changes nothing
+def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train, monkeypatch, kind):
+    held_out: dict[str, Any] = (
+        {} if kind == "token" else {"eval_data": places["data"], "eval_every": 2}
+    )  # which changes nothing
+    if kind == "sample":  # a checkpoint after the second step, as the news of a node that goes is heard then
+        monkeypatch.setattr(loop, "PREEMPTION_STEPS", 2)
+        monkeypatch.setattr(ray.train, "get_preemption_info", lambda: "a node goes")
+        held_out |= {"checkpoint_every": "100"}
     trained = train(loss=kind, **held_out)
     wanted, losses, norms = parameters_by_hand(places, kind)
     assert trained.steps == [2, 3], "every second step and the last"

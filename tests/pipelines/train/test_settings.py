@@ -18,6 +18,11 @@ PLACES: dict[str, Any] = {"model": "model", "data": "data.json", "store": "store
     [
         ({"shard_size": 2}, "--shard-size 2 needs --strategy fsdp"),
         ({"shard_size": 2, "strategy": "fsdp", "workers": 3}, "--workers 3 is no multiple of --shard-size 2"),
+        ({"shard_size": 2, "strategy": "fsdp", "min_workers": 1}, "--shard-size 2 needs a fixed number of --workers"),
+        (
+            {"workers": 8, "min_workers": 2, "batch_size": 16, "micro_batch": 1},
+            r"--batch-size 16 is no multiple of 3, which --workers 2\.\.8 allows: give a larger --micro-batch than 1",
+        ),
         ({"freeze": ("adapter",)}, "--freeze adapter: the parts are base, text, llm"),
         ({"part_rates": {"clip": 1e-6}}, "--lr-part clip: the parts are base, text, adapter, llm"),
         (
@@ -38,6 +43,7 @@ def test_settings_that_go_together_pass():
     for given in (
         {"shard_size": 2, "strategy": "fsdp", "workers": 4},
         {"freeze": ("base", "text"), "part_rates": {"llm": 1.0}},
+        {"workers": 8, "min_workers": 2, "batch_size": 16, "micro_batch": 2},
     ):
         settings.check_settings(TrainConfig(stage="sft", **PLACES, **given))
 
@@ -45,3 +51,11 @@ def test_settings_that_go_together_pass():
 def test_settings_are_checked_without_torch_and_ray():
     script = "import sys, pipelines.train.settings; assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("workers", range(2, 9))
+def test_every_worker_divides_its_share_alike(workers):
+    """Ranks with another number of micro-batches would wait for each other."""
+    config = TrainConfig(stage="sft", **PLACES, batch_size=16, micro_batch=2, workers=workers)
+    shares = [len(range(rank, 16, workers)) for rank in range(workers)]
+    assert all(config.micro_batches <= share <= 2 * config.micro_batches for share in shares)
