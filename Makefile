@@ -17,7 +17,7 @@ setup: $(STAMP)  ## make the virtual environment in .venv (about 7 GB; once)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("MoVA on Ray needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,train,tensorboard,serve,s3,demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,train,deepspeed,tensorboard,serve,s3,demo,dev]'
 	@touch $@
 
 demo: $(STAMP)  ## the whole path on real pictures: precompute, train, route, answer, report.html

@@ -244,7 +244,7 @@ OPTIONS: dict[str, Any] = {
     "strategy": Annotated[
         Strategy,
         typer.Option(
-            help="ddp: each worker holds the whole model; fsdp: workers share its parameters and moments.",
+            help="ddp: each worker holds the whole model; fsdp: workers share its parameters and moments; zero2, zero3: DeepSpeed.",
             rich_help_panel=RUN,
         ),
     ],

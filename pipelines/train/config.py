@@ -12,7 +12,7 @@ from mova_core.io.uris import absolute
 from pipelines.data_args import DataArgs
 
 Stage = Literal["pretrain", "sft", "router", "light-router"]
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp", "fsdp", "zero2", "zero3"]
 Precision = Literal["float32", "bfloat16"]
 Loss = Literal["token", "sample"]
 Unlabelled = Literal["refuse", "random", "none"]
@@ -107,7 +107,7 @@ class TrainConfig(DataArgs):
         micro_batch: samples that a worker computes at once; gradients are accumulated over its share of a batch. 0: its
             whole share at once.
         strategy: "ddp", every worker holds the whole model; "fsdp", parameters, gradients and moments are divided among the
-            workers (FSDP2). Both give the same numbers.
+            workers (FSDP2); "zero2" and "zero3", DeepSpeed's: ZeRO-2 divides no parameters. All give the same numbers.
         shard_size: with "fsdp": workers that share one copy of the model (HSDP), best those of one node; 0: all.
         precision: of the computation; parameters and moments are float32.
         checkpoint_activations: compute the layers of LLM, base encoder and adapter a second time in the backward pass instead

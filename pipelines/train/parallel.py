@@ -1,10 +1,11 @@
-"""How a model is spread over the ranks of a run: DDP, or FSDP2 with everything sharded.
+"""How a model is spread over the ranks of a run: DDP, FSDP2 with everything sharded, or DeepSpeed (`parallel_zero`).
 
-The loop holds a `Parallel` and the model knows nothing of it. Both strategies give the losses of one process (tests/pipelines/
+The loop holds a `Parallel` and the model knows nothing of it. All strategies give the losses of one process (tests/pipelines/
 train/test_parallel.py), because in training the adapter runs every expert, if need be on zero pictures (`MoVAdapter`).
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -73,7 +74,7 @@ class Parallel:
                 if seeds:
                     set_seed(seeds[number - 1])
                 loss = self.loss(batch, items)
-                (loss * self.world).backward()  # gradients are averaged over the ranks
+                self._backward(loss * self.world)  # gradients are averaged over the ranks
             total += loss.detach()
         if not self.checked:
             self.check_gradients()
@@ -177,6 +178,9 @@ class Parallel:
     def _autocast(self) -> bool:
         return self.precision == "bfloat16" and not isinstance(self.wrapped, FSDPModule)
 
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
     @contextlib.contextmanager
     def _reduced(self, last: bool) -> Iterator[None]:
         if isinstance(self.wrapped, FSDPModule):
@@ -216,15 +220,26 @@ def parallelize(
         # transformers 5.23 renamed it. Non-reentrant: in the reentrant form DDP's hooks fire twice.
         enable = getattr(learner, "activation_checkpointing_enable", learner.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+    rates = (learning_rate, part_rates or {}, weight_decay)
+    if dist.is_initialized() and strategy in ("zero2", "zero3"):
+        os.environ.setdefault(
+            "DS_ACCELERATOR", device.type
+        )  # DeepSpeed reads it when imported; without, it warns on a CPU
+        from pipelines.train.parallel_zero import zero_parallel
+
+        return zero_parallel(learner, _adamw(learner, *rates), int(strategy[-1]), precision, device)
     if not dist.is_initialized():
         wrapped = learner
     elif strategy == "ddp":
         wrapped = DistributedDataParallel(learner, device_ids=[device.index] if device.type == "cuda" else None)
     else:
         wrapped = _sharded(learner, precision, device, shard_size)
-    groups = parameter_groups(learner, learning_rate, part_rates or {}, weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
+    optimizer = _adamw(learner, *rates)  # over what FSDP2 made of the parameters
     return Parallel(learner=learner, wrapped=wrapped, optimizer=optimizer, precision=precision, device=device)
+
+
+def _adamw(learner: nn.Module, *rates: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameter_groups(learner, *rates), weight_decay=0.0)
 
 
 def parameter_groups(

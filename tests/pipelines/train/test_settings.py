@@ -48,6 +48,16 @@ def test_settings_that_go_together_pass():
         settings.check_settings(TrainConfig(stage="sft", **PLACES, **given))
 
 
+def test_a_missing_deepspeed_is_named_before_any_worker_starts(monkeypatch):
+    config = TrainConfig(stage="sft", strategy="zero3", **PLACES)
+    settings.check_settings(config)
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as Python marks a package that cannot be imported
+    with pytest.raises(
+        DataError, match=r"^--strategy zero3 needs DeepSpeed: pip install 'mova-ray\[deepspeed\]', or take"
+    ):
+        settings.check_settings(config)
+
+
 def test_settings_are_checked_without_torch_and_ray():
     script = "import sys, pipelines.train.settings; assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
