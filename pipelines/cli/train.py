@@ -205,6 +205,14 @@ OPTIONS: dict[str, Any] = {
             rich_help_panel=RUN,
         ),
     ],
+    "export_every": Annotated[
+        int,
+        typer.Option(
+            help="Steps between two models written beside --output, as OUTPUT-step-200; 0: none.",
+            min=0,
+            rich_help_panel=RUN,
+        ),
+    ],
     "eval_data": Annotated[
         str | None,
         typer.Option(

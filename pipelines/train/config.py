@@ -100,6 +100,7 @@ class TrainConfig(DataArgs):
         group_by_length: batches of samples of similar length and of one modality, as the published code trains in
             supervised fine-tuning; else plain shuffling.
         checkpoint_every: steps between two checkpoints ("200"), or minutes ("10m").
+        export_every: steps between two models that are written beside `output`, as "OUTPUT-step-200"; 0: none.
         eval_data: a data file of held-out samples, or its URL; their features must be in the store.
         eval_every: steps between two evaluations on `eval_data`; 0: one, after the last step.
         log: trackers that receive the lines of `metrics.jsonl`: "tensorboard", "wandb", "mlflow".
@@ -142,6 +143,7 @@ class TrainConfig(DataArgs):
     seed: int = 0
     group_by_length: bool = False
     checkpoint_every: str = "200"
+    export_every: int = 0
     eval_data: str | None = None
     eval_every: int = 0
     log: tuple[str, ...] = ()

@@ -136,8 +136,13 @@ class _Rank:
                 self.checkpoints.complete()
             if stop:
                 return
+            if self.config.export_every and step % self.config.export_every == 0:
+                self._write_model(f"{self.config.output}-step-{step}")
         self.checkpoints.complete()
-        write_model(f"{self.folder}/{MODEL}", self.model, self.config.model, self.parallel)
+        self._write_model(f"{self.folder}/{MODEL}")
+
+    def _write_model(self, folder: str) -> None:
+        write_model(folder, self.model, self.config.model, self.parallel)
 
     def _step(self, step: int, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
         """One optimizer step; returns its line of `metrics.jsonl`."""

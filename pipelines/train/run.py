@@ -47,6 +47,7 @@ MACHINE_SETTINGS = frozenset(
         "gpu",
         "loader_processes",
         "checkpoint_every",
+        "export_every",
         "strategy",
         "shard_size",
         "micro_batch",

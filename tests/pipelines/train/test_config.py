@@ -45,6 +45,7 @@ def test_a_run_resumes_whatever_machines_it_has(tmp_path):
         {"gpu": True},
         {"loader_processes": 3},
         {"checkpoint_every": "9"},
+        {"export_every": 5},
         {"min_workers": 1},
         {"shared_output": True},
         {"eval_every": 3},

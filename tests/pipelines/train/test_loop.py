@@ -153,7 +153,7 @@ def distance(parameters: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("kind", ["token", "sample"])
-def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train, monkeypatch, kind):
+def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train, monkeypatch, tmp_path, kind):
     held_out: dict[str, Any] = (
         {} if kind == "token" else {"eval_data": places["data"], "eval_every": 2}
     )  # which changes nothing
@@ -161,13 +161,16 @@ def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train
         monkeypatch.setattr(loop, "PREEMPTION_STEPS", 2)
         monkeypatch.setattr(ray.train, "get_preemption_info", lambda: "a node goes")
         held_out |= {"checkpoint_every": "100"}
-    trained = train(loss=kind, **held_out)
+    trained = train(loss=kind, export_every=3, **held_out)
     wanted, losses, norms = parameters_by_hand(places, kind)
     assert trained.steps == [2, 3], "every second step and the last"
     assert wanted.keys() <= trained.parameters.keys() and min(norms) > CLIP and max(norms) > 1.1 * min(norms), (
         "each step is clipped"
     )
     assert distance(trained.parameters, wanted) < 1e-6
+    exported = MoVAForConditionalGeneration.from_pretrained(tmp_path / "out-step-3")
+    assert distance(exported.state_dict(), trained.parameters) == 0 and not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.glob("out-*")] == ["out-step-3"]
     metrics = trained.state.metrics
     assert metrics["loss"] == pytest.approx(sum(losses) / STEPS)
     assert [told[:2] for told in trained.shown] == [(1, 3), (2, 3), (3, 3)]
