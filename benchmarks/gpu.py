@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("experts", "adapter", "model")
+BENCHMARKS = ("experts", "adapter", "model", "training_step")
 REQUIRED = (
     "torch",
     "transformers",

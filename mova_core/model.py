@@ -254,7 +254,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # Gemma's, Cohere's, Granite's
         if any(getattr(self.language_model.config, name, None) not in (None, 1.0) for name in scales):
             return self.language_model(**inputs).logits[:, :-1][places]
-        hidden = self.language_model.base_model(**inputs).last_hidden_state[:, :-1][places]
+        # A cache of keys and values would be one more copy of them in every layer.
+        hidden = self.language_model.base_model(**{"use_cache": False, **inputs}).last_hidden_state[:, :-1][places]
         return self.language_model.get_output_embeddings()(hidden)
 
     @torch.no_grad()
