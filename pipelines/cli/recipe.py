@@ -111,20 +111,30 @@ def apply_recipe(config: TrainConfig, name: str | None, gpus: Gpus | None, given
 
 
 def plan_training(
-    config: TrainConfig, model: dict[str, Any], gpus: Gpus | None, recipe: str | None, auto: bool
+    config: TrainConfig,
+    model: dict[str, Any],
+    gpus: Gpus | None,
+    recipe: str | None,
+    auto: bool,
+    auto_strategy: bool = False,
 ) -> tuple[TrainConfig, dict[str, Any] | None]:
-    """The settings with the micro-batch that fits, and the plan of the memory; None without GPUs.
+    """The settings with the micro-batch that fits, and the plan of the memory; None without GPUs and for DeepSpeed.
 
     Args:
         model: config.json of the model.
         gpus: of --gpus; else those of this machine, else of the recipe.
         recipe: name.
         auto: choose the micro-batch.
+        auto_strategy: take "fsdp" instead of the config's "ddp" where "ddp" does not fit.
 
     Raises:
-        typer.BadParameter: `auto` without GPUs.
+        typer.BadParameter: `auto` without GPUs or with DeepSpeed.
     """
     if config.stage == "light-router":  # two small matrices learn
+        return config, None
+    if config.strategy.startswith("zero"):  # DeepSpeed's buffers are not in the plan
+        if auto:
+            raise typer.BadParameter(f"--micro-batch auto plans ddp and fsdp: give a number with {config.strategy}")
         return config, None
     if gpus is None and config.gpu:
         gpus = find_gpus() or (parse_gpus(RECIPES[recipe]().gpus.value) if recipe else None)
@@ -136,6 +146,9 @@ def plan_training(
     from pipelines.train.memory import plan_run
 
     plan = plan_run(config, MoVAConfig.from_dict(model), gpus, auto)
+    if auto_strategy and not plan["fits"] and config.workers > 1:
+        config = replace(config, strategy="fsdp")
+        plan = plan_run(config, MoVAConfig.from_dict(model), gpus, auto)
     return replace(config, micro_batch=plan["micro_batch"] if auto else config.micro_batch), plan
 
 

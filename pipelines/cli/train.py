@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -59,7 +59,6 @@ from pipelines.train.config import (
     Loss,
     Precision,
     Stage,
-    Strategy,
     TrainConfig,
     Unlabelled,
     parse_interval,
@@ -250,9 +249,10 @@ OPTIONS: dict[str, Any] = {
     ],
     "micro_batch": MicroBatch,
     "strategy": Annotated[
-        Strategy,
+        Literal["auto", "ddp", "fsdp", "zero2", "zero3"],
         typer.Option(
-            help="ddp: each worker holds the whole model; fsdp: workers share its parameters and moments; zero2, zero3: DeepSpeed.",
+            help="ddp: each worker holds the whole model; fsdp: workers share its parameters and moments; zero2, zero3: DeepSpeed; "
+            "auto: ddp where the plan of --gpus fits, else fsdp.",
             rich_help_panel=RUN,
         ),
     ],
@@ -448,6 +448,8 @@ def _add_command(stage: Stage) -> None:
             given = given_options(context)
             auto = settings["micro_batch"] == AUTO or (recipe is not None and "micro_batch" not in given)
             settings["micro_batch"] = max(settings["micro_batch"], 0)
+            auto_strategy = settings["strategy"] == "auto"
+            settings["strategy"] = "ddp" if auto_strategy else settings["strategy"]
             config = apply_recipe(train_config(stage, settings), recipe, gpus, given)
             check_output_folder("--output", settings["output"], overwrite, config.inputs)
 
@@ -458,7 +460,7 @@ def _add_command(stage: Stage) -> None:
                 check_output_file("--picture", picture, overwrite, drawn_by(SOFTWARE))
             data = check_data(config)  # before torch and Ray, which take 10 to 30 s to start
             model = read_model_config(settings["model"])
-            data.config, plan = plan_training(data.config, model, gpus, recipe, auto)
+            data.config, plan = plan_training(data.config, model, gpus, recipe, auto, auto_strategy)
             if dry_run:
                 result = _counts(data) | {"plan": plan}
             else:

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 from mova_core.config import MoVAConfig
 from mova_core.model import MoVAForConditionalGeneration
+from pipelines.cli.recipe import plan_training
 from pipelines.train.activations import measure_activations
 from pipelines.train.config import TrainConfig
 from pipelines.train.gpus import Gpus, find_gpus, parse_gpus
@@ -129,6 +131,19 @@ def test_the_micro_batch_that_fits_divides_the_share_of_a_worker(mini):
         assert found.needed(fits) <= memory < found.needed(fits + 1)
     too_small = plan_run(config, mini, gpus_of(found.needed(1) - 1), auto=True)
     assert (too_small["micro_batch"], too_small["largest_micro_batch"], too_small["fits"]) == (1, 0, False)
+
+
+def test_auto_takes_ddp_where_it_fits_and_deepspeed_has_no_plan(mini):
+    config = TrainConfig(stage="sft", workers=2, batch_size=4, **PLACES)
+    needed = plan_memory(config, mini).needed(2)
+    for memory, strategy in ((needed, "ddp"), (needed - 1, "fsdp")):
+        chosen, plan = plan_training(config, mini.to_dict(), gpus_of(memory), None, False, auto_strategy=True)
+        assert plan is not None and chosen.strategy == plan["strategy"] == strategy
+    assert plan_training(config, mini.to_dict(), None, None, False, auto_strategy=True) == (config, None)
+    zero = replace(config, strategy="zero3")
+    assert plan_training(zero, mini.to_dict(), gpus_of(1.0), None, False) == (zero, None), "and refuses nothing"
+    with pytest.raises(typer.BadParameter, match="--micro-batch auto plans ddp and fsdp: give a number with zero3"):
+        plan_training(zero, mini.to_dict(), gpus_of(1.0), None, True)
 
 
 def test_a_strategy_holds_what_it_should(mini):
