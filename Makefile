@@ -48,7 +48,7 @@ mutate: $(STAMP)  ## mutation tests of the modules that decide numbers; ONLY='mo
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[mutate]'
 	rm -rf mutants
 	OMP_NUM_THREADS=1 nice -n 15 $(BIN)/mutmut run --max-children 1 $(if $(ONLY),'$(ONLY)')
-	$(BIN)/mutmut results
+	$(BIN)/mutmut results | awk '!/: not checked$$/'
 
 clean:  ## remove what was built here, the virtual environment too
 	rm -rf $(VENV) $(DEMO) .site build mutants *.egg-info .pytest_cache .mypy_cache .ruff_cache
