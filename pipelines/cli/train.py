@@ -247,6 +247,12 @@ OPTIONS: dict[str, Any] = {
             rich_help_panel=WATCHING,
         ),
     ],
+    "best": Annotated[
+        bool,
+        typer.Option(
+            "--best", help="Write the model with the lowest loss on --eval-data, not the last one.", rich_help_panel=RUN
+        ),
+    ],
     "micro_batch": MicroBatch,
     "strategy": Annotated[
         Literal["auto", "ddp", "fsdp", "zero2", "zero3"],

@@ -47,6 +47,11 @@ class RunState:
     def steps(self) -> int:
         return int(self.metrics.get("steps", 0))
 
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest loss of all evaluations."""
+        return self.metrics.get("best_step")
+
 
 class Checkpoints:
     """The checkpoints of a run, as one rank writes and reads them. Every rank must call every method alike.
@@ -64,9 +69,10 @@ class Checkpoints:
         self._writing: tuple[RunState, Future[Any]] | None = None
         self._saved_at = time.monotonic()
 
-    def restore(self) -> RunState:
-        """Loads the newest complete checkpoint into model and optimizer; the state before the first step where there is none."""
-        state = read_state(self.folder)
+    def restore(self, step: int | None = None) -> RunState:
+        """Loads a complete checkpoint into model and optimizer, by default the newest; without any, nothing, and returns the state
+        before the first step."""
+        state = read_state(self.folder, step)
         if state.steps:
             reader, tensors = dcp.FileSystemReader(step_folder(self.folder, state.steps)), self.parallel.state()
             dcp.load(cast(dict[str, Any], tensors), storage_reader=reader, process_group=self.group)
@@ -107,7 +113,7 @@ class Checkpoints:
         future.result()
         if self.parallel.rank == 0:
             write_state(self.folder, state)
-            delete_old(self.folder)
+            delete_old(self.folder, best=state.best)
 
 
 def own_share(parallel: Parallel) -> dict[str, Any]:
@@ -136,9 +142,9 @@ def complete_steps(folder: str) -> list[int]:
     return sorted(step for step, complete in _checkpoints(folder) if complete)
 
 
-def read_state(folder: str) -> RunState:
-    """State of the newest complete checkpoint of a run; that before the first step where there is none."""
-    steps = complete_steps(folder)
+def read_state(folder: str, step: int | None = None) -> RunState:
+    """State of a complete checkpoint of a run, by default of the newest; that before the first step where there is none."""
+    steps = complete_steps(folder) if step is None else [step]
     if not steps:
         return RunState()
     filesystem, path = open_filesystem(f"{step_folder(folder, steps[-1])}/{STATE}")
@@ -155,11 +161,11 @@ def write_state(folder: str, state: RunState) -> None:
         filesystem.pipe_file(path, text.encode())  # an object store shows an object whole or not at all
 
 
-def delete_old(folder: str) -> None:
-    """Deletes all but the newest `KEPT` complete checkpoints, and what a kill left of others before them."""
+def delete_old(folder: str, best: int | None = None) -> None:
+    """Deletes all but the newest `KEPT` complete checkpoints and that of the step `best`, and what a kill left of others."""
     kept = complete_steps(folder)[-KEPT:]
     for step, complete in list(_checkpoints(folder)):
-        if step in kept or step > kept[-1]:
+        if step in kept or step == best or step > kept[-1]:
             continue
         filesystem, path = open_filesystem(step_folder(folder, step))
         if complete:

@@ -105,6 +105,7 @@ class TrainConfig(DataArgs):
         eval_every: steps between two evaluations on `eval_data`; 0: one, after the last step.
         log: trackers that receive the lines of `metrics.jsonl`: "tensorboard", "wandb", "mlflow".
         profile_steps: first and last step that torch.profiler traces.
+        best: the output is the model with the lowest loss of all evaluations, not the last one.
         micro_batch: samples that a worker computes at once; gradients are accumulated over its share of a batch. 0: its
             whole share at once.
         strategy: "ddp", every worker holds the whole model; "fsdp", parameters, gradients and moments are divided among the
@@ -146,6 +147,7 @@ class TrainConfig(DataArgs):
     export_every: int = 0
     eval_data: str | None = None
     eval_every: int = 0
+    best: bool = False
     log: tuple[str, ...] = ()
     profile_steps: tuple[int, int] | None = None
     micro_batch: int = 0

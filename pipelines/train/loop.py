@@ -106,6 +106,7 @@ class _Rank:
         self.cut_off = int(before.get("cut_off", 0))  # samples whose whole answer lay beyond `max_length`
         self.errors: list[str] = list(before.get("failed", ()))  # of samples that could not be used
         self.eval_loss = self.resumed.metrics.get("eval_loss")
+        self.best_loss, self.best_step = self.resumed.metrics.get("best_loss"), self.resumed.best
 
     def train(self) -> None:
         """Makes the rest of the steps, unless the driver asks to stop: then the last one done is in a checkpoint."""
@@ -116,9 +117,10 @@ class _Rank:
         # The range comes first: zip then ends without reading a batch that no step uses.
         steps = range(self.resumed.steps + 1, self.steps + 1)
         for step, micro_batches in zip(steps, self.meter.timed(rest_of_epochs), strict=False):
-            line = self._step(step, micro_batches)
+            line, best = self._step(step, micro_batches), False
             if self.held_out is not None and self._evaluates(step):
                 self.eval_loss = line["eval_loss"] = self.held_out.loss()
+                best = self._is_best(step)
             stop = False
             if self.log is not None:
                 self.log(line)
@@ -130,7 +132,7 @@ class _Rank:
                 self.checkpoints.complete()
             stop &= step < self.steps
             at_once = stop or self._preempted(step)
-            if due or at_once or step == self.steps:
+            if due or best or at_once or step == self.steps:
                 self.checkpoints.save(self._state(step))
             if at_once:
                 self.checkpoints.complete()
@@ -139,6 +141,8 @@ class _Rank:
             if self.config.export_every and step % self.config.export_every == 0:
                 self._write_model(f"{self.config.output}-step-{step}")
         self.checkpoints.complete()
+        if self.config.best and self.best_step is not None:
+            self.checkpoints.restore(self.best_step)
         self._write_model(f"{self.folder}/{MODEL}")
 
     def _write_model(self, folder: str) -> None:
@@ -168,6 +172,15 @@ class _Rank:
     def _evaluates(self, step: int) -> bool:
         return step == self.steps or (self.config.eval_every > 0 and step % self.config.eval_every == 0)
 
+    def _is_best(self, step: int) -> bool:
+        """Whether the evaluation after a step gave the lowest loss so far, and the run's output is to be that model."""
+        if not self.config.best or self.eval_loss is None:
+            return False
+        if self.best_loss is not None and not self.eval_loss < self.best_loss:
+            return False
+        self.best_loss, self.best_step = self.eval_loss, step
+        return True
+
     def _preempted(self, step: int) -> bool:
         """Whether a node is about to be taken away and no checkpoint was written since that is known."""
         if self.preemption is None or step % PREEMPTION_STEPS:
@@ -187,6 +200,7 @@ class _Rank:
             "cut_off": int(self.parallel.sum(torch.tensor(self.cut_off, device=self.device))),
             "failed": self.parallel.gather(self.errors),
             **({} if self.held_out is None else {"eval_loss": self.eval_loss}),
+            **({"best_loss": self.best_loss, "best_step": self.best_step} if self.config.best else {}),
         }
         return RunState(metrics=metrics, batches=self.batches.state_dict(), meter=self.meter.state_dict())
 

@@ -54,6 +54,7 @@ MACHINE_SETTINGS = frozenset(
         "checkpoint_activations",
         "eval_data",
         "eval_every",
+        "best",
         "log",
         "profile_steps",
     }
@@ -74,7 +75,7 @@ def train(
 
     Returns:
         {"stage", "steps", "samples", "skipped", "left_out", "loss", "seconds", "output", "resumed_from", "cut_off", "failed"}
-        and those of `summary`.
+        and those of `summary`; with `best` also "best_step", whose model was written.
         `skipped`: the error of each invalid record left out; `left_out`: reason -> number of valid records that the stage
         cannot use; `loss`: mean of the last 50 steps, per answer token of all workers, None where it is no finite number;
         `resumed_from`: step, None for a fresh run; `cut_off`: how often a sample's whole answer lay beyond `max_length`, over
@@ -158,7 +159,7 @@ def train(
         "output": config.output,
         **summary(rows),
         "resumed_from": resumed_from,
-        **{key: metrics[key] for key in ("steps", "loss", "cut_off", "failed")},
+        **{key: metrics[key] for key in ("steps", "loss", "cut_off", "failed", "best_step") if key in metrics},
     }
 
 

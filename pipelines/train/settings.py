@@ -24,6 +24,8 @@ def check_settings(config: TrainConfig) -> None:
     check_trackers(config.log)
     if config.eval_every and config.eval_data is None:
         raise DataError(f"--eval-every {config.eval_every} needs --eval-data, a file of held-out samples")
+    if config.best and config.eval_data is None:
+        raise DataError("--best needs --eval-data, a file of held-out samples")
     if bool(config.store) == (config.features == "online"):
         reason = "computes all features and uses none" if config.store else "reads a store"
         raise DataError(

@@ -46,6 +46,7 @@ def test_a_run_resumes_whatever_machines_it_has(tmp_path):
         {"loader_processes": 3},
         {"checkpoint_every": "9"},
         {"export_every": 5},
+        {"best": True},
         {"min_workers": 1},
         {"shared_output": True},
         {"eval_every": 3},

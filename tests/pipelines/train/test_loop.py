@@ -191,6 +191,18 @@ def test_a_worker_trains_on_its_whole_share_with_clipped_gradients(places, train
     assert {name: rows for name, rows in counted.items() if rows} == routed
 
 
+def test_the_best_model_is_written_and_not_the_last(places, train, tmp_path):
+    """Rates far too high spoil the model after its first step, which has the rate 0; two newer checkpoints follow the best."""
+    trained = train(
+        best=True, eval_data=places["data"], eval_every=1, epochs=4 / 3, checkpoint_every="1", learning_rate=1.0
+    )
+    losses = [line["eval_loss"] for line in trained.lines]
+    assert len(losses) == 4 and losses[0] == min(losses) and trained.state.best == 1
+    assert sorted(path.name[-1] for path in (tmp_path / "run").glob("step-*")) == ["1", "3", "4"]
+    start = MoVAForConditionalGeneration.from_pretrained(places["model"]).state_dict()
+    assert distance(trained.parameters, start) < 1e-6
+
+
 @pytest.mark.parametrize("places", [("vary", 2)], indirect=True)
 def test_a_step_with_nan_features_changes_nothing_and_is_named(places, train):
     """Sample 2, which is in the second step, alone reads the feature of `vary` for the last picture."""

@@ -23,6 +23,7 @@ PLACES: dict[str, Any] = {"model": "model", "data": "data.json", "store": "store
             {"workers": 8, "min_workers": 2, "batch_size": 16, "micro_batch": 1},
             r"--batch-size 16 is no multiple of 3, which --workers 2\.\.8 allows: give a larger --micro-batch than 1",
         ),
+        ({"best": True}, "--best needs --eval-data, a file of held-out samples"),
         ({"freeze": ("adapter",)}, "--freeze adapter: the parts are base, text, llm"),
         ({"part_rates": {"clip": 1e-6}}, "--lr-part clip: the parts are base, text, adapter, llm"),
         (
