@@ -3,6 +3,7 @@
 import itertools
 import pickle
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -184,3 +185,35 @@ def test_batches_follow_the_order_of_the_sampler():
         assert batches == order.reshape(10, 4).tolist() and batches not in seen
         seen.append(batches)
     assert epoch_order(40, 1, 0, lengths=lengths).reshape(10, 4).tolist() not in seen, "the size of a group counts"
+
+
+def test_a_run_resumes_only_in_the_same_order():
+    """The state's own keys stay: they lie in checkpoints."""
+    lengths = list(range(1, 41))
+    batches = FeatureBatches(Positions(40), 4, seed=1, lengths=lengths)
+    next(iter(batches))
+    state = batches.state_dict()
+    checksum = crc32(b"".join(length.to_bytes(8, "little") for length in lengths))
+    assert state == {
+        "epoch": 0,
+        "batch": 1,
+        "samples": 40,
+        "batch_size": 4,
+        "seed": 1,
+        "shuffle": 1,
+        "lengths": checksum,
+    }
+    others = {
+        "samples": FeatureBatches(Positions(41), 4, seed=1),
+        "batch_size": FeatureBatches(Positions(40), 5, seed=1, lengths=lengths),
+        "seed": FeatureBatches(Positions(40), 4, seed=2, lengths=lengths),
+        "shuffle": FeatureBatches(Positions(40), 4, seed=1, shuffle=False, lengths=lengths),
+        "lengths": FeatureBatches(Positions(40), 4, seed=1, lengths=lengths[::-1]),
+    }
+    for name, other in others.items():
+        with pytest.raises(ValueError, match=f"the state is of batches with {name} "):
+            other.load_state_dict(state)
+    plain = FeatureBatches(Positions(40), 4, seed=1)
+    old = {name: value for name, value in plain.state_dict().items() if name != "lengths"}  # as written before lengths
+    plain.load_state_dict({**old, "batch": 3})
+    assert plain.batch == 3 and plain.state_dict()["lengths"] == 0
