@@ -4,6 +4,7 @@ Legend: B rows, L tokens, M pictures, N base tokens, E experts of the pool, D th
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -354,6 +355,8 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """The model in transformers' form; the expert-routing LoRA beside it in peft's, so the LLM's weights stay plain."""
+        # accelerate imports DeepSpeed in here where that is installed; without a GPU DeepSpeed then warns on stdout.
+        logging.getLogger("DeepSpeed").addFilter(_is_error)
         push = kwargs.pop("push_to_hub", False)
         state = kwargs.pop("state_dict", None) or self.state_dict()
         lora = {name for name in state if "lora_" in name}
@@ -398,6 +401,10 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model.language_model.load_adapter(str(folder), adapter_name=ROUTING_LORA)
             model.language_model.disable_adapters()
         return loaded
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _routing_lora_folder(source: str, options: Mapping[str, Any]) -> Path | None:

@@ -41,6 +41,15 @@ def test_processor_places_picture_and_labels(processor, pictures):
         processor([ASK], [ImageRef(path=str(pictures[0]))], max_length=20)
 
 
+def test_saving_keeps_warnings_of_deepspeed_from_stdout(mini_folder, capfd):
+    logging = pytest.importorskip("deepspeed.utils.logging")
+    logger = logging.LoggerFactory.create_logger("DeepSpeed")  # as DeepSpeed does when accelerate imports it
+    logger.warning("Setting accelerator to CPU.")  # its last words on a machine without a GPU
+    logger.error("something is wrong")
+    found = capfd.readouterr().out
+    assert "something is wrong" in found and "Setting" not in found, "`mini_folder` was saved before"
+
+
 def test_processor_survives_saving(processor, pictures, tmp_path):
     processor.save_pretrained(tmp_path)
     again = MoVAProcessor.from_pretrained(tmp_path)
