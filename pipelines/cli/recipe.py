@@ -145,10 +145,12 @@ def plan_training(
     from mova_core.config import MoVAConfig
     from pipelines.train.memory import plan_run
 
-    plan = plan_run(config, MoVAConfig.from_dict(model), gpus, auto)
+    shapes = MoVAConfig.from_dict(model)
+    fewest = replace(config, workers=config.min_workers or config.workers, min_workers=0)  # each of them holds most
+    plan = plan_run(fewest, shapes, gpus, auto)
     if auto_strategy and not plan["fits"] and config.workers > 1:
         config = replace(config, strategy="fsdp")
-        plan = plan_run(config, MoVAConfig.from_dict(model), gpus, auto)
+        plan = plan_run(replace(fewest, strategy="fsdp"), shapes, gpus, auto)
     return replace(config, micro_batch=plan["micro_batch"] if auto else config.micro_batch), plan
 
 

@@ -26,6 +26,7 @@ from pipelines.train.features import open_features, stored_base
 from pipelines.train.flops import ModelFlops, peak_flops
 from pipelines.train.index import DataSource, IndexedSamples
 from pipelines.train.meter import StepMeter
+from pipelines.train.out_of_memory import memory_advice
 from pipelines.train.parallel import Parallel, parallelize
 from pipelines.train.profiler import step_profiler
 from pipelines.train.stages import LightRouting, choose_parameters
@@ -158,8 +159,9 @@ class _Rank:
         seeds = [
             micro_batch_seed(self.config.seed, step, self.rank + place * self.world) for place in range(len(inputs))
         ]
-        loss = self.parallel.backward(inputs, items.clamp_min(1), seeds)
-        norm = self.parallel.step(self.config.clip_norm, loss)
+        with memory_advice(self.config, self.model.config, self.world):
+            loss = self.parallel.backward(inputs, items.clamp_min(1), seeds)
+            norm = self.parallel.step(self.config.clip_norm, loss)
         line = self.meter.end(step, loss, norm, self.schedule.get_last_lr()[0])
         self.schedule.step()
         if self.profiler is not None:

@@ -149,11 +149,11 @@ def plan_run(config: TrainConfig, model_config: MoVAConfig, gpus: Gpus, auto: bo
         auto: choose the largest micro-batch that fits, instead of that of `config`.
     """
     plan, memory = plan_memory(config, model_config), gpus.gigabytes * 1e9
-    share = config.batch_size // config.workers
+    share = math.ceil(config.batch_size / config.workers)
     micro_batch = config.micro_batch or share
     if auto:
         micro_batch = plan.largest_micro_batch(memory, share) or 1
-    micro_batches = share // micro_batch
+    micro_batches = math.ceil(share / micro_batch)
     needed = plan.needed(micro_batch, micro_batches > 1)
     per_gpu = {name: getattr(plan, name) for name in ("weights", "gradients", "moments", "experts", "transient")}
     per_gpu |= {"accumulated": plan.accumulated * (micro_batches > 1), "optimizer": plan.optimizer}
@@ -202,7 +202,7 @@ def cheaper(config: TrainConfig, model_config: MoVAConfig, micro_batch: int) -> 
         micro_batch: samples that a worker computes at once now.
     """
     now = plan_memory(config, model_config).needed(micro_batch, _accumulates(config, micro_batch))
-    share = config.batch_size // config.workers
+    share = math.ceil(config.batch_size / config.workers)
     changes: list[tuple[str, dict[str, Any], int]] = []
     if smaller := [samples for samples in range(1, micro_batch) if share % samples == 0]:
         changes.append((f"--micro-batch {smaller[-1]}", {}, smaller[-1]))

@@ -14,7 +14,11 @@ from pipelines.train.activations import measure_activations
 from pipelines.train.config import TrainConfig
 from pipelines.train.gpus import Gpus, find_gpus, parse_gpus
 from pipelines.train.memory import MemoryPlan, advice, cheaper, full_size, plan_memory, plan_run, refusal
+from pipelines.train.metrics import TrainingError
+from pipelines.train.out_of_memory import memory_advice
+from pipelines.train.parallel import parallelize
 from pipelines.train.recipes import RECIPES, Recipe, Sizes
+from tests.pipelines.train.test_parallel import Case, batch_of, tensors, tiny_model
 
 PLACES: dict[str, Any] = {"model": "m", "data": "d", "store": "s", "output": "o"}
 LENGTH, GRID, WIDTH = 2048, 48 * 48, 1024
@@ -162,6 +166,35 @@ def test_a_strategy_holds_what_it_should(mini):
     router = plan(stage="router")
     assert router.parts["llm"][1] and not router.parts["adapter"][1] and not router.experts, "the LoRA alone"
     assert plan(features="online").experts > 0
+
+
+def test_a_worker_without_memory_names_plan_and_changes():
+    """As CUDA's allocator fails: in the middle of the forward pass of a real step."""
+    model = tiny_model(frozen=False)
+    parallel = parallelize(model, learning_rate=1e-3)
+    batch = tensors(batch_of(0, Case()), model)
+    config = TrainConfig(stage="sft", workers=8, batch_size=8, **PLACES)
+
+    def allocate(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    hook = model.language_model.base_model.register_forward_pre_hook(allocate)
+    found = MoVAConfig.from_dict(model.config.to_dict())
+    planned = plan_memory(replace(config, workers=2), found).needed(4) / 1e9
+    with pytest.raises(TrainingError) as raised, memory_advice(config, found, world=2):
+        parallel.backward([batch], torch.tensor(8))
+    message = str(raised.value)
+    assert message.startswith(
+        f"sft ran out of GPU memory with 4 samples at once: {planned:.1f} GB were planned and 0.0 GB"
+    )
+    assert "--micro-batch 2 saves" in message and "--precision bfloat16 saves" in message and "\n" not in message
+    zero = replace(config, strategy="zero2", micro_batch=2)
+    told = "2 samples at once: give a smaller --micro-batch"
+    with pytest.raises(TrainingError, match=told), memory_advice(zero, found, world=2):
+        parallel.backward([batch], torch.tensor(8))
+    hook.remove()
+    with memory_advice(config, found, world=2):
+        assert parallel.backward([batch], torch.tensor(8)).isfinite()
 
 
 @pytest.mark.parametrize("text", ["", "8", "8xA100", "0xA100-80G", "8xA100-0G", "8xA100-80", "8 x A100-80G", "xA-1G"])
