@@ -7,8 +7,8 @@ loop that holds the same batches in memory and only computes: forward, backward,
 on one thread for at least --seconds, in turns. A step lasts, on both sides, from asking for its batch to having its loss as a
 number. data_wait is the share of the run's steps in which the worker waited for its batch.
 
-store: a step whose samples have pictures with features from the store, beside one of text alone with about as many tokens; both
-through the trainer's own reader. Pictures bring arithmetic of their own, so what is compared is operations per second.
+store: steps whose samples have pictures with features from the store, beside steps of text alone with about as many tokens; both
+timed with the wait for the trainer's own reader, which reads ahead. Pictures bring arithmetic of their own, so what is compared is operations per second.
 
 experts: a step with given features, and the features of all seven experts, each network at its full width with one layer (--size
 mini: in a second). What the store saves is (step + experts) / step; beside it the same ratio of the operations, and that
@@ -74,7 +74,8 @@ def bare_loop(config: Any, seconds: float) -> dict[str, Any]:
     import torch
     from transformers import get_cosine_schedule_with_warmup
 
-    model, batches = read_run(config, epochs=1)
+    model, reader = open_run(config)
+    batches = list(reader)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, 10, 1000)
@@ -95,8 +96,8 @@ def bare_loop(config: Any, seconds: float) -> dict[str, Any]:
     return {"tokens_per_second": tokens / spent, "steps": steps, "seconds": spent}
 
 
-def read_run(config: Any, epochs: int) -> tuple[Any, list[Any]]:
-    """The model of a run and its batches, read as its only worker reads them."""
+def open_run(config: Any) -> tuple[Any, Any]:
+    """The model of a run and its `FeatureBatches`, read ahead as its only worker reads them."""
     import torch
 
     from mova_core.model import MoVAForConditionalGeneration
@@ -113,8 +114,7 @@ def read_run(config: Any, epochs: int) -> tuple[Any, list[Any]]:
     model = MoVAForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
     choose_parameters(model, config)
     processor = MoVAProcessor.from_pretrained(config.model)
-    batches = open_batches(data.config, samples, store, processor, model.config.pool, 0, 1)
-    return model, [batch for _ in range(epochs) for batch in batches]
+    return model, open_batches(data.config, samples, store, processor, model.config.pool, 0, 1)
 
 
 def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -131,29 +131,21 @@ def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_and_train(configs: Mapping[str, Any], seconds: float) -> dict[str, dict[str, float]]:
-    from mova_core.model import MoVAForConditionalGeneration
     from pipelines.train.flops import ModelFlops
     from pipelines.train.parallel import parallelize
 
     sums = {side: {"seconds": 0.0, "tokens": 0.0, "flops": 0.0} for side in configs}
-    trainers: dict[str, tuple[MoVAForConditionalGeneration, Any]] = {}
-    while any(found["seconds"] < seconds for found in sums.values()) or not trainers:
-        for side, config in configs.items():
-            started = time.perf_counter()
-            _, batches = read_run(config, epochs=1)
-            reading = time.perf_counter() - started
-            if side not in trainers:
-                model, _ = read_run(config, epochs=0)
-                trainers[side] = model.train(), parallelize(model, learning_rate=1e-5)
-            model, parallel = trainers[side]
-            flops, started = ModelFlops(model), time.perf_counter()
+    runs = {side: open_run(config) for side, config in configs.items()}
+    trainers = {side: parallelize(model.train(), learning_rate=1e-5) for side, (model, _) in runs.items()}
+    while any(found["seconds"] < seconds for found in sums.values()):
+        for side, (model, batches) in runs.items():
+            parallel, flops, started = trainers[side], ModelFlops(model), time.perf_counter()
             for [batch] in batches:
                 loss = parallel.backward([batch.inputs], batch.answers.sum())
                 parallel.step(1.0, loss)
                 sums[side]["tokens"] += int(batch.inputs["attention_mask"].sum())
                 sums[side]["flops"] += flops.of(batch.inputs)
             sums[side]["seconds"] += time.perf_counter() - started
-            sums[side]["reading"] = reading
     return {
         side: found | {f"{key}_per_second": found[key] / found["seconds"] for key in ("tokens", "flops")}
         for side, found in sums.items()
