@@ -24,12 +24,13 @@ def write_places(
     """The arguments that name a model, data with labels, and a store of arbitrary features.
 
     Args:
-        dropout: of the model's text encoder.
+        dropout: of the model's text encoder and of the LLM, whose losses would hardly show that of the text encoder alone.
         planted: expert and number of the picture whose feature is NaN.
     """
     shutil.copytree(mini_folder, folder / "model")
     config = json.loads((folder / "model" / "config.json").read_text())
     config["adapter"]["text_encoder"] |= {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config["text_config"]["attention_dropout"] = dropout
     (folder / "model" / "config.json").write_text(json.dumps(config))
     words = ["left", "right and left", "none", "what is right", "0 1 2 3", "A", "is in the picture"]
     # Of one picture each, but for a sample without one and a sample with two.
