@@ -19,7 +19,6 @@ ROWS = {  # key of `gigabytes` in a plan -> what it is
     "moments": "AdamW's moments",
     "experts": "vision experts",
     "transient": "gathered, cast or in buckets",
-    "accumulated": "gradients of several micro-batches",
     "activations": "activations",
     "logits": "logits",
     "optimizer": "optimizer's step, after the activations",

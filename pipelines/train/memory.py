@@ -44,8 +44,6 @@ class MemoryPlan:
         weights: parameters and buffers of this worker.
         gradients, moments: of the parameters that learn, of this worker.
         transient: what the strategy adds during a step: see `_transient`.
-        accumulated: gradients that a step of several micro-batches adds up: FSDP2 reduces them at the last one only, and
-            until then each worker holds them as a whole.
         experts: weights of vision experts that compute features in the worker.
         optimizer: temporary tensors of the optimizer's step, when no activations are left.
         activations, logits: per sample.
@@ -57,7 +55,6 @@ class MemoryPlan:
     gradients: int
     moments: int
     transient: int
-    accumulated: int
     experts: int
     optimizer: int
     activations: int
@@ -69,13 +66,9 @@ class MemoryPlan:
         """What stays from step to step."""
         return self.weights + self.gradients + self.moments + self.experts
 
-    def needed(self, micro_batch: int, accumulates: bool = False) -> float:
-        """Peak of a step of `micro_batch` samples at once, with what CUDA takes.
-
-        Args:
-            accumulates: a step has more than one micro-batch.
-        """
-        step = self.transient + micro_batch * (self.activations + self.logits) + accumulates * self.accumulated
+    def needed(self, micro_batch: int) -> float:
+        """Peak of a step of `micro_batch` samples at once, with what CUDA takes."""
+        step = self.transient + micro_batch * (self.activations + self.logits)
         return (self.state + max(step, self.optimizer)) * FRAGMENTATION + RESERVED
 
     def largest_micro_batch(self, memory: float, share: int | None = None) -> int:
@@ -86,7 +79,7 @@ class MemoryPlan:
         """
         if share is not None:
             divisors = [number for number in range(share, 0, -1) if share % number == 0]
-            return next((number for number in divisors if self.needed(number, number < share) <= memory), 0)
+            return next((number for number in divisors if self.needed(number) <= memory), 0)
         if self.needed(1) > memory:
             return 0
         room = (memory - RESERVED) / FRAGMENTATION - self.state - self.transient
@@ -116,7 +109,6 @@ def plan_memory(config: TrainConfig, model_config: MoVAConfig, answer_share: flo
         gradients=shares * FLOAT,
         moments=shares * MOMENTS,
         transient=transient,
-        accumulated=FLOAT * _elements(trained) if config.strategy == "fsdp" else 0,
         experts=_experts(config, model_config),
         optimizer=shares * FLOAT,  # the updates of all parameters at once, torch's default on a GPU
         activations=activations.kept(config.checkpoint_activations),
@@ -154,9 +146,10 @@ def plan_run(config: TrainConfig, model_config: MoVAConfig, gpus: Gpus, auto: bo
     if auto:
         micro_batch = plan.largest_micro_batch(memory, share) or 1
     micro_batches = math.ceil(share / micro_batch)
-    needed = plan.needed(micro_batch, micro_batches > 1)
-    per_gpu = {name: getattr(plan, name) for name in ("weights", "gradients", "moments", "experts", "transient")}
-    per_gpu |= {"accumulated": plan.accumulated * (micro_batches > 1), "optimizer": plan.optimizer}
+    needed = plan.needed(micro_batch)
+    per_gpu = {
+        name: getattr(plan, name) for name in ("weights", "gradients", "moments", "experts", "transient", "optimizer")
+    }
     per_gpu |= {"activations": micro_batch * plan.activations, "logits": micro_batch * plan.logits, "total": needed}
     return {
         "gpus": asdict(gpus),
@@ -201,7 +194,7 @@ def cheaper(config: TrainConfig, model_config: MoVAConfig, micro_batch: int) -> 
     Args:
         micro_batch: samples that a worker computes at once now.
     """
-    now = plan_memory(config, model_config).needed(micro_batch, _accumulates(config, micro_batch))
+    now = plan_memory(config, model_config).needed(micro_batch)
     share = math.ceil(config.batch_size / config.workers)
     changes: list[tuple[str, dict[str, Any], int]] = []
     if smaller := [samples for samples in range(1, micro_batch) if share % samples == 0]:
@@ -217,13 +210,9 @@ def cheaper(config: TrainConfig, model_config: MoVAConfig, micro_batch: int) -> 
         changes.append((f"--workers {workers}", {"workers": workers}, min(micro_batch, max(1, share // 2))))
     for text, settings, samples in changes:
         changed = replace(config, **settings)
-        saved = now - plan_memory(changed, model_config).needed(samples, _accumulates(changed, samples))
+        saved = now - plan_memory(changed, model_config).needed(samples)
         if saved > 0:
             yield text, saved
-
-
-def _accumulates(config: TrainConfig, micro_batch: int) -> bool:
-    return config.batch_size > config.workers * micro_batch
 
 
 def _parts(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,7 @@ train/test_parallel.py), because in training the adapter runs every expert, if n
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -181,15 +181,13 @@ class Parallel:
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    @contextlib.contextmanager
-    def _reduced(self, last: bool) -> Iterator[None]:
+    def _reduced(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """DDP reduces gradients at the last micro-batch of a step; FSDP2 at each, as until then every rank would hold them whole."""
+        if isinstance(self.wrapped, DistributedDataParallel) and not last:
+            return self.wrapped.no_sync()
         if isinstance(self.wrapped, FSDPModule):
-            self.wrapped.set_requires_gradient_sync(last)
-        elif isinstance(self.wrapped, DistributedDataParallel) and not last:
-            with self.wrapped.no_sync():
-                yield
-            return
-        yield
+            self.wrapped.set_requires_all_reduce(last)  # between the copies of HSDP: each rank then holds its share
+        return contextlib.nullcontext()
 
 
 def parallelize(

@@ -114,7 +114,7 @@ def test_a_plan_that_does_not_fit_names_the_two_cheapest_changes(mini):
     assert message.startswith(
         f"sft needs {found.needed(32) / 1e9:.1f} GB per GPU with 32 samples at once, and there are 2 x card"
     )
-    saved = (found.needed(32) - found.needed(16, accumulates=True)) / 1e9
+    saved = (found.needed(32) - found.needed(16)) / 1e9
     assert f"--micro-batch 16 saves {saved:.1f} GB, --precision bfloat16 saves" in message and "\n" not in message
     checkpointed = replace(config, precision="bfloat16", batch_size=2)
     options = [option for option, _ in cheaper(checkpointed, mini, 1)]
@@ -126,11 +126,11 @@ def test_a_plan_that_does_not_fit_names_the_two_cheapest_changes(mini):
 def test_the_micro_batch_that_fits_divides_the_share_of_a_worker(mini):
     config = TrainConfig(stage="sft", workers=2, batch_size=36, strategy="fsdp", precision="bfloat16", **PLACES)
     found = plan_memory(config, mini)
-    for memory in (found.needed(7, accumulates=True), found.needed(17), found.needed(18)):
+    for memory in (found.needed(7), found.needed(17), found.needed(18)):
         plan = plan_run(config, mini, gpus_of(memory), auto=True)
         assert plan["fits"] and plan["micro_batches"] * plan["micro_batch"] == 18
         larger = min((size for size in (1, 2, 3, 6, 9, 18) if size > plan["micro_batch"]), default=None)
-        assert larger is None or found.needed(larger, larger < 18) > memory
+        assert larger is None or found.needed(larger) > memory
         fits = plan["largest_micro_batch"]
         assert found.needed(fits) <= memory < found.needed(fits + 1)
     too_small = plan_run(config, mini, gpus_of(found.needed(1) - 1), auto=True)
@@ -156,11 +156,10 @@ def test_a_strategy_holds_what_it_should(mini):
 
     ddp, fsdp, copies = plan(), plan(strategy="fsdp"), plan(strategy="fsdp", shard_size=2)
     trained = sum(number for _, number in ddp.parts.values())
-    assert (ddp.gradients, ddp.moments, ddp.accumulated) == (4 * trained, 8 * trained, 0)
+    assert (ddp.gradients, ddp.moments) == (4 * trained, 8 * trained)
     assert fsdp.moments == pytest.approx(2 * trained, rel=0.05) and copies.moments == pytest.approx(
         4 * trained, rel=0.05
     )
-    assert fsdp.accumulated == 4 * trained, "until the last micro-batch gradients are whole"
     parts = plan(freeze=("base", "text", "llm")).parts
     assert parts["base"][1] == parts["text"][1] == parts["llm"][1] == 0 < parts["adapter"][1]
     router = plan(stage="router")
