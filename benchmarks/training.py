@@ -132,7 +132,7 @@ def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def _read_and_train(configs: Mapping[str, Any], seconds: float) -> dict[str, dict[str, float]]:
     from pipelines.train.flops import ModelFlops
-    from pipelines.train.parallel import parallelize
+    from pipelines.train.parallelize import parallelize
 
     sums = {side: {"seconds": 0.0, "tokens": 0.0, "flops": 0.0} for side in configs}
     runs = {side: open_run(config) for side, config in configs.items()}
@@ -163,7 +163,7 @@ def _step_and_experts(size: str, repeat: int) -> dict[str, Any]:
     from benchmarks.training_data import few_layers_model, one_layer_experts, sample_of
     from mova_core.experts.cost import count_flops, example, shapes_of
     from pipelines.train.flops import ModelFlops
-    from pipelines.train.parallel import parallelize
+    from pipelines.train.parallelize import parallelize
 
     model = few_layers_model(size)
     model.language_model.requires_grad_(False)  # stage 1

@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mova_core.config import MoVAConfig
 from pipelines.train.config import TrainConfig
 from pipelines.train.memory import plan_memory
-from pipelines.train.parallel import Parallel, parallelize
+from pipelines.train.parallel import Parallel
+from pipelines.train.parallelize import parallelize
 from tests.pipelines.train.test_parallel import PLACES, STATES, WORLD, Case, batch_of, state_bytes, tensors, tiny_model
 
 

@@ -41,7 +41,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from pipelines.train.config import TrainConfig
     from pipelines.train.flops import ModelFlops, peak_flops
     from pipelines.train.memory import plan_memory
-    from pipelines.train.parallel import parallelize
+    from pipelines.train.parallelize import parallelize
     from pipelines.train.stages import choose_parameters
 
     device, gpu = torch.device(args.device), args.device == "cuda"

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from mova_core.experts import Features
-from pipelines.train.parallel import layers
+from pipelines.train.parallelize import layers
 
 TEXT_LENGTH = 64  # tokens of the question that the gate reads; BERT's share of the memory is small at any length
 

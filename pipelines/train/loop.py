@@ -27,7 +27,8 @@ from pipelines.train.flops import ModelFlops, peak_flops
 from pipelines.train.index import DataSource, IndexedSamples
 from pipelines.train.meter import StepMeter
 from pipelines.train.out_of_memory import memory_advice
-from pipelines.train.parallel import Parallel, parallelize
+from pipelines.train.parallel import Parallel
+from pipelines.train.parallelize import parallelize
 from pipelines.train.profiler import step_profiler
 from pipelines.train.stages import LightRouting, choose_parameters
 from pipelines.train.trackers import logs_folder, open_log

@@ -24,7 +24,7 @@ from mova_core.model import MoVAForConditionalGeneration
 from pipelines.train.activations import Activations, measure_activations
 from pipelines.train.config import LABEL_STAGES, PARTS, TrainConfig, part_of
 from pipelines.train.gpus import Gpus
-from pipelines.train.parallel import layers
+from pipelines.train.parallelize import layers
 from pipelines.train.stages import choose_parameters
 
 # Share of the LLM's positions that predict a token of an answer. With 576 picture tokens it is 0.6 % for a VQA sample, 9 % for

@@ -36,6 +36,6 @@ def _message(config: TrainConfig, model_config: Any) -> str:
     text = f"{config.stage} ran out of GPU memory with {samples} sample{'s' if samples > 1 else ''} at once"
     if config.stage == "light-router" or config.strategy.startswith("zero"):  # neither has a plan
         return f"{text}: give a smaller --micro-batch or more --workers"
-    planned = plan_memory(config, model_config).needed(samples, share > samples) / 1e9
+    planned = plan_memory(config, model_config).needed(samples) / 1e9
     allocated = torch.cuda.max_memory_allocated() / 1e9
     return f"{text}: {planned:.1f} GB were planned and {allocated:.1f} GB allocated; {advice(config, model_config, samples)}"

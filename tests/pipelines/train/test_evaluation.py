@@ -16,7 +16,7 @@ from pipelines.train.batches import StageSamples
 from pipelines.train.config import TrainConfig
 from pipelines.train.data import check_data, held_out_config
 from pipelines.train.evaluation import HeldOut
-from pipelines.train.parallel import parallelize
+from pipelines.train.parallelize import parallelize
 from tests.pipelines.train.test_loop import loss_row_by_row, places  # noqa: F401  # a fixture
 
 

@@ -16,7 +16,7 @@ from pipelines.train.gpus import Gpus, find_gpus, parse_gpus
 from pipelines.train.memory import MemoryPlan, advice, cheaper, full_size, plan_memory, plan_run, refusal
 from pipelines.train.metrics import TrainingError
 from pipelines.train.out_of_memory import memory_advice
-from pipelines.train.parallel import parallelize
+from pipelines.train.parallelize import parallelize
 from pipelines.train.recipes import RECIPES, Recipe, Sizes
 from tests.pipelines.train.test_parallel import Case, batch_of, tensors, tiny_model
 

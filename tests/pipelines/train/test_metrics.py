@@ -17,7 +17,7 @@ from pipelines.train.config import TrainConfig
 from pipelines.train.flops import ModelFlops, peak_flops
 from pipelines.train.meter import StepMeter
 from pipelines.train.metrics import METRICS, MetricsFile, TrainingError, check_finite, read_metrics, summary
-from pipelines.train.parallel import parallelize
+from pipelines.train.parallelize import parallelize
 from tests.pipelines.train.test_parallel import Case, batch_of, tensors, tiny_model
 
 CONFIG = TrainConfig(stage="sft", model="m", data="d", store="s", output="o")

@@ -31,7 +31,8 @@ from pipelines.train.evaluation import HeldOut
 from pipelines.train.export import MODEL
 from pipelines.train.meter import StepMeter
 from pipelines.train.metrics import read_metrics
-from pipelines.train.parallel import Parallel, parallelize
+from pipelines.train.parallel import Parallel
+from pipelines.train.parallelize import parallelize
 from pipelines.train.stages import LightRouting, choose_parameters
 from tests.pipelines.train import interrupted
 from tests.pipelines.train.places import write_places

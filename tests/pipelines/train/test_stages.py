@@ -7,7 +7,7 @@ import torch
 
 from mova_core.model import MoVAForConditionalGeneration
 from pipelines.train.config import TrainConfig
-from pipelines.train.parallel import parallelize
+from pipelines.train.parallelize import parallelize
 from pipelines.train.stages import choose_parameters
 
 PLACES: dict[str, Any] = {"model": "m", "data": "d", "store": "s", "output": "o"}
