@@ -33,6 +33,7 @@ from mova_core.experts import BASE, Features, expert_card, expert_class
 from mova_core.processing import IGNORE
 from mova_core.routing.light_router import LightRouter
 
+LLM_LORA = "llm_lora"  # the peft adapter that tunes the LLM itself while it is trained
 ROUTING_LORA = "expert_routing_lora"  # the peft adapter's name, and its folder in a checkpoint
 LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")  # as peft names them
 
@@ -292,17 +293,43 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # The expert-routing LoRA: on for the routing pass, off for the answer.
 
     @property
+    def has_llm_lora(self) -> bool:
+        return LLM_LORA in getattr(self.language_model, "peft_config", {})
+
+    @property
     def has_routing_lora(self) -> bool:
         return ROUTING_LORA in getattr(self.language_model, "peft_config", {})
 
     def add_routing_lora(self, rank: int = 64, alpha: int = 128, dropout: float = 0.05) -> None:
         """Puts a fresh expert-routing LoRA on every linear layer of the LLM's blocks, off until `expert_routing()`."""
+        self._add_lora(ROUTING_LORA, rank, alpha, dropout)
+        self.language_model.disable_adapters()
+
+    def add_llm_lora(self, rank: int, alpha: int, dropout: float = 0.05) -> None:
+        """Puts a fresh LoRA on every linear layer of the LLM's blocks, on in every pass: to tune a frozen LLM.
+
+        It is of one training: `merge_llm_lora` adds it to the LLM's weights, and `save_pretrained` leaves it out.
+        """
+        self._add_lora(LLM_LORA, rank, alpha, dropout)
+        self.language_model.set_adapter(LLM_LORA)
+
+    def merge_llm_lora(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of this model with its `LLM_LORA` added to the weights beneath it (arXiv 2106.09685, equation 3)."""
+        merged = dict(weights)
+        lora = self.language_model.peft_config[LLM_LORA]
+        for name in [name for name in weights if f".lora_A.{LLM_LORA}." in name]:
+            down, up = merged.pop(name), merged.pop(name.replace(".lora_A.", ".lora_B."))
+            under = f"{name.partition('.lora_A.')[0]}.base_layer.weight"
+            change = lora.lora_alpha / lora.r * (up.float() @ down.float())
+            merged[under] = (merged[under].float() + change).to(merged[under].dtype)
+        return merged
+
+    def _add_lora(self, name: str, rank: int, alpha: int, dropout: float) -> None:
         lora = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        self.language_model.add_adapter(lora, adapter_name=ROUTING_LORA)
+        self.language_model.add_adapter(lora, adapter_name=name)
         self.language_model.train(self.training)  # its dropout comes in training mode
-        self.language_model.disable_adapters()
 
     @contextlib.contextmanager
     def expert_routing(self, rows: Sequence[bool] | None = None) -> Iterator[None]:
@@ -359,6 +386,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logging.getLogger("DeepSpeed").addFilter(_is_error)
         push = kwargs.pop("push_to_hub", False)
         state = kwargs.pop("state_dict", None) or self.state_dict()
+        state = {name: value for name, value in state.items() if f".{LLM_LORA}." not in name}
         lora = {name for name in state if "lora_" in name}
         plain = {name.replace(".base_layer.", "."): value for name, value in state.items() if name not in lora}
         super().save_pretrained(save_directory, state_dict=plain, **kwargs)

@@ -363,6 +363,14 @@ STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
     "sft": {
         **FEATURE_OPTIONS,
         **PART_OPTIONS,
+        "lora_rank": Annotated[
+            int,
+            typer.Option(
+                help="Train a LoRA of this rank in place of the LLM, and add it to the LLM at the end; 0: train the LLM.",
+                min=0,
+                rich_help_panel=TRAINING,
+            ),
+        ],
         "routing_samples": Annotated[
             int,
             typer.Option(
@@ -397,6 +405,7 @@ def option_defaults(stage: Stage) -> dict[str, Any]:
     own = {
         "learning_rate": STAGES[stage].learning_rate,
         "batch_size": STAGES[stage].batch_size,
+        "lora_rank": STAGES[stage].lora_rank,
         "fingerprints": None,
         "mix": None,
         "store": None,

@@ -124,7 +124,7 @@ def _train_and_evaluate(config: DemoConfig, root: Path, data: DemoData, stages: 
             seed=config.seed,
             checkpoint_every="100",
             workers=config.workers,
-            lora_rank=16,
+            lora_rank=16 if stage == "router" else 0,
             shuffle_pool=False,  # the small LLM reads letters, not descriptions
             unlabelled="random",  # the model that labels has seen every expert alone
         )

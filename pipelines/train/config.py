@@ -37,11 +37,13 @@ class StageDefaults:
         summary: one line for the command's help.
         learning_rate: peak of the cosine schedule.
         batch_size: samples per optimizer step, over all workers.
+        lora_rank: of the stage's LoRA; 0: none.
     """
 
     summary: str
     learning_rate: float
     batch_size: int
+    lora_rank: int = 0
 
 
 # Learning rates and batch sizes of pretrain and sft are the paper's (arXiv 2404.13046, implementation details of its
@@ -61,6 +63,7 @@ STAGES: dict[Stage, StageDefaults] = {
         summary="Train the expert-routing LoRA on routing labels (see `mova label`).",
         learning_rate=2e-4,
         batch_size=128,
+        lora_rank=64,
     ),
     "light-router": StageDefaults(
         summary="Train the light router (`mova ask --router light`) on routing labels; fixed pool, no LLM pass.",
@@ -119,7 +122,8 @@ class TrainConfig(DataArgs):
         shared_output: the folder of `output` is one that all nodes of the cluster see.
         gpu: one GPU per worker, else one CPU.
         loader_processes: reading processes per worker; 0 reads ahead in a thread.
-        lora_rank: rank of the expert-routing LoRA (stage router).
+        lora_rank: rank of the expert-routing LoRA (stage router, default 64); or, in sft, of a LoRA that is trained in place of the
+            LLM and added to it at the end (default 0: the LLM itself is trained).
         shuffle_pool: model-pool augmentation of routing samples, section 3.3 of the paper (stages router, sft).
         fingerprints: expert -> the fingerprint whose features to read, where the store has several.
     """
@@ -160,7 +164,7 @@ class TrainConfig(DataArgs):
     shared_output: bool = False
     gpu: bool = False
     loader_processes: int = 0
-    lora_rank: int = 64
+    lora_rank: int = None  # type: ignore[assignment]  # as learning_rate
     shuffle_pool: bool = True
     fingerprints: dict[str, str] = field(default_factory=dict)
 
@@ -186,7 +190,7 @@ class TrainConfig(DataArgs):
         if self.eval_data is not None:
             object.__setattr__(self, "eval_data", absolute(self.eval_data))
         object.__setattr__(self, "mix", {absolute(path): weight for path, weight in self.mix.items()})
-        for name in ("learning_rate", "batch_size"):
+        for name in ("learning_rate", "batch_size", "lora_rank"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(STAGES[self.stage], name))
         if self.checkpoint_activations is None:

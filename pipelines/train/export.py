@@ -15,6 +15,8 @@ def write_model(folder: str, model: MoVAForConditionalGeneration, start: str, pa
     """
     weights = parallel.full_weights(model)
     if parallel.rank == 0:
+        if model.has_llm_lora:
+            weights = model.merge_llm_lora(weights)
         with atomic_path(folder) as draft:
             model.save_pretrained(draft, state_dict=weights)
             MoVAProcessor.from_pretrained(start).save_pretrained(draft)

@@ -138,6 +138,22 @@ def llava_sft() -> Recipe:
     return Recipe(stage="sft", summary=summary, samples=667_298, gpus=gpus, settings=settings, llm=VICUNA_7B)
 
 
+def lora(llm: Sizes) -> Recipe:
+    """A second stage for one card: the adapter and a LoRA of the LLM learn, as LLaVA's script for its LoRA has it."""
+    settings = common() | {
+        "learning_rate": Setting(2e-4, LLAVA),
+        "part_rates": Setting({"adapter": 2e-5}, LLAVA),
+        "batch_size": Setting(128, LLAVA),
+        "epochs": Setting(1.0, LLAVA),
+        "lora_rank": Setting(128, LLAVA),
+        "freeze": Setting(("base", "text"), OURS),
+        "routing_samples": Setting(2000, PAPER),
+        "group_by_length": Setting(True, LLAVA),
+    }
+    summary = "one card: the adapter and a LoRA of the LLM learn, on LLaVA-665K"
+    return Recipe(stage="sft", summary=summary, samples=667_298, gpus=_a100(1, OURS), settings=settings, llm=llm)
+
+
 def _a100(count: int, source: str) -> Setting:
     return Setting(f"{count}xA100-80G", source)
 
@@ -157,4 +173,6 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "qwen3-32b/sft": lambda: sft(QWEN3_32B, _a100(64, OURS), **_SLOW_BASE),
     "llava-665k/pretrain": llava_pretrain,
     "llava-665k/sft": llava_sft,
+    "llama3-8b/lora": lambda: lora(LLAMA3_8B),
+    "qwen3-8b/lora": lambda: lora(QWEN3_8B),
 }

@@ -35,6 +35,8 @@ def check_settings(config: TrainConfig) -> None:
         raise DataError(f"--features {config.features} computes in the worker's process: leave --loader-processes at 0")
     if config.features != "store" and config.stage in LABEL_STAGES:
         raise DataError(f"--features: the stage {config.stage} reads no features")
+    if config.stage == "sft" and config.lora_rank and "llm" in config.freeze:
+        raise DataError("--lora-rank trains in place of the LLM, --freeze llm trains nothing of it: give one of them")
     if config.routing_samples and config.stage != "sft":
         raise DataError(f"--routing-samples are mixed into sft; the stage {config.stage} has none")
     if config.routing_samples and Path(config.model, ROUTING_LORA_FOLDER).exists():

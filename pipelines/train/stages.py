@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from mova_core.model import MoVAForConditionalGeneration
+from mova_core.model import LLM_LORA, MoVAForConditionalGeneration
 from pipelines.train.config import TrainConfig, part_of
 
 
@@ -16,9 +16,12 @@ def choose_parameters(model: MoVAForConditionalGeneration, config: TrainConfig) 
         if not model.has_routing_lora:
             model.add_routing_lora(rank=config.lora_rank, alpha=2 * config.lora_rank)
         model.language_model.enable_adapters()
+    tuned = config.stage == "sft" and config.lora_rank > 0
+    if tuned:
+        model.add_llm_lora(rank=config.lora_rank, alpha=2 * config.lora_rank)
     if config.stage == "light-router" and model.light_router is None:
         model.add_light_router()
-    frozen = {*config.freeze, *(["llm"] if config.stage == "pretrain" else [])}
+    frozen = {*config.freeze, *(["llm"] if config.stage == "pretrain" or tuned else [])}
     if "text" in frozen:
         # As in a model whose own config freezes it: no dropout and no graph in the text encoder. What is saved keeps its setting.
         model.adapter.config = dataclasses.replace(model.adapter.config, freeze_text_encoder=True)
@@ -26,7 +29,7 @@ def choose_parameters(model: MoVAForConditionalGeneration, config: TrainConfig) 
         frozen.add("text")
     for name, parameter in model.named_parameters():
         lora, light = "lora_" in name, name.startswith("light_router.")
-        of_answers = not (lora or light or part_of(name) in frozen)
+        of_answers = f".{LLM_LORA}." in name or not (lora or light or part_of(name) in frozen)
         learns = {"pretrain": of_answers, "sft": of_answers, "router": lora, "light-router": light}
         parameter.requires_grad_(learns[config.stage])
 

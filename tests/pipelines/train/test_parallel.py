@@ -184,7 +184,9 @@ def changed(
 ) -> tuple[list[str], list[float]]:
     """The tensors of the weights that two steps of a stage change, and the steps' losses."""
     model = tiny_model(frozen=False)
-    choose_parameters(model, TrainConfig(stage=stage, lora_rank=4, freeze=FROZEN.get(stage, ()), **PLACES))
+    choose_parameters(
+        model, TrainConfig(stage=stage, lora_rank=4 * (stage == "router"), freeze=FROZEN.get(stage, ()), **PLACES)
+    )
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     parallel = parallelize(
         LightRouting(model).train() if stage == "light-router" else model,
@@ -212,7 +214,7 @@ def changed(
 def declared(stage: Stage) -> list[str]:
     """The tensors that a stage shall change."""
     model = tiny_model(frozen=False)
-    choose_parameters(model, TrainConfig(stage=stage, lora_rank=4, **PLACES))
+    choose_parameters(model, TrainConfig(stage=stage, lora_rank=4 * (stage == "router"), **PLACES))
     parts = {
         "pretrain": ("adapter.", "base_encoder."),
         "sft": ("adapter.", "language_model."),  # and the base encoder stays, as `FROZEN` says

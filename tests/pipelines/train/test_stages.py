@@ -7,6 +7,7 @@ import torch
 
 from mova_core.model import MoVAForConditionalGeneration
 from pipelines.train.config import TrainConfig
+from pipelines.train.export import write_model
 from pipelines.train.parallelize import parallelize
 from pipelines.train.stages import choose_parameters
 
@@ -25,7 +26,7 @@ PLACES: dict[str, Any] = {"model": "m", "data": "d", "store": "s", "output": "o"
 def test_a_stage_trains_whole_parts_and_nothing_else(mini_folder, stage, parts):
     model = MoVAForConditionalGeneration.from_pretrained(mini_folder)
     before = {name for name, _ in model.named_parameters()}
-    choose_parameters(model, TrainConfig(stage=stage, lora_rank=4, **PLACES))
+    choose_parameters(model, TrainConfig(stage=stage, lora_rank=4 * (stage == "router"), **PLACES))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.partition(".")[0] for name in trained} == parts
     if stage == "router":
@@ -74,3 +75,24 @@ def test_a_parameter_without_a_gradient_stops_the_first_step():
         parallelize(learner, learning_rate=1e-3).backward(batch, torch.tensor(1))
     learner.unused.requires_grad_(False)
     assert float(parallelize(learner, learning_rate=1e-3).backward(batch, torch.tensor(1)))
+
+
+def test_a_lora_of_the_llm_learns_in_its_place_and_is_added_to_it(mini_folder, tmp_path):
+    model = MoVAForConditionalGeneration.from_pretrained(mini_folder)
+    names = {name for name, _ in model.named_parameters()}
+    choose_parameters(model, TrainConfig(stage="sft", lora_rank=4, **PLACES))
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_llm = {name for name in learning if name.startswith("language_model.")}
+    assert of_llm and all(".llm_lora." in name for name in of_llm)
+    assert learning - of_llm == {name for name in names if not name.startswith("language_model.")}
+    for name in of_llm:
+        if ".lora_B." in name:  # else it changes nothing yet
+            torch.nn.init.normal_(model.get_parameter(name), std=0.05)
+    ids = torch.arange(5, 25)[None]
+    before = MoVAForConditionalGeneration.from_pretrained(mini_folder)(input_ids=ids).logits
+    tuned = model.eval()(input_ids=ids).logits
+    write_model(str(tmp_path / "model"), model, str(mini_folder), parallelize(model, learning_rate=1e-3))
+    again = MoVAForConditionalGeneration.from_pretrained(tmp_path / "model")
+    assert not again.has_llm_lora and {name for name, _ in again.named_parameters()} == names
+    torch.testing.assert_close(again(input_ids=ids).logits, tuned, atol=1e-5, rtol=1e-4)
+    assert (tuned - before).abs().max() > 1e-2
