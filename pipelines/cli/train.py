@@ -358,6 +358,12 @@ FEATURE_OPTIONS: dict[str, Any] = {
     ],
     "weights": Weights,
 }
+SHUFFLE_POOL = Annotated[
+    bool,
+    typer.Option(
+        help="Shuffle, cut and reword the pool in routing prompts (model-pool augmentation).", rich_help_panel=TRAINING
+    ),
+]
 STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
     "pretrain": FEATURE_OPTIONS | PART_OPTIONS,
     "sft": {
@@ -379,18 +385,13 @@ STAGE_OPTIONS: dict[Stage, dict[str, Any]] = {
                 rich_help_panel=TRAINING,
             ),
         ],
+        "shuffle_pool": SHUFFLE_POOL,
     },
     "router": {
         "lora_rank": Annotated[
             int, typer.Option(help="Rank of the expert-routing LoRA.", min=1, rich_help_panel=TRAINING)
         ],
-        "shuffle_pool": Annotated[
-            bool,
-            typer.Option(
-                help="Shuffle, cut and reword the pool in the prompt (model-pool augmentation).",
-                rich_help_panel=TRAINING,
-            ),
-        ],
+        "shuffle_pool": SHUFFLE_POOL,
     },
 }
 

@@ -51,7 +51,7 @@ def test_options_of_one_stage_stand_only_there():
         for stage in ("pretrain", "sft", "router", "light-router")
     }
     for stage, text in shown.items():
-        assert ("--lora-rank" in text) == ("--shuffle-pool" in text) == (stage == "router")
+        assert ("--lora-rank" in text) == ("--shuffle-pool" in text) == (stage in ("router", "sft"))
     assert "default: 1024" in shown["pretrain"] and "default: 0.001;" in shown["light-router"]
 
 
