@@ -103,29 +103,7 @@ def train(
     if resumed_from := read_state(str(run_folder)).steps or None:
         tqdm.write(f"{config.stage}: resumes at step {resumed_from} of {steps}", file=sys.stderr)
     with follow_progress(config.stage, "steps", progress) as reporter:
-        workers: Any = (config.min_workers, config.workers) if config.min_workers else config.workers
-        trainer = TorchTrainer(
-            train_worker,
-            train_loop_config={
-                "config": asdict(config),
-                "rows": ray.put(data.rows),  # one copy per node, which all its processes read
-                "sources": [asdict(source) for source in data.sources],
-                "held_out": data.held_out and (ray.put(data.held_out.rows), list(map(asdict, data.held_out.sources))),
-                "run_folder": str(run_folder),
-                "progress": reporter,
-                # Of a cluster that `ray_session` started no node is preempted, and nobody watches them.
-                "preemptible": os.environ.get(WATCHER) != "0",
-            },
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
-            ),
-            # The checkpoints are our own (`Checkpoints`): Ray Train only starts the workers anew.
-            run_config=ray.train.RunConfig(
-                name=run_folder.name,
-                storage_path=str(storage),
-                failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            ),
-        )
+        trainer = _trainer(config, data, run_folder, reporter)
         try:
             fit(trainer, reporter, run_folder)
         finally:
@@ -136,20 +114,8 @@ def train(
     if not (run_folder / MODEL).exists():
         raise KeyboardInterrupt(_where(run_folder))
     metrics = read_state(str(run_folder)).metrics
-    # The folder is replaced as a whole: nothing of an older model may stay, its LoRA least of all.
-    with atomic_path(config.output) as draft:
-        shutil.copytree(run_folder / MODEL, draft)
-        shutil.copyfile(run_folder / METRICS, draft / METRICS)
-    shutil.rmtree(storage, ignore_errors=True)
-    if cut_off := metrics.get("cut_off"):
-        tqdm.write(
-            f"{cut_off} samples taught nothing: --max-length {config.max_length} cut off their answer", file=sys.stderr
-        )
-    report_failed("sample", "cannot be used", metrics.get("failed", ()))
-    if metrics.get("loss") is None:
-        tqdm.write(
-            f"{config.stage}: the last losses were no finite numbers; the model may be of no use", file=sys.stderr
-        )
+    _publish(config, run_folder)
+    _tell(config, metrics)
     return {
         "stage": config.stage,
         "samples": len(data.rows),
@@ -161,6 +127,54 @@ def train(
         "resumed_from": resumed_from,
         **{key: metrics[key] for key in ("steps", "loss", "cut_off", "failed", "best_step") if key in metrics},
     }
+
+
+def _trainer(config: TrainConfig, data: TrainingData, run_folder: Path, reporter: ProgressReporter) -> TorchTrainer:
+    workers: Any = (config.min_workers, config.workers) if config.min_workers else config.workers
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": asdict(config),
+            "rows": ray.put(data.rows),  # one copy per node, which all its processes read
+            "sources": [asdict(source) for source in data.sources],
+            "held_out": data.held_out and (ray.put(data.held_out.rows), list(map(asdict, data.held_out.sources))),
+            "run_folder": str(run_folder),
+            "progress": reporter,
+            # Of a cluster that `ray_session` started no node is preempted, and nobody watches them.
+            "preemptible": os.environ.get(WATCHER) != "0",
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=config.gpu, resources_per_worker=None if config.gpu else {"CPU": 1}
+        ),
+        # The checkpoints are our own (`Checkpoints`): Ray Train only starts the workers anew.
+        run_config=ray.train.RunConfig(
+            name=run_folder.name,
+            storage_path=str(run_folder.parent),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+
+
+def _publish(config: TrainConfig, run_folder: Path) -> None:
+    """Moves the finished model and its lines to the output, and deletes the run's checkpoints."""
+    # The folder is replaced as a whole: nothing of an older model may stay, its LoRA least of all.
+    with atomic_path(config.output) as draft:
+        shutil.copytree(run_folder / MODEL, draft)
+        shutil.copyfile(run_folder / METRICS, draft / METRICS)
+    shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
+
+
+def _tell(config: TrainConfig, metrics: dict[str, Any]) -> None:
+    """Writes to stderr what a user should know of a finished run."""
+    if cut_off := metrics.get("cut_off"):
+        tqdm.write(
+            f"{cut_off} samples taught nothing: --max-length {config.max_length} cut off their answer", file=sys.stderr
+        )
+    report_failed("sample", "cannot be used", metrics.get("failed", ()))
+    if metrics.get("loss") is None:
+        tqdm.write(
+            f"{config.stage}: the last losses were no finite numbers; the model may be of no use", file=sys.stderr
+        )
 
 
 def _keep_inputs(config: TrainConfig) -> None:

@@ -15,7 +15,8 @@ from mova_core.features import FeatureStore
 from pipelines.cli.main import app
 from pipelines.cli.options import NameValue, by_expert, cost_number, expert_settings, name_value
 from pipelines.cli.paths import path_or_url
-from pipelines.cli.train import OPTIONS, STAGE_OPTIONS, option_defaults, train_config
+from pipelines.cli.train import option_defaults, train_config
+from pipelines.cli.train_options import OPTIONS, STAGE_OPTIONS
 from pipelines.train.config import STAGES, TrainConfig
 from tests.pipelines.cli.json_page import check
 

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from mova_core.data import DataError
-from pipelines.cli.train import worker_range
+from pipelines.cli.train_options import worker_range
 from pipelines.train.config import LABEL_STAGES, STAGES, Stage, TrainConfig, parse_interval
 
 PLACES: dict[str, Any] = {"model": "model", "data": "data.json", "store": "store", "output": "out"}
