@@ -10,11 +10,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from mova_core.adapter import MoVAdapterBlock
+from pipelines.train.config import Precision
+from pipelines.train.parallel import Parallel
+
+# Without a GPU DeepSpeed warns when it is imported, and on stdout, where results stand.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -24,13 +35,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
     set_z3_leaf_modules,
 )
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
-
-from mova_core.adapter import MoVAdapterBlock
-from pipelines.train.config import Precision
-from pipelines.train.parallel import Parallel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch names them
 
