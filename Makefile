@@ -39,7 +39,7 @@ docs: $(STAMP)  ## the documents with their API reference, as a site in .site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(STAMP)  ## the benchmarks, ratios side by side
-	@for script in adapter experts model placement precompute store; do echo "== benchmarks/$$script.py"; $(BIN)/python benchmarks/$$script.py || exit 1; done
+	@for script in adapter experts model placement precompute store training; do echo "== benchmarks/$$script.py"; $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 gpu:  ## the GPU tests and benchmarks, in parts of under nine minutes; uses PYTHON, which needs torch and no Ray
 	$(PYTHON) benchmarks/gpu.py
