@@ -25,6 +25,8 @@ def run(script: str, home: Path) -> tuple[str, str]:
 IMPORT_EVERYTHING = """
 import logging, os, pkgutil, warnings
 import ray, ray.data, ray.serve, ray.train, torch, transformers, timm, peft, PIL.Image, fsspec, typer, matplotlib.pyplot  # set theirs
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)  # it warns where there is no GPU
+import deepspeed
 def state():
     names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in ("ray", "transformers", "PIL")]
     return dict(os.environ), list(warnings.filters), {name: logging.getLogger(name).level for name in names}
