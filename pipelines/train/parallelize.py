@@ -56,8 +56,8 @@ def parallelize(
         from pipelines.train.parallel_zero import zero_parallel
 
         return zero_parallel(learner, _adamw(learner, *rates), int(strategy[-1]), precision, device)
-    if not dist.is_initialized():
-        wrapped = learner
+    if not dist.is_initialized() or (strategy == "ddp" and dist.get_world_size() == 1):
+        wrapped = learner  # DDP would copy every gradient to reduce it with nobody
     elif strategy == "ddp":
         wrapped = DistributedDataParallel(learner, device_ids=[device.index] if device.type == "cuda" else None)
     else:
