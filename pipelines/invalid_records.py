@@ -10,7 +10,15 @@ from tqdm import tqdm
 from mova_core.data import DataError, Sample, iterate_samples
 from pipelines.data_args import BadRows
 
-__all__ = ["BadRows", "read_valid_samples", "report_failed", "report_left_out", "report_skipped"]
+__all__ = [
+    "BadRows",
+    "no_usable_record",
+    "on_invalid",
+    "read_valid_samples",
+    "report_failed",
+    "report_left_out",
+    "report_skipped",
+]
 
 SHOWN = 5  # invalid records reported in full
 
@@ -33,12 +41,7 @@ def read_valid_samples(
         DataError: an invalid record with "raise"; a file without a valid record.
     """
     errors: list[DataError] = []
-
-    def invalid(error: DataError) -> None:
-        if bad_rows == "raise":
-            raise DataError(f"{error} (--bad-rows skip leaves such records out)")
-        errors.append(error)
-
+    invalid = on_invalid(bad_rows, errors)
     samples = []
     for sample in iterate_samples(path, images, invalid, pool):
         try:
@@ -52,6 +55,25 @@ def read_valid_samples(
         reason = f"no usable record, the first error: {errors[0]}" if errors else "no record"
         raise DataError(f"{path} holds {reason}: give a LLaVA JSON array or one JSON object per line")
     return samples, [str(error) for error in errors]
+
+
+def on_invalid(bad_rows: BadRows, errors: list[DataError]) -> Callable[[DataError], None]:
+    """What to do with the error of an invalid record: end with it, or collect it in `errors`."""
+
+    def invalid(error: DataError) -> None:
+        if bad_rows == "raise":
+            raise DataError(f"{error} (--bad-rows skip leaves such records out)")
+        errors.append(error)
+
+    return invalid
+
+
+def no_usable_record(files: str, left_out: Mapping[str, tuple[int, str]]) -> DataError:
+    """The error of data of which every record is left out; `left_out` as `report_left_out` takes it."""
+    reasons = ", ".join(f"{reason}: {number}" for reason, (number, _) in left_out.items())
+    first = next((where for _, where in left_out.values()), "")
+    fix = ": check --images, the folder of the pictures" if "picture cannot be read" in left_out else ""
+    return DataError(f"{files} holds no usable record ({reasons}; the first: {first}){fix}")
 
 
 def report_skipped(skipped: Sequence[str]) -> None:

@@ -3,8 +3,9 @@
 The command line calls these checks first: torch and Ray take 10 to 30 s to start, an invalid record is found in one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mova_core.data import IMAGE_MARK, DataError, Sample, split_usable
@@ -13,7 +14,7 @@ from mova_core.io.filesystem import ReadError
 from mova_core.io.read import file_version
 from mova_core.io.uris import absolute, local_path
 from pipelines.data_args import DataArgs
-from pipelines.invalid_records import read_valid_samples, report_left_out, report_skipped
+from pipelines.invalid_records import no_usable_record, read_valid_samples, report_left_out, report_skipped
 from pipelines.model_config import read_model_config
 from pipelines.pictures import missing_files
 
@@ -55,17 +56,17 @@ class ReadData:
 
     def require_samples(self, path: str) -> None:
         """Raises DataError, which says why each record of the file is left out, where none can be used."""
-        if self.samples:
-            return
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in self.counts().items())
-        first = next(iter(self.left_out.values()))[0]
-        fix = ": check --images, the folder of the pictures" if "picture cannot be read" in self.left_out else ""
-        raise DataError(f"{path} holds no usable record ({reasons}; the first: {first.where}){fix}")
+        if not self.samples:
+            raise no_usable_record(path, self.told())
+
+    def told(self) -> dict[str, tuple[int, str]]:
+        """Reason -> number of samples left out, and where the first one stands."""
+        return {reason: (len(samples), samples[0].where) for reason, samples in self.left_out.items()}
 
     def report(self) -> None:
         """Writes to stderr what was skipped and left out."""
         report_skipped(self.skipped)
-        report_left_out({reason: (len(samples), samples[0].where) for reason, samples in self.left_out.items()})
+        report_left_out(self.told())
 
 
 def read_pool(model: str) -> list[dict[str, Any]]:
@@ -116,12 +117,10 @@ def read_data(args: DataArgs, *, fingerprints: Mapping[str, str] | None = None) 
     """
     store, names = open_store(args, fingerprints)
 
-    def check(sample: Sample) -> None:
-        if unknown := sorted(set(sample.routing or ()) - set(names)):
-            raise DataError(f"{sample.where}: `routing` names {', '.join(unknown)}; the model has {', '.join(names)}")
-
     version = version_of(args.data)
-    valid, skipped = read_valid_samples(args.data, args.images, args.bad_rows, check, names)
+    valid, skipped = read_valid_samples(
+        args.data, args.images, args.bad_rows, partial(check_routing, pool=names), names
+    )
     samples, left_out = split_usable(valid, store.quarantined())
     data = ReadData(samples=samples, left_out=left_out, skipped=skipped, pool=names, version=version)
     missing = missing_files({path for sample in samples for path in picture_paths(sample)})
@@ -130,6 +129,12 @@ def read_data(args: DataArgs, *, fingerprints: Mapping[str, str] | None = None) 
     data.leave_out(NO_ANSWER, lambda sample: problem_of(sample) == NO_ANSWER)
     data.require_samples(args.data)
     return data, store
+
+
+def check_routing(sample: Sample, pool: Sequence[str]) -> None:
+    """Raises DataError for a label that names an expert which the model does not have."""
+    if unknown := sorted(set(sample.routing or ()) - set(pool)):
+        raise DataError(f"{sample.where}: `routing` names {', '.join(unknown)}; the model has {', '.join(pool)}")
 
 
 def check_unchanged(path: str, version: str | None) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from mova_core.data import DataError, quarantine_check
 from mova_core.features import FeatureStore, MissingFeatures
 from mova_core.io.uris import absolute, local_path
-from pipelines.invalid_records import report_left_out, report_skipped
+from pipelines.invalid_records import no_usable_record, on_invalid, report_left_out, report_skipped
 from pipelines.pictures import missing_files
 from pipelines.read_data import check_unchanged, open_store, read_pool, version_of
 from pipelines.train.config import LABEL_STAGES, TrainConfig
@@ -200,13 +200,9 @@ def _usable(data: TrainingData, number: int, is_quarantined: Callable[[str], boo
         DataError: an invalid record, unless invalid records are to be skipped.
     """
     config, source = data.config, data.sources[number]
-
-    def invalid(error: DataError) -> None:
-        if config.bad_rows == "raise":
-            raise DataError(f"{error} (--bad-rows skip leaves such records out)")
-        data.skipped.append(str(error))
-
-    index = SampleIndex(source, data.pool, invalid)
+    errors: list[DataError] = []
+    index = SampleIndex(source, data.pool, on_invalid(config.bad_rows, errors))
+    data.skipped += map(str, errors)
     rows = np.zeros(len(index), ROW)
     can_route, used = np.zeros(len(index), bool), np.zeros(len(index), bool)
     found = _Usable(rows=rows, can_route=can_route)
@@ -278,11 +274,9 @@ def _check_samples(data: TrainingData, usable: Sequence[_Usable]) -> None:
             "give the file it writes, or choose --unlabelled random (0 to 3 experts by chance, for the model that labels) or "
             "--unlabelled none (no expert)"
         )
-    reasons = ", ".join(f"{reason}: {number}" for reason, number in data.counts().items())
     if not len(data.rows):
-        first = next(iter(data.left_out.values()))[1] if data.left_out else ""
-        fix = ": check --images, the folder of the pictures" if "picture cannot be read" in data.left_out else ""
-        raise DataError(f"{files} holds no usable record ({reasons}; the first: {first}){fix}")
+        raise no_usable_record(files, data.left_out)
+    reasons = ", ".join(f"{reason}: {number}" for reason, number in data.counts().items())
     if len(data.rows) < config.batch_size:
         raise DataError(
             f"{files} holds {len(data.rows)} usable samples{f' (left out: {reasons})' if reasons else ''}, "

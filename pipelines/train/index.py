@@ -23,7 +23,7 @@ from mova_core.io.atomic import atomic_path
 from mova_core.io.cache import cache_folder, private_folder
 from mova_core.io.uris import parent
 from mova_core.records import Position, RecordFile, read_records
-from pipelines.read_data import problem_of
+from pipelines.read_data import check_routing, problem_of
 
 VERSION = 1  # of the columns below and of what decides them
 ROW_GROUP = 1 << 16
@@ -161,8 +161,7 @@ def _index_rows(
     for position, record in read_records(source.path, refuse):
         try:
             sample = sample_of(record, source.images or parent(source.path), position, pool)
-            if unknown := sorted(set(sample.routing or ()) - set(pool)):
-                raise DataError(f"{position}: `routing` names {', '.join(unknown)}; the model has {', '.join(pool)}")
+            check_routing(sample, pool)
         except DataError as error:
             refuse(error)
             continue
