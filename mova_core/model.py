@@ -382,8 +382,7 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """The model in transformers' form; the expert-routing LoRA beside it in peft's, so the LLM's weights stay plain."""
-        # accelerate imports DeepSpeed in here where that is installed; without a GPU DeepSpeed then warns on stdout.
-        logging.getLogger("DeepSpeed").addFilter(_is_error)
+        quiet_deepspeed()  # accelerate imports it in here where it is installed
         push = kwargs.pop("push_to_hub", False)
         state = kwargs.pop("state_dict", None) or self.state_dict()
         state = {name: value for name, value in state.items() if f".{LLM_LORA}." not in name}
@@ -429,6 +428,11 @@ class MoVAForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model.language_model.load_adapter(str(folder), adapter_name=ROUTING_LORA)
             model.language_model.disable_adapters()
         return loaded
+
+
+def quiet_deepspeed() -> None:
+    """Keeps DeepSpeed's warnings off stdout, where results stand: without a GPU it warns there when it is imported."""
+    logging.getLogger("DeepSpeed").addFilter(_is_error)  # the same filter is added once
 
 
 def _is_error(record: logging.LogRecord) -> bool:

@@ -4,7 +4,6 @@ ZeRO-2 divides gradients and moments among the ranks, ZeRO-3 parameters too. Not
 """
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from mova_core.adapter import MoVAdapterBlock
+from mova_core.model import quiet_deepspeed
 from pipelines.train.config import Precision
 from pipelines.train.parallel import Parallel
 
-# Without a GPU DeepSpeed warns when it is imported, and on stdout, where results stand.
-logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+quiet_deepspeed()
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
@@ -170,7 +169,6 @@ def zero_parallel(
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else DeepSpeed compiles a C++ communicator for shared memory
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # the device's number, as DeepSpeed reads it
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # The engine rounds all weights and makes its float32 master weights of these.
     whole = {name: value.detach().cpu().clone() for name, value in learner.named_parameters()} if half else {}
     engine, *_ = deepspeed.initialize(model=learner, optimizer=optimizer, config=settings, dist_init_required=False)
