@@ -174,9 +174,19 @@ class TrainConfig(DataArgs):
         return tuple(filter(None, (self.model, self.data, *self.mix, self.eval_data, self.store, self.images)))
 
     @property
+    def share(self) -> int:
+        """Samples of a step that a worker computes, at most."""
+        return ceil(self.batch_size / self.workers)
+
+    @property
+    def at_once(self) -> int:
+        """Samples that a worker computes at once, at most."""
+        return min(self.micro_batch or self.share, self.share)
+
+    @property
     def micro_batches(self) -> int:
         """Into how many parts every worker's share of a batch is divided."""
-        return ceil(ceil(self.batch_size / self.workers) / self.micro_batch) if self.micro_batch else 1
+        return ceil(self.share / self.at_once)
 
     @property
     def checkpoint_interval(self) -> tuple[int | None, float | None]:

@@ -27,11 +27,10 @@ class HeldOut:
     Args:
         samples: held-out samples; its processor must serve no other thread meanwhile.
         size: samples that a rank computes at once.
-        rank: of this process.
     """
 
-    def __init__(self, samples: Samples, parallel: Parallel, *, size: int, rank: int):
-        self.samples, self.parallel, self.size, self.rank = samples, parallel, size, rank
+    def __init__(self, samples: Samples, parallel: Parallel, *, size: int):
+        self.samples, self.parallel, self.size = samples, parallel, size
 
     @torch.no_grad()
     def loss(self) -> float | None:
@@ -60,9 +59,9 @@ class HeldOut:
         All ranks need the same number of forward passes, so a rank without a sample in the last round computes one that does
         not count.
         """
-        count, world = len(self.samples), self.parallel.world
+        count, world, rank = len(self.samples), self.parallel.world, self.parallel.rank
         shares = [
-            list(range(begin + self.rank, min(begin + self.size * world, count), world))
+            list(range(begin + rank, min(begin + self.size * world, count), world))
             for begin in range(0, count, self.size * world)
         ]
         with ThreadPoolExecutor(1, thread_name_prefix="mova-held-out") as thread:

@@ -22,12 +22,12 @@ def stored_base(store: FeatureStore | None, model: MoVAForConditionalGeneration)
     """
     if store is None or any(parameter.requires_grad for parameter in model.base_encoder.parameters()):
         return None
-    for fingerprint in store.experts().get(BASE, ()):
-        partition = store.partition(BASE, fingerprint)
-        # The dtype that the features were computed in is part of their weights' hash; a store may narrow it again.
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            described = copy.deepcopy(model.base_encoder).to(dtype).describe()
-            if fingerprint_of(described | {"dtype": partition.description["dtype"]}) == fingerprint:
+    partitions = [store.partition(BASE, fingerprint) for fingerprint in store.experts().get(BASE, ())]
+    # The dtype that features were computed in is part of their weights' hash; a store may narrow it again.
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if partitions else ():
+        described = copy.deepcopy(model.base_encoder).to(dtype).describe()
+        for partition in partitions:
+            if fingerprint_of(described | {"dtype": partition.description["dtype"]}) == partition.fingerprint:
                 return partition
     return None
 

@@ -213,7 +213,6 @@ class _Rank:
             self.model,
             sources=[*(source.name for source in samples.sources), "routing"],
             where=samples.where,
-            rank=self.rank,
             flops=ModelFlops(self.model, light=self.config.stage == "light-router"),
             peak=peak_flops(self.device, self.config.precision),
         )
@@ -250,9 +249,8 @@ def _held_out(
     """The held-out samples of a run that has some."""
     if chosen is None:
         return None
-    size = config.micro_batch or config.batch_size // config.workers
-    config = held_out_config(config)
+    size, config = config.at_once, held_out_config(config)
     samples, _ = _chosen(config, *chosen)
     processor = MoVAProcessor.from_pretrained(config.model)  # of its own thread, as a fast tokenizer allows no two
     reader = StageSamples(config, samples, features, processor, model.config.pool)
-    return HeldOut(reader, parallel, size=size, rank=parallel.rank)
+    return HeldOut(reader, parallel, size=size)

@@ -141,11 +141,9 @@ def plan_run(config: TrainConfig, model_config: MoVAConfig, gpus: Gpus, auto: bo
         auto: choose the largest micro-batch that fits, instead of that of `config`.
     """
     plan, memory = plan_memory(config, model_config), gpus.gigabytes * 1e9
-    share = math.ceil(config.batch_size / config.workers)
-    micro_batch = config.micro_batch or share
     if auto:
-        micro_batch = plan.largest_micro_batch(memory, share) or 1
-    micro_batches = math.ceil(share / micro_batch)
+        config = replace(config, micro_batch=plan.largest_micro_batch(memory, config.share) or 1)
+    micro_batch = config.at_once
     needed = plan.needed(micro_batch)
     per_gpu = {
         name: getattr(plan, name) for name in ("weights", "gradients", "moments", "experts", "transient", "optimizer")
@@ -164,7 +162,7 @@ def plan_run(config: TrainConfig, model_config: MoVAConfig, gpus: Gpus, auto: bo
             "logits": plan.logits / 1e9,
         },
         "micro_batch": micro_batch,
-        "micro_batches": micro_batches,
+        "micro_batches": config.micro_batches,
         "largest_micro_batch": plan.largest_micro_batch(memory),
         "fits": needed <= memory,
     }
@@ -195,7 +193,7 @@ def cheaper(config: TrainConfig, model_config: MoVAConfig, micro_batch: int) -> 
         micro_batch: samples that a worker computes at once now.
     """
     now = plan_memory(config, model_config).needed(micro_batch)
-    share = math.ceil(config.batch_size / config.workers)
+    share = config.share
     changes: list[tuple[str, dict[str, Any], int]] = []
     if smaller := [samples for samples in range(1, micro_batch) if share % samples == 0]:
         changes.append((f"--micro-batch {smaller[-1]}", {}, smaller[-1]))

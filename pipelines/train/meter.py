@@ -29,7 +29,6 @@ class StepMeter:
         parallel: what trains `model`, or a part of the model.
         sources: names of what `MicroBatch.sources` counts.
         where: position of a sample -> file and record, for people.
-        rank: of this process.
         flops: counts the floating-point operations of a micro-batch.
         peak: floating-point operations per second of one device, see `peak_flops`; None: unknown, so the MFU is, too.
 
@@ -46,11 +45,10 @@ class StepMeter:
         *,
         sources: Sequence[str],
         where: Callable[[int], str],
-        rank: int = 0,
         flops: ModelFlops | None = None,
         peak: float | None = None,
     ):
-        self.parallel, self.sources, self.where, self.rank = parallel, list(sources), where, rank
+        self.parallel, self.sources, self.where = parallel, list(sources), where
         self.experts: tuple[str, ...] = model.config.experts
         self.flops, self.peak = flops, peak
         self.losses: deque[float] = deque(maxlen=LOSS_WINDOW)
@@ -173,7 +171,7 @@ class StepMeter:
 
     def _of_this_rank(self, value: float) -> Tensor:
         values = torch.zeros(self.parallel.world, dtype=torch.float64)
-        values[self.rank] = value
+        values[self.parallel.rank] = value
         return values
 
     def _summed(self, values: dict[str, Tensor]) -> dict[str, list[float]]:

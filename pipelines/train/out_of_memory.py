@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from math import ceil
 from typing import Any
 
 import torch
@@ -31,8 +30,7 @@ def memory_advice(config: TrainConfig, model_config: Any, world: int) -> Iterato
 
 
 def _message(config: TrainConfig, model_config: Any) -> str:
-    share = ceil(config.batch_size / config.workers)
-    samples = min(config.micro_batch or share, share)
+    samples = config.at_once
     text = f"{config.stage} ran out of GPU memory with {samples} sample{'s' if samples > 1 else ''} at once"
     if config.stage == "light-router" or config.strategy.startswith("zero"):  # neither has a plan
         return f"{text}: give a smaller --micro-batch or more --workers"

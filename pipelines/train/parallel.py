@@ -52,7 +52,7 @@ class Parallel:
         return dist.get_rank() if dist.is_initialized() else 0
 
     def backward(self, micro_batches: Sequence[dict[str, Any]], items: Tensor, seeds: Sequence[int] = ()) -> Tensor:
-        """Adds the gradients of one optimizer step, reduced over the ranks once, at the last micro-batch.
+        """Adds the gradients of one optimizer step; `_reduced` says when they are reduced over the ranks.
 
         Args:
             micro_batches: this rank's share of the step's batch.

@@ -46,7 +46,7 @@ def test_the_loss_of_held_out_samples(places, tmp_path):  # noqa: F811
 
     before = state()
     for size in (3, 1):
-        evaluation = HeldOut(samples, parallel, size=size, rank=0)
+        evaluation = HeldOut(samples, parallel, size=size)
         assert evaluation.loss() == pytest.approx(wanted, rel=1e-5)
         assert evaluation.loss() == evaluation.loss(), "the same each time"
     assert state() == before

@@ -252,9 +252,9 @@ def watched(strategy: Strategy, rank: int, world: int) -> list[dict[str, Any]]:
     """The lines of three steps. In the second, one sample of the last rank has a feature of NaN; three samples are held out."""
     model = tiny_model(frozen=False)
     parallel = parallelize(model, strategy=strategy, learning_rate=1e-3)
-    meter = StepMeter(parallel, model, sources=["left", "right"], where=str, rank=rank)
+    meter = StepMeter(parallel, model, sources=["left", "right"], where=str)
     held_out = [[micro_batch(model, STEPS, [place])] for place in range(3)]  # two rounds for two ranks
-    evaluation = HeldOut(OneByOne(held_out), parallel, size=1, rank=rank)
+    evaluation = HeldOut(OneByOne(held_out), parallel, size=1)
     lines = []
     for step in range(STEPS):
         [batch] = meter.timed([micro_batch(model, step, list(range(rank, BATCH, world)))])
